@@ -1,0 +1,67 @@
+"""Tensors as bytes: dtype, shape, encoding. The daemon counts these bytes and never looks inside.
+
+Hidden states travel flattened and without padding, `(num_tokens, hidden_size)`, rows one after another.
+Every encoding spends the same number of bytes on every token and none of its blocks crosses a token, so
+that any cut between tokens is a cut between bytes: chunks, batches, histories and replays encode alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import Code, error
+
+
+class DType(StrEnum):
+    """Number formats of hidden states and weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one number."""
+        return 4 if self is DType.FLOAT32 else 2
+
+
+class Encoding(StrEnum):
+    """How hidden states are written on the wire; fixed when a session opens."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    def token_bytes(self, hidden_size: int) -> int:
+        """Bytes of one token's hidden state."""
+        return DType(self.value).num_bytes * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a raw tensor's bytes mean: C order, little endian."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the tensor's bytes."""
+        total = self.dtype.num_bytes
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def count_tokens(payload: bytes, encoding: Encoding, hidden_size: int) -> int:
+    """How many tokens a payload of hidden states holds. Raises `BAD_SHAPE` if it is no whole number."""
+    token_bytes = encoding.token_bytes(hidden_size)
+    num_tokens, rest = divmod(len(payload), token_bytes)
+    if rest:
+        raise error(
+            Code.BAD_SHAPE,
+            f"{len(payload)} bytes of hidden states, expected a multiple of {token_bytes}"
+            f" (hidden_size {hidden_size}, {encoding})",
+        )
+    return num_tokens
