@@ -36,7 +36,7 @@ class Code(StrEnum):
     NOT_FINITE = "not_finite"
     UNKNOWN_SESSION = "unknown_session"
     BAD_CONFIG = "bad_config"
-    BAD_TOKEN = "bad_token"
+    BAD_TOKEN = "bad_token"  # noqa: S105 - the name of an error
     PERMISSION_DENIED = "permission_denied"
     CANCELLED = "cancelled"
     # this machine
@@ -126,7 +126,7 @@ class LocalError(CorollaError):
     fault = Fault.SELF
 
 
-class NotAvailable(CorollaError):
+class NotAvailableError(CorollaError):
     """Nobody's fault: what is needed is busy, gone, or not there yet; later it may work."""
 
     fault = Fault.NOBODY
@@ -145,7 +145,7 @@ _PEER: Final = (
     Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.BAD_RECORD, Code.WRONG_SWARM, Code.BAD_ANSWER,
 )  # fmt: skip
 _TYPES: Final[Mapping[Code, type[CorollaError]]] = {
-    **dict.fromkeys(Code, NotAvailable),
+    **dict.fromkeys(Code, NotAvailableError),
     **dict.fromkeys(_USER, UserError),
     **dict.fromkeys(_LOCAL, LocalError),
     **dict.fromkeys(_PEER, PeerError),
@@ -165,7 +165,7 @@ def error_from_wire(wire: object) -> CorollaError:
     remedy = str(wire.get("remedy", ""))[:4096]
     details = wire.get("details")
     try:
-        code = Code(wire.get("code"))
+        code = Code(str(wire.get("code")))
     except ValueError:
         return error(Code.INTERNAL, f"{wire.get('code')}: {message}"[:4096], remedy)
     clean = {str(k): v for k, v in details.items()} if isinstance(details, Mapping) else {}

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sized
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
@@ -141,12 +141,12 @@ _ATOMS: Final = frozenset((int, float, bool, str, bytes, type(None)))
 
 
 @cache
-def _defaults(cls: type) -> dict[str, Any]:
+def _defaults(cls: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 @cache
-def _converters(cls: type) -> dict[str, Callable[[Any], Any]]:
+def _converters(cls: Any) -> dict[str, Callable[[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return {field.name: _converter(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
@@ -170,7 +170,7 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
         return hint
     if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         return _named_tuple_converter(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return lambda value: from_plain(hint, value)
     raise TypeError(f"no message may hold a {hint}")
 
@@ -240,7 +240,7 @@ def check_range(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} {value}, expected {low} to {high}")
 
 
-def check_length(name: str, value: Iterable[Any] | Any, high: int) -> None:
+def check_length(name: str, value: Sized, high: int) -> None:
     """Raise ValueError if a string, bytes or tuple is longer than `high`."""
     if len(value) > high:
         raise ValueError(f"{name} has {len(value)} items, limit {high}")

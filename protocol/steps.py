@@ -136,8 +136,8 @@ class Replay(Message):
     """Send history downstream: for each row of `base_step`, positions [starts[i], lengths[i]).
 
     The replayed tokens travel over `num_hops` hops below this one, the last of which answers `Replayed`.
-    Rows are given anew (`NEW_ROW`) by the first part, whatever `starts` are: a row that starts beyond 0
-    continues what the receiver said it holds.
+    Every part names every row: a row that starts at 0 is `NEW_ROW` in the first part, any other continues
+    the row of the same index at the position that the receiver holds (with n = 0 if nothing is missing).
     """
 
     KIND: ClassVar[str] = "replay"
@@ -323,7 +323,8 @@ def check_payload(rows: tuple[Row, ...], payload: bytes, token_bytes: int) -> No
     if len(payload) != num_tokens * token_bytes:
         raise error(
             Code.BAD_SHAPE,
-            f"{len(payload)} bytes of hidden states for {num_tokens} tokens, expected {num_tokens * token_bytes}",
+            f"{len(payload)} bytes of hidden states for {num_tokens} tokens,"
+            f" expected {num_tokens * token_bytes}",
         )
 
 

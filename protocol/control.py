@@ -1,0 +1,376 @@
+"""What the SDK and the daemon say to each other, over a Unix socket.
+
+A `Call` names a method and its arguments; it is answered by any number of `Item`s and then one `Return` or
+`Refused`, all with the call's `id`. Calls of one connection run side by side. `Cancel` ends one early.
+Closing the connection ends everything that was opened on it. `METHODS` is the whole list, with the right
+that each needs and the type of its arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, Final
+
+from .errors import CorollaError, error_from_wire
+from .messages import Message, Plain, Vocabulary
+from .steps import Reply, Row
+from .tensors import DType, Encoding
+from .work import ChatMessage, Sampling, TokenRow
+
+CONTROL_VERSION: Final = 1
+
+
+class Right(StrEnum):
+    """What a local user may do, decided by peer credentials; each includes the ones before it."""
+
+    SEE = "see"  # every local user
+    USE = "use"  # the group `corolla`, and the daemon's own user
+    MANAGE = "manage"  # root, the daemon's user, configured operators
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Message):
+    """SDK → daemon. arguments: the map of the method's argument type."""
+
+    KIND: ClassVar[str] = "call"
+    id: int
+    method: str
+    arguments: Plain = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """SDK → daemon: the call `id` is no longer wanted. It is still answered."""
+
+    KIND: ClassVar[str] = "cancel"
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Message):
+    """Daemon → SDK: a part of an answer, such as one token or one event."""
+
+    KIND: ClassVar[str] = "item"
+    id: int
+    value: Plain = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Return(Message):
+    """Daemon → SDK: the end of an answer."""
+
+    KIND: ClassVar[str] = "return"
+    id: int
+    value: Plain = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """Daemon → SDK: the call failed."""
+
+    KIND: ClassVar[str] = "refused"
+    id: int
+    error: Plain  # CorollaError.to_wire
+
+    @classmethod
+    def of(cls, call: int, problem: CorollaError) -> Refused:
+        """The message that reports an error."""
+        return cls(call, problem.to_wire())
+
+    def problem(self) -> CorollaError:
+        """The error reported."""
+        return error_from_wire(self.error)
+
+
+TO_DAEMON: Final = Vocabulary(Call, Cancel)
+FROM_DAEMON: Final = Vocabulary(Item, Return, Refused)
+
+
+# arguments
+
+
+@dataclass(frozen=True, slots=True)
+class NoArguments:
+    """Of methods that need none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Items are `Piece`s, in the order in which tokens came; `Return.value` is a `Generated`.
+
+    model: a name, `NAME@FINGERPRINT_PREFIX`, a hub id or a folder. Exactly one of prompts, messages, tokens.
+    max_length: prompt and new tokens of one row; 0 is the prompt plus max_new_tokens.
+    wait_s: how long to wait at the start for blocks that nobody serves yet.
+    generated: tokens that each row already gave out (the SDK resumes after a restart of the daemon).
+    """
+
+    model: str
+    prompts: tuple[str, ...] = ()
+    messages: tuple[ChatMessage, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    max_new_tokens: int = 256
+    max_length: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    encoding: Encoding | None = None
+    wait_s: float = 0.0
+    generated: tuple[TokenRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One new token of a row. finish: "stop" or "length" with a row's last one."""
+
+    row: int
+    token: int
+    text: str
+    finish: str | None = None
+    logprob: float | None = None
+    event: str | None = None  # instead of a token: `repairing`, `waiting`, `repaired`, … as in `events`
+    detail: Plain = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The whole answer: each row's text and tokens, and how it went."""
+
+    texts: tuple[str, ...]
+    tokens: tuple[TokenRow, ...]
+    num_prompt_tokens: int
+    seconds: float
+    num_repairs: int = 0
+    repair_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModelSession:
+    """Open a session of hidden states on blocks [start, end); end -1 is the last block.
+
+    `Return.value` is a `SessionOpened`. The session lives until `session.close` or the connection ends.
+    """
+
+    model: str
+    start: int = 0
+    end: int = -1
+    max_rows: int = 1
+    max_length: int = 2048
+    encoding: Encoding | None = None
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """handle: names the session in later calls. encoding: of every payload of this session."""
+
+    handle: int
+    hidden_size: int
+    encoding: Encoding
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStep:
+    """One step; hidden states are the call's payload, the answer is `Return.payload` as `reply` says."""
+
+    handle: int
+    rows: tuple[Row, ...]
+    reply: Reply = Reply.ALL
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHandle:
+    """A session."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSwarm:
+    """Found an open swarm and enter it."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Enter a swarm by its token, or by the multiaddress of a member of an open one."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullModel:
+    """Fetch a model's files (all, or just those of the ends) to this machine; items tell the progress."""
+
+    model: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Serve blocks [start, end) of a model, or those that placement chooses (`start` None)."""
+
+    model: str | None = None
+    start: int | None = None
+    end: int | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Events since the daemon started; with `follow`, the call does not end."""
+
+    follow: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Drain for at most deadline_s, then exit."""
+
+    deadline_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class SetConfig:
+    """Change one value of the configuration; kept over restarts."""
+
+    key: str
+    value: Plain
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the list: what a call is called, the right it needs, the type of its arguments."""
+
+    name: str
+    right: Right
+    arguments: type
+
+
+METHODS: Final[dict[str, Method]] = {
+    method.name: method
+    for method in (
+        Method("status", Right.SEE, NoArguments),
+        Method("swarm", Right.SEE, NoArguments),
+        Method("models", Right.SEE, NoArguments),
+        Method("peers", Right.SEE, NoArguments),
+        Method("events", Right.SEE, Follow),
+        Method("config", Right.SEE, NoArguments),
+        Method("generate", Right.USE, Generate),
+        Method("session.open", Right.USE, OpenModelSession),
+        Method("session.step", Right.USE, SessionStep),
+        Method("session.close", Right.USE, SessionHandle),
+        Method("model.pull", Right.MANAGE, PullModel),
+        Method("model.serve", Right.MANAGE, Serve),
+        Method("config.set", Right.MANAGE, SetConfig),
+        Method("swarm.create", Right.MANAGE, CreateSwarm),
+        Method("swarm.join", Right.MANAGE, Join),
+        Method("swarm.leave", Right.MANAGE, NoArguments),
+        Method("stop", Right.MANAGE, Stop),
+    )
+}
+
+
+# answers that programs read; `status --json` and friends print them inside `{"version": 1, …}`
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker of this daemon. state: loading, online, failed or stopped."""
+
+    worker: int
+    state: str
+    model: str
+    start: int
+    end: int
+    dtype: DType | None = None
+    quantization: str | None = None
+    device: str = ""
+    ends: bool = False
+    sessions: int = 0
+    queue: int = 0
+    tokens_per_s: float = 0.0
+    cache_tokens: int = 0
+    free_tokens: int = 0
+    weight_bytes: int = 0
+    restarts: int = 0
+    progress: float = 1.0  # of loading, 0 to 1
+    error: Plain = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
+
+    version: str
+    state: str
+    peer: str
+    socket: str
+    state_folder: str
+    uptime_s: float
+    swarm: str | None
+    swarm_id: str | None
+    join_command: str | None
+    num_peers: int
+    addresses: tuple[str, ...]
+    workers: tuple[WorkerStatus, ...]
+    num_sessions: int
+    resident_bytes: int
+    pid: int
+    hint: str | None = None  # what to do next, if anything
+
+
+@dataclass(frozen=True, slots=True)
+class SpanView:
+    """A span that somebody serves, as this daemon sees it."""
+
+    peer: str
+    worker: int
+    model: str
+    fingerprint: str
+    start: int
+    end: int
+    state: str
+    dtype: DType
+    quantization: str | None
+    tokens_per_s: float
+    expires_in_s: float
+    mine: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model that the swarm serves. replicas: of each block."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    num_blocks: int
+    hidden_size: int
+    hub_id: str | None
+    licence: str | None
+    replicas: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """The swarm as this daemon sees it."""
+
+    name: str | None
+    swarm_id: str | None
+    models: tuple[ModelView, ...]
+    spans: tuple[SpanView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonEvent:
+    """Something that happened. kind: see the daemon's `events`; unix_s is the wall clock."""
+
+    kind: str
+    unix_s: float
+    text: str
+    detail: Plain = None

@@ -1,0 +1,351 @@
+"""What the daemon and a worker say to each other, over a socket that the worker inherits.
+
+The daemon asks, the worker answers each request once, in any order, by `request` number. Hidden states are
+payloads in the session's wire encoding; the worker alone decodes them. The worker's life is the socket's:
+when it closes, the worker exits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Final
+
+from .errors import CorollaError, error_from_wire
+from .limits import MAX_BLOCKS, MAX_POSITION, MAX_ROWS
+from .messages import Message, Plain, Vocabulary, check_range
+from .steps import Reply, Row, check_rows
+from .tensors import DType, Encoding
+
+
+class SourceKind(StrEnum):
+    """Where weights come from."""
+
+    FOLDER = "folder"  # of a Hugging Face model
+    HUB = "hub"  # `owner/name`, through huggingface_hub
+    GGUF = "gguf"  # one file, converted once
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model's weights as a worker finds them."""
+
+    kind: SourceKind
+    location: str  # absolute path, or hub id
+    revision: str | None = None  # of a hub model; None is its main branch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What everyone who runs a part of a model has to agree on.
+
+    fingerprint: see `checkpoint.fingerprint`; hex. files: weight file name → sha256, hex.
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    num_blocks: int
+    hidden_size: int
+    vocab_size: int
+    max_position: int
+    files: dict[str, str]
+    hub_id: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+# daemon → worker
+
+
+@dataclass(frozen=True, slots=True)
+class Configure(Message):
+    """First message: what to load. Answered by `Loading`…, then `Ready` or `Failed(request=0)`.
+
+    start, end: the span; both 0 loads no blocks. ends: also embeddings, final norm, head and tokenizer.
+    start = 0 and end = -1 mean: as many blocks from the first as memory_bytes allows (the answer tells).
+    threads: of computing; 0 leaves it to the worker. memory_bytes: for weights and caches together; 0 is
+    80 % of what the device has free. cache_folder: for converted weights; it belongs to this daemon.
+    """
+
+    KIND: ClassVar[str] = "configure"
+    source: ModelSource
+    cache_folder: str
+    start: int = 0
+    end: int = 0
+    ends: bool = False
+    device: str = "auto"
+    dtype: DType | None = None  # None: the device's best (bfloat16 on GPUs, float32 on CPUs)
+    quantization: str | None = None
+    threads: int = 0
+    memory_bytes: int = 0
+    cache_tokens: int = 0  # KV slots of the pool; 0: what memory allows, within reason
+
+    def __post_init__(self) -> None:
+        check_range("start", self.start, 0, MAX_BLOCKS)
+        check_range("end", self.end, -1, MAX_BLOCKS)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCache(Message):
+    """Admit a session on blocks [start, end) of the span. Answered by `Done`, or `Failed` (BUSY)."""
+
+    KIND: ClassVar[str] = "open"
+    request: int
+    session: bytes
+    start: int
+    end: int
+    encoding: Encoding
+    max_rows: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        check_range("max_rows", self.max_rows, 1, MAX_ROWS)
+        check_range("max_tokens", self.max_tokens, 1, MAX_POSITION)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute(Message):
+    """One step of a session. Answered by `Done` with the span's output for *all* tokens.
+
+    Steps of one session run in the order in which they were asked. committed, rows: as in `steps.Step`.
+    reply: which tokens' outputs are wanted; the others need not be encoded.
+    """
+
+    KIND: ClassVar[str] = "compute"
+    request: int
+    session: bytes
+    step_id: int
+    committed: int
+    rows: tuple[Row, ...]
+    reply: Reply = Reply.ALL
+    payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Message):
+    """Set a session's rows back as `steps.LinkHop` says. Answered by `Restored`.
+
+    Steps of the session that are still queued are dropped unanswered: the daemon forgot them already.
+    """
+
+    KIND: ClassVar[str] = "restore"
+    request: int
+    session: bytes
+    base_step: int
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CloseCache(Message):
+    """Free a session. Not answered."""
+
+    KIND: ClassVar[str] = "close"
+    session: bytes
+
+
+# ends: a user's text, tokens and samples
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat, for the model's own chat template."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen from logits. Noise is a function of (seed, row, position) alone.
+
+    temperature: 0 is greedy. stop: texts that end a row; they are not given out. top_logprobs: how many alternatives to report.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One row's token ids."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginGeneration(Message):
+    """Tokenize prompts and remember them under `generation`. Answered by `Begun` with all rows' embeddings.
+
+    Exactly one of prompts (texts), messages (one chat) and tokens is given. generated: tokens that each row
+    already gave out, when a generation is resumed on a new worker; they count as input, and stop strings
+    and penalties see them.
+    """
+
+    KIND: ClassVar[str] = "begin"
+    request: int
+    generation: int
+    sampling: Sampling
+    encoding: Encoding
+    max_tokens: int  # prompt and new tokens of one row; longer prompts are `TOO_LONG`
+    prompts: tuple[str, ...] = ()
+    messages: tuple[ChatMessage, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    generated: tuple[TokenRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Begun(Message):
+    """payload: embeddings of all rows' tokens, row after row, in the wire encoding."""
+
+    KIND: ClassVar[str] = "begun"
+    request: int
+    tokens: tuple[TokenRow, ...]  # prompt and already generated
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Message):
+    """Choose the next token of the rows listed. payload: their last hidden states `(len(rows), hidden_size)`.
+
+    Raises through `Failed` `NOT_FINITE` if the hidden states are not. Answered by `Sampled`.
+    """
+
+    KIND: ClassVar[str] = "sample"
+    request: int
+    generation: int
+    rows: tuple[int, ...]
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One row's next token. text: what became readable by it; finish: "stop", "length" or None."""
+
+    row: int
+    token: int
+    text: str
+    finish: str | None = None
+    logprob: float = 0.0
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Message):
+    """payload: embeddings of the chosen tokens of unfinished rows, in the order given."""
+
+    KIND: ClassVar[str] = "sampled"
+    request: int
+    chosen: tuple[Chosen, ...]
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class EndGeneration(Message):
+    """Forget a generation. Not answered."""
+
+    KIND: ClassVar[str] = "end"
+    generation: int
+
+
+# worker → daemon
+
+
+@dataclass(frozen=True, slots=True)
+class Loading(Message):
+    """Progress of loading; stage is `fetching`, `converting`, `hashing` or `loading`."""
+
+    KIND: ClassVar[str] = "loading"
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Message):
+    """The worker serves. tokens_per_s: decode and prefill speed measured on its own blocks at start."""
+
+    KIND: ClassVar[str] = "ready"
+    facts: ModelFacts
+    start: int
+    end: int
+    dtype: DType
+    quantization: str | None
+    device: str
+    weight_bytes: int
+    cache_tokens: int
+    decode_tokens_per_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Beat(Message):
+    """Every second. progress: grows with each block computed, so that a worker that hangs shows."""
+
+    KIND: ClassVar[str] = "beat"
+    progress: int
+    queue: int
+    free_tokens: int
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """A request succeeded."""
+
+    KIND: ClassVar[str] = "done"
+    request: int
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored(Message):
+    """held: tokens that each row of the base still has; zeros if the base is gone."""
+
+    KIND: ClassVar[str] = "restored"
+    request: int
+    held: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """A request failed; the worker goes on. request 0: loading failed, and the worker exits."""
+
+    KIND: ClassVar[str] = "failed"
+    request: int
+    error: Plain  # CorollaError.to_wire
+
+    @classmethod
+    def of(cls, request: int, problem: CorollaError) -> Failed:
+        """The message that reports an error."""
+        return cls(request, problem.to_wire())
+
+    def problem(self) -> CorollaError:
+        """The error reported."""
+        return error_from_wire(self.error)
+
+
+TO_WORKER: Final = Vocabulary(
+    Configure, OpenCache, Compute, Restore, CloseCache, BeginGeneration, Sample, EndGeneration
+)
+FROM_WORKER: Final = Vocabulary(Loading, Ready, Beat, Done, Restored, Begun, Sampled, Failed)
