@@ -140,13 +140,21 @@ def _plain_fields(value: Any) -> dict[str, Any]:
 _ATOMS: Final = frozenset((int, float, bool, str, bytes, type(None)))
 
 
-@cache
 def _defaults(cls: Any) -> dict[str, Any]:
+    return _cached_defaults(cls)
+
+
+@cache
+def _cached_defaults(cls: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
-@cache
 def _converters(cls: Any) -> dict[str, Callable[[Any], Any]]:
+    return _cached_converters(cls)
+
+
+@cache
+def _cached_converters(cls: Any) -> dict[str, Callable[[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return {field.name: _converter(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 

@@ -162,7 +162,8 @@ class ChatMessage:
 class Sampling:
     """How the next token is chosen from logits. Noise is a function of (seed, row, position) alone.
 
-    temperature: 0 is greedy. stop: texts that end a row; they are not given out. top_logprobs: how many alternatives to report.
+    temperature: 0 is greedy. stop: texts that end a row; they are not given out.
+    top_logprobs: how many alternatives to report.
     """
 
     temperature: float = 0.0
