@@ -46,8 +46,25 @@ RECORD_LIFETIME_S: Final = 60.0
 MAX_RECORD_LIFETIME_S: Final = 120.0  # a peer that dies is forgotten in about a minute; two bound a liar
 REFRESH_EVERY_S: Final = 20.0
 MAX_CLOCK_SKEW_S: Final = 300.0
+MAX_MANIFEST_BYTES: Final = 64 * KIB  # a manifest names each weight file: 300 of them, with room
+
+# Registry.
+HOLDERS_PER_KEY: Final = 8  # so many may die between two refreshes before a key is lost
 MAX_RECORDS_PER_KEY: Final = 512
 MAX_RECORDS_PER_MESSAGE: Final = 64
+MAX_BATCH_BYTES: Final = 160 * KIB  # of records in one message: a header, with room for names and numbers
+MAX_RECORDS_PER_ORIGIN: Final = 64  # of one key, from one /24, /48 or private peer: no one fills a key alone
+MAX_MANIFESTS_PER_MODEL: Final = 16  # enough to outlive their peers; the rest would crowd out other models
+MAX_STORED_RECORDS: Final = 32768  # in one daemon: a swarm of ten thousand peers, read whole
+SEQ_MEMORY_S: Final = 600.0  # past expiry; longer than twice the clock skew, so nothing can be replayed
+MAX_KEYS_PER_FIND: Final = 136  # of a model of 1024 blocks, 8 blocks to a key, and a few more
+REGISTRY_TIMEOUT_S: Final = 3.0  # one question to a holder: a dictionary look-up and a round trip
+
+# Membership.
+MAX_HELLO_BYTES: Final = 64 * KIB  # spoken before anything is known of the other side
+MAX_MEMBERS_TOLD: Final = 16  # a sample of whom the greeter knows
+MAX_ADDRESSES_TOLD: Final = 4  # of each of them, best first
+HELLO_TIMEOUT_S: Final = 10.0  # a connection that has not proved its swarm by then is closed
 
 # Control socket.
 MAX_CALLS_PER_CONNECTION: Final = 256

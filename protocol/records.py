@@ -1,4 +1,4 @@
-"""What peers sign: records of spans, manifests of models; and the tokens by which one joins.
+"""What peers sign: records of spans, manifests of models; their registry keys; and tokens to join by.
 
 The signature covers a domain prefix, the swarm id and the exact bytes sent. Receivers verify and keep those
 bytes and never re-encode them (DESIGN: records). This is the only module of the protocol that imports
@@ -22,6 +22,7 @@ from .limits import (
     MAX_ADDRESSES,
     MAX_BLOCKS,
     MAX_CLOCK_SKEW_S,
+    MAX_MANIFEST_BYTES,
     MAX_NAME_CHARS,
     MAX_RECORD_BYTES,
     MAX_RECORD_LIFETIME_S,
@@ -33,6 +34,7 @@ from .work import ModelFacts
 _DOMAIN: Final = b"corolla record 1\x00"
 _BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 TOKEN_PREFIX: Final = "corolla:"  # noqa: S105 - what every join token starts with
+MAX_NAMES: Final = 16  # of encodings or versions in one record
 BLOCKS_PER_KEY: Final = 8  # a bucket of the registry: few look-ups for a route, few records in a bucket
 
 
@@ -72,26 +74,40 @@ class SpanRecord:
         check_range("start", self.start, 0, MAX_BLOCKS - 1)
         check_range("end", self.end, self.start + 1, MAX_BLOCKS)
         check_length("fingerprint", self.fingerprint, MAX_NAME_CHARS)
-        check_length("addresses", self.addresses, MAX_ADDRESSES)
-        for address in self.addresses:
-            check_length("address", address, MAX_NAME_CHARS)
+        check_length("quantization", self.quantization or "", MAX_NAME_CHARS)
+        check_length("encodings", self.encodings, MAX_NAMES)
+        check_length("protocol_majors", self.protocol_majors, MAX_NAMES)
+        check_range("cache_tokens", self.cache_tokens, 0, 1 << 62)
+        if self.tokens_per_s < 0:
+            raise ValueError(f"tokens_per_s {self.tokens_per_s}, expected 0 or more")
+        check_addresses(self.addresses)
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRecord:
-    """A peer's announcement of a model that it serves a part of."""
+    """A peer's announcement of a model that it serves a part of. gone: a signed withdrawal."""
 
     peer: str
     seq: int
     issued_at: float
     lifetime_s: float
     facts: ModelFacts
+    gone: bool = False
 
     def __post_init__(self) -> None:
         _check_common(self.peer, self.seq, self.lifetime_s)
         check_length("name", self.facts.name, MAX_NAME_CHARS)
         check_length("fingerprint", self.facts.fingerprint, MAX_NAME_CHARS)
         check_range("num_blocks", self.facts.num_blocks, 1, MAX_BLOCKS)
+
+
+def check_addresses(addresses: tuple[str, ...]) -> None:
+    """Raise ValueError unless these may be one peer's multiaddresses."""
+    check_length("addresses", addresses, MAX_ADDRESSES)
+    for address in addresses:
+        check_length("address", address, MAX_NAME_CHARS)
+        if not address.startswith("/"):
+            raise ValueError(f"address {address!r} is no multiaddress")
 
 
 def _check_common(peer: str, seq: int, lifetime_s: float) -> None:
@@ -118,9 +134,15 @@ class Signed:
 
 
 def sign(record: Record, swarm_id: str, key: Ed25519PrivateKey) -> Signed:
-    """The record, signed for one swarm."""
+    """The record, signed for one swarm. Raises `LIMIT_EXCEEDED` if it is too long to be announced."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
     body = cbor2.dumps({"": kind, **to_plain(record)})
+    if len(body) > _max_bytes(record):
+        raise error(
+            Code.LIMIT_EXCEEDED,
+            f"a {kind} record of {len(body)} bytes, limit {_max_bytes(record)}",
+            "store the weights in fewer files" if kind == "manifest" else "announce fewer addresses",
+        )
     return Signed(body, key.sign(_signed_bytes(swarm_id, body)), key.public_key().public_bytes_raw())
 
 
@@ -129,8 +151,8 @@ def verify(signed: Signed, swarm_id: str, *, now_unix_s: float) -> Record:
 
     Raises `BAD_RECORD` naming what is wrong. `issued_at` may differ from our clock by `MAX_CLOCK_SKEW_S`.
     """
-    if len(signed.body) > MAX_RECORD_BYTES:
-        raise error(Code.BAD_RECORD, f"a record of {len(signed.body)} bytes, limit {MAX_RECORD_BYTES}")
+    if len(signed.body) > MAX_MANIFEST_BYTES:
+        raise error(Code.BAD_RECORD, f"a record of {len(signed.body)} bytes, limit {MAX_MANIFEST_BYTES}")
     try:
         Ed25519PublicKey.from_public_bytes(signed.public_key).verify(
             signed.signature, _signed_bytes(swarm_id, signed.body)
@@ -145,6 +167,8 @@ def verify(signed: Signed, swarm_id: str, *, now_unix_s: float) -> Record:
         record: Record = from_plain(cls, fields)
     except CorollaError as problem:
         raise error(Code.BAD_RECORD, f"a malformed record: {problem.message}") from problem
+    if len(signed.body) > _max_bytes(record):
+        raise error(Code.BAD_RECORD, f"a record of {len(signed.body)} bytes, limit {_max_bytes(record)}")
     if record.peer != peer_id_of(signed.public_key):
         raise error(Code.BAD_RECORD, f"a record of {record.peer} signed by {peer_id_of(signed.public_key)}")
     skew_s = record.issued_at - now_unix_s
@@ -155,6 +179,10 @@ def verify(signed: Signed, swarm_id: str, *, now_unix_s: float) -> Record:
             "set both clocks",
         )
     return record
+
+
+def _max_bytes(record: Record) -> int:
+    return MAX_MANIFEST_BYTES if isinstance(record, ManifestRecord) else MAX_RECORD_BYTES
 
 
 def _signed_bytes(swarm_id: str, body: bytes) -> bytes:
@@ -193,6 +221,29 @@ def models_key(swarm_id: str) -> bytes:
 def buckets(start: int, end: int) -> range:
     """The buckets that blocks [start, end) touch."""
     return range(start // BLOCKS_PER_KEY, (end - 1) // BLOCKS_PER_KEY + 1)
+
+
+def keys_of(record: Record, swarm_id: str) -> tuple[bytes, ...]:
+    """Every registry key under which a record may be announced."""
+    if isinstance(record, ManifestRecord):
+        return (models_key(swarm_id),)
+    return tuple(
+        blocks_key(swarm_id, record.fingerprint, bucket) for bucket in buckets(record.start, record.end)
+    )
+
+
+def subkey_of(record: Record) -> str:
+    """What names a record among those of one key; its newer versions have the same."""
+    if isinstance(record, ManifestRecord):
+        return f"{record.peer}/{record.facts.fingerprint}"
+    return f"{record.peer}/{record.worker}"
+
+
+def swarm_id_of(name: str, founder_key: bytes, nonce: bytes) -> str:
+    """The id of the swarm that the owner of a raw public key founded under a name: 32 hex digits."""
+    parts = (name.encode(), founder_key, nonce)
+    whole = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return hashlib.sha256(b"corolla swarm 1\x00" + whole).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
