@@ -1,0 +1,469 @@
+"""Who belongs to our swarm: greets each new connection, parts with strangers, keeps up acquaintance.
+
+It owns the set of members (connected, and of our swarm) and the list of members heard of. Only members
+enter the network's routing tables. It knows nothing of records, models or sessions. Peer sampling follows
+the idea of gossip: each greeting carries a small random sample of whom the other side knows
+(Jelasity et al. 2007, Gossip-based Peer Sampling).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import (
+    CONNECT_TIMEOUT_S,
+    HELLO_TIMEOUT_S,
+    MAX_ADDRESSES,
+    MAX_ADDRESSES_TOLD,
+    MAX_HELLO_BYTES,
+    MAX_MEMBERS_TOLD,
+)
+from ...protocol.messages import Message
+from ...protocol.records import swarm_id_of
+from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
+from .conversation import Conversation
+from .seam import Handler, Network, Stream
+
+PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
+TARGET_MEMBERS: Final = 24  # a full mesh of a small swarm, and enough edges to keep a large one in one piece
+MAX_KNOWN: Final = 512  # members heard of, connected or not
+GOSSIP_EVERY_S: Final = 30.0
+PATIENCE_S: Final = 2.0  # how long the dialled side waits for the dialler to greet before greeting itself
+REDIAL_FIRST_S: Final = 0.5
+REDIAL_MAX_S: Final = 60.0
+FORGET_AFTER_S: Final = 600.0  # a member that nobody reached for so long is no longer told of
+MAX_DIALS_AT_ONCE: Final = 4
+
+_log = structlog.get_logger("corolla.membership")
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """Which swarm. The id never changes; the name is for people."""
+
+    swarm_id: str
+    name: str
+
+
+def found_swarm(name: str, founder_key: bytes, nonce: bytes) -> Swarm:
+    """A new swarm. founder_key: raw public key, 32 bytes; nonce: random, so that names may be used again."""
+    return Swarm(swarm_id_of(name, founder_key, nonce), name)
+
+
+async def discover_swarm(network: Network, address: str, *, timeout_s: float = HELLO_TIMEOUT_S) -> Swarm:
+    """The swarm of the member at a multiaddress, asked before joining it.
+
+    Raises `PEER_LOST` (unreachable), `TIMEOUT`, `NO_SWARM` (it has none itself), or `UNSUPPORTED`.
+    """
+    peer = await network.connect(address, timeout_s=timeout_s)
+    hello = await _greet(network, peer, Hello("", "", "", PROTOCOL_MAJORS), timeout_s=timeout_s)
+    if not hello.swarm_id:
+        raise error(
+            Code.NO_SWARM,
+            f"the daemon at {address} is not in a swarm itself",
+            "run `daemonctl swarm create NAME` there, or join a member of a swarm",
+        )
+    return Swarm(hello.swarm_id, hello.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A connected peer of our swarm, as it introduced itself."""
+
+    peer: str
+    version: str
+    majors: tuple[int, ...]
+    addresses: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Acquaintance:
+    """A member heard of: where it is, and when to dial it."""
+
+    addresses: tuple[str, ...]
+    seen_at: float
+    next_dial_at: float
+    backoff_s: float = REDIAL_FIRST_S
+
+
+@dataclass(slots=True)
+class _Bootstrap:
+    """An address to start from; it never is forgotten."""
+
+    address: str
+    problem: str = ""
+
+
+class Membership:
+    """The members of one swarm, on one network. Run `run()` in a task; it ends only by cancellation.
+
+    bootstrap: multiaddresses of members, from a token or remembered.
+    version: of this program, told to others.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        swarm: Swarm,
+        *,
+        bootstrap: Sequence[str] = (),
+        version: str = "",
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = anyio.current_time,
+    ) -> None:
+        self.swarm = swarm
+        self._network = network
+        self._bootstrap = [_Bootstrap(address) for address in dict.fromkeys(bootstrap)]
+        self._version = version
+        self._rng = rng or random.Random()  # noqa: S311 - picks whom to tell of, guards nothing
+        self._clock = clock
+        self._members: dict[str, Member] = {}
+        self._known: dict[str, _Acquaintance] = {}
+        self._strangers: dict[str, float] = {}  # peer → when it may be dialled again
+        self._listeners: list[Callable[[str, bool], None]] = []
+        self._changed: anyio.Event | None = None
+        self._tasks: TaskGroup | None = None
+
+    # what others ask
+
+    def members(self) -> tuple[Member, ...]:
+        """Connected peers of our swarm, without us."""
+        return tuple(self._members.values())
+
+    def is_member(self, peer: str) -> bool:
+        """Is this peer connected and of our swarm? We are."""
+        return peer in self._members or peer == self._network.peer
+
+    def known(self) -> tuple[PeerAddresses, ...]:
+        """Members heard of, connected or not: worth remembering for the next start."""
+        return tuple(_told(peer, friend.addresses) for peer, friend in self._known.items())
+
+    @property
+    def num_known(self) -> int:
+        """How many members we know to exist, without us."""
+        return len(self._known.keys() | self._members.keys())
+
+    def on_member(self, listener: Callable[[str, bool], None]) -> None:
+        """Call `listener(peer, connected)` whenever a member is admitted or lost."""
+        self._listeners.append(listener)
+
+    async def wait_member(self, peer: str, *, timeout_s: float) -> bool:
+        """Wait until this peer is a member; False if it is not within the time."""
+        with anyio.move_on_after(timeout_s):
+            while not self.is_member(peer):
+                await self._wait_changed()
+        return self.is_member(peer)
+
+    async def wait_joined(self, *, timeout_s: float) -> None:
+        """Wait for the first other member. Raises `NO_PEERS` naming what was tried."""
+        with anyio.move_on_after(timeout_s):
+            while not self._members:
+                await self._wait_changed()
+        if not self._members:
+            tried = "; ".join(f"{b.address}: {b.problem or 'no answer'}" for b in self._bootstrap)
+            raise error(
+                Code.NO_PEERS,
+                f"no member of swarm {self.swarm.name} answered in {timeout_s:g} s ({tried or 'none known'})",
+                "check that a member runs and can be reached, or paste a fresh token",
+            )
+
+    def members_only(self, handler: Handler) -> Handler:
+        """A handler that serves members and resets everyone else's streams.
+
+        A member's first stream may overtake the end of its greeting, so the greeting is waited for.
+        """
+
+        async def guarded(stream: Stream) -> None:
+            if await self.wait_member(stream.peer, timeout_s=HELLO_TIMEOUT_S):
+                await handler(stream)
+            else:
+                stream.reset()
+
+        return guarded
+
+    # life
+
+    async def run(self) -> None:
+        """Greet, dial, gossip, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            self._network.handle(HELLO_PROTOCOL, self._answer)
+            self._network.on_peer(self._on_peer)
+            for view in self._network.peers():
+                self._on_peer(view.peer, True)
+            tasks.start_soon(self._keep_acquaintance)
+            tasks.start_soon(self._gossip)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self._tasks = None
+
+    def _on_peer(self, peer: str, connected: bool) -> None:
+        if self._tasks is None:
+            return
+        if connected:
+            self._tasks.start_soon(self._meet, peer)
+        elif self._members.pop(peer, None) is not None:
+            friend = self._known.get(peer)
+            if friend is not None:  # a broken line is no death: look again at once, then ever more rarely
+                friend.seen_at = self._clock()
+                friend.backoff_s = REDIAL_FIRST_S
+                friend.next_dial_at = self._clock() + self._rng.uniform(0, REDIAL_FIRST_S)
+            self._tell(peer, False)
+
+    # greeting
+
+    async def _meet(self, peer: str) -> None:
+        """Learn which swarm a new connection belongs to; part with it if not ours."""
+        try:
+            with anyio.move_on_after(HELLO_TIMEOUT_S):
+                dialled_us = any(view.inbound for view in self._network.peers() if view.peer == peer)
+                if dialled_us and await self.wait_member(peer, timeout_s=PATIENCE_S):
+                    return
+                if not self.is_member(peer):
+                    await self._greet(peer)
+                    return
+        except CorollaError as problem:
+            _log.info("greeting_failed", peer=peer, problem=str(problem))
+            if problem.code is Code.UNSUPPORTED:  # it may be asking which swarm this is, and join then
+                await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)
+        if not self.is_member(peer):
+            await self._part(peer)
+
+    async def _greet(self, peer: str) -> None:
+        """Say hello and hear it. Raises `WRONG_SWARM`, and as `_greet`."""
+        hello = await _greet(self._network, peer, self._hello(peer), timeout_s=HELLO_TIMEOUT_S)
+        if hello.swarm_id == self.swarm.swarm_id:
+            self._admit(peer, hello)
+            return
+        if hello.swarm_id:
+            self._shun(peer)
+            raise error(
+                Code.WRONG_SWARM,
+                f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}),"
+                f" we to {self.swarm.name} ({self.swarm.swarm_id[:8]})",
+                "ask for a token of the right swarm",
+            )
+        await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)  # a guest: it may join yet
+
+    async def _answer(self, stream: Stream) -> None:
+        """Serve one greeting."""
+        conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
+        with anyio.move_on_after(HELLO_TIMEOUT_S):
+            hello = await _hear_hello(conversation)
+            ours = hello.swarm_id == self.swarm.swarm_id
+            if ours:
+                self._admit(stream.peer, hello)
+            await conversation.say(self._hello(stream.peer))
+            await stream.close()
+            if hello.swarm_id and not ours:
+                self._shun(stream.peer)
+                await self._let_it_hear(stream)
+                await self._part(stream.peer)
+            return
+        stream.reset()
+
+    async def _let_it_hear(self, stream: Stream) -> None:
+        """Wait until the far side has ended its stream, so that our answer is not cut off with the line."""
+        try:
+            while await stream.receive():
+                pass
+        except CorollaError as problem:
+            _log.debug("stranger_left", peer=stream.peer, problem=str(problem))
+
+    def _hello(self, to: str) -> Hello:
+        """What we say. A sample of members goes to members alone."""
+        sample: tuple[PeerAddresses, ...] = ()
+        if to in self._members:
+            others = [m for m in self._members.values() if m.peer != to and m.addresses]
+            chosen = self._rng.sample(others, min(len(others), MAX_MEMBERS_TOLD))
+            sample = tuple(_told(m.peer, m.addresses) for m in chosen)
+        return Hello(
+            self.swarm.swarm_id,
+            self.swarm.name,
+            self._version,
+            PROTOCOL_MAJORS,
+            self._network.addresses()[:MAX_ADDRESSES],
+            sample,
+        )
+
+    def _admit(self, peer: str, hello: Hello) -> None:
+        if not any(view.peer == peer for view in self._network.peers()):
+            return  # the connection closed while it was talking
+        addresses = tuple(_of_peer(hello.addresses, peer))
+        is_new = peer not in self._members
+        self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
+        self._strangers.pop(peer, None)
+        now = self._clock()
+        if addresses:
+            self._network.learn(peer, addresses)
+            self._known[peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)
+        for told in hello.members:
+            self._hear_of(told, now)
+        self._bound_known()
+        if is_new:
+            _log.info("member", peer=peer, version=hello.version, num_members=len(self._members))
+            self._tell(peer, True)
+        else:
+            self._wake()
+
+    def _hear_of(self, told: PeerAddresses, now: float) -> None:
+        """Note a member we were told of. It is dialled, not believed: only its own greeting admits it."""
+        if self.is_member(told.peer) or told.peer in self._known or told.peer in self._strangers:
+            return
+        addresses = tuple(_of_peer(told.addresses, told.peer))
+        if addresses:
+            self._known[told.peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)
+
+    def _bound_known(self) -> None:
+        spare = [peer for peer in self._known if peer not in self._members]
+        for peer in spare[: max(0, len(self._known) - MAX_KNOWN)]:
+            del self._known[peer]
+
+    def _shun(self, peer: str) -> None:
+        self._known.pop(peer, None)
+        now = self._clock()
+        self._strangers = {p: until for p, until in self._strangers.items() if until > now}
+        self._strangers[peer] = now + FORGET_AFTER_S
+
+    async def _part(self, peer: str) -> None:
+        await self._network.disconnect(peer)
+
+    def _tell(self, peer: str, connected: bool) -> None:
+        for listener in self._listeners:
+            listener(peer, connected)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _wait_changed(self) -> None:
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    # keeping up acquaintance
+
+    async def _gossip(self) -> None:
+        while True:
+            await anyio.sleep(GOSSIP_EVERY_S * self._rng.uniform(0.8, 1.2))
+            if not self._members:
+                continue
+            peer = self._rng.choice(sorted(self._members))
+            try:
+                await self._greet(peer)
+            except CorollaError as problem:
+                _log.info("gossip_failed", peer=peer, problem=str(problem))
+
+    async def _keep_acquaintance(self) -> None:
+        """Dial members heard of until we have enough; the bootstrap addresses when we have none."""
+        backoff_s = REDIAL_FIRST_S
+        while True:
+            if not self._members and self._bootstrap:
+                await self._dial_bootstrap()
+                if not self._members:
+                    with anyio.move_on_after(backoff_s * self._rng.uniform(0.8, 1.2)):
+                        await self._wait_changed()
+                    backoff_s = min(2 * backoff_s, REDIAL_MAX_S)
+                    continue
+            backoff_s = REDIAL_FIRST_S
+            due = self._due()
+            async with anyio.create_task_group() as tasks:
+                for peer in due:
+                    tasks.start_soon(self._dial, peer)
+            if not due:
+                with anyio.move_on_after(self._pause_s()):
+                    await self._wait_changed()
+
+    def _due(self) -> list[str]:
+        """Whom to dial now."""
+        now = self._clock()
+        absent = {p: f for p, f in self._known.items() if p not in self._members}
+        for peer, friend in absent.items():
+            if now - friend.seen_at > FORGET_AFTER_S:
+                del self._known[peer]
+        wanted = min(TARGET_MEMBERS - len(self._members), MAX_DIALS_AT_ONCE)
+        due = sorted(p for p in absent if p in self._known and absent[p].next_dial_at <= now)
+        self._rng.shuffle(due)
+        return due[: max(0, wanted)]
+
+    def _pause_s(self) -> float:
+        """Until somebody may be dialled."""
+        if len(self._members) >= TARGET_MEMBERS:
+            return GOSSIP_EVERY_S
+        now = self._clock()
+        times = [f.next_dial_at for p, f in self._known.items() if p not in self._members]
+        return max(0.05, min(times, default=now + GOSSIP_EVERY_S) - now)
+
+    async def _dial(self, peer: str) -> None:
+        friend = self._known[peer]
+        friend.next_dial_at = self._clock() + friend.backoff_s * self._rng.uniform(0.8, 1.2)
+        friend.backoff_s = min(2 * friend.backoff_s, REDIAL_MAX_S)
+        for address in friend.addresses:
+            try:
+                await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
+            except CorollaError as problem:
+                _log.debug("dial_failed", peer=peer, address=address, problem=str(problem))
+            else:
+                await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)
+                return
+
+    async def _dial_bootstrap(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for entry in self._bootstrap:
+                tasks.start_soon(self._dial_address, entry)
+
+    async def _dial_address(self, entry: _Bootstrap) -> None:
+        try:
+            peer = await self._network.connect(entry.address, timeout_s=CONNECT_TIMEOUT_S)
+        except CorollaError as problem:
+            entry.problem = str(problem)
+            return
+        if await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S):
+            entry.problem = ""
+        elif peer in self._strangers:
+            entry.problem = "it belongs to another swarm"
+        else:
+            entry.problem = "it did not greet"
+
+
+async def _greet(network: Network, peer: str, hello: Hello, *, timeout_s: float) -> Hello:
+    """Say hello on a new stream and give the other's. Raises `PEER_LOST`, `TIMEOUT`, `UNSUPPORTED`, …"""
+    stream = await network.open(peer, HELLO_PROTOCOL, timeout_s=timeout_s)
+    conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
+    try:
+        answer = await conversation.ask(hello, timeout_s=timeout_s)
+    except BaseException:
+        stream.reset()
+        raise
+    await stream.close()
+    return _as_hello(answer, peer)
+
+
+async def _hear_hello(conversation: Conversation) -> Hello:
+    return _as_hello(await conversation.hear(), conversation.stream.peer)
+
+
+def _as_hello(message: Message | None, peer: str) -> Hello:
+    if not isinstance(message, Hello):
+        raise error(Code.PROTOCOL_VIOLATION, f"{peer} did not greet")
+    return message
+
+
+def _of_peer(addresses: Iterable[str], peer: str) -> Iterable[str]:
+    """Those multiaddresses that name this peer: no one may send others to a third one's door."""
+    return (address for address in addresses if address.rpartition("/p2p/")[2] == peer)
+
+
+def _told(peer: str, addresses: Sequence[str]) -> PeerAddresses:
+    return PeerAddresses(peer, tuple(addresses[:MAX_ADDRESSES_TOLD]))
