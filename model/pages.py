@@ -131,8 +131,8 @@ class PageCopy(NamedTuple):
     target: int
 
 
-class Placed(NamedTuple):
-    """Where a row of a step lives: its pages, and that its `n` new tokens stand at [start, start + n)."""
+class Segment(NamedTuple):
+    """One row's part of a batch: its pages, and that its `n` new tokens stand at [start, start + n)."""
 
     pages: tuple[int, ...]
     start: int
@@ -169,10 +169,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a step has to do: first the copies, then write and attend the rows, in the step's order."""
+    """What a step has to do: first the copies, then write and attend the segments, one a row."""
 
     copies: tuple[PageCopy, ...]
-    rows: tuple[Placed, ...]
+    segments: tuple[Segment, ...]
 
 
 class SessionPages:
@@ -236,11 +236,11 @@ class SessionPages:
         self._release(self._live)
         self._live = tuple(table)
         self._remember(step_id)
-        placed = tuple(
-            Placed(row.pages, growth.position, growth.n)
+        segments = tuple(
+            Segment(row.pages, growth.position, growth.n)
             for row, growth in zip(table, plan.growths, strict=True)
         )
-        return Applied(tuple(copies), placed)
+        return Applied(tuple(copies), segments)
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """Set the rows back to how they stood after `base_step`, cut to `lengths`; forget later tables.

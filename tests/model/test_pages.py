@@ -64,7 +64,7 @@ class PagesAgainstLists(RuleBasedStateMachine):
         for source, target in applied.copies:
             self.memory[target] = list(self.memory[source])
         new_rows = []
-        for row, placed in zip(rows, applied.rows, strict=True):
+        for row, placed in zip(rows, applied.segments, strict=True):
             assert (placed.start, placed.n) == (row.position, row.n)
             prefix = self.rows[row.parent][: row.position] if row.parent != NEW_ROW else []
             tokens = list(range(self.next_token, self.next_token + row.n))
@@ -76,7 +76,7 @@ class PagesAgainstLists(RuleBasedStateMachine):
             if row.parent != NEW_ROW and row.position < len(self.rows[row.parent]):
                 self.truncated_since = dict.fromkeys(self.truncated_since, True)
         self.rows = new_rows
-        self.placed = [placed.pages for placed in applied.rows]
+        self.placed = [placed.pages for placed in applied.segments]
         self.snapshots = {k: v for k, v in self.snapshots.items() if k >= self.committed}
         self.snapshots[self.step_id] = [list(row) for row in new_rows]
         self.truncated_since[self.step_id] = False
@@ -180,12 +180,12 @@ def test_a_full_pool_is_busy_and_the_rows_stay() -> None:
 
 def test_a_fork_copies_only_the_partly_filled_page_and_only_once() -> None:
     pool, pages = session()
-    first = pages.apply(1, 0, (Row(NEW_ROW, 0, 6),)).rows[0].pages
+    first = pages.apply(1, 0, (Row(NEW_ROW, 0, 6),)).segments[0].pages
     forked = pages.apply(2, 2, (Row(0, 6, 1), Row(0, 6, 1)))
     assert len(forked.copies) == 1
     assert forked.copies[0].source == first[1]
-    assert forked.rows[0].pages == first
-    assert forked.rows[1].pages == (first[0], forked.copies[0].target)
+    assert forked.segments[0].pages == first
+    assert forked.segments[1].pages == (first[0], forked.copies[0].target)
     assert pages.num_pages == 3
     assert pool.num_free == 13
 
@@ -232,5 +232,5 @@ def test_rows_that_grow_side_by_side_keep_to_runs_of_neighbouring_pages() -> Non
         pages.apply(1, 0, (Row(NEW_ROW, 0, 4),))
     for step in range(2, 30):
         for pages in sessions:
-            (row,) = pages.apply(step, step, (Row(0, step + 2, 1),)).rows
+            (row,) = pages.apply(step, step, (Row(0, step + 2, 1),)).segments
             assert row.pages == tuple(range(row.pages[0], row.pages[0] + len(row.pages)))

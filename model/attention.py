@@ -1,0 +1,325 @@
+"""Causal attention of new tokens over the pages of their own rows: one function for every family.
+
+Registered with transformers' `AttentionInterface`, it is called by the unchanged attention modules of all
+certified families with a flattened batch `(1, …, total_tokens, …)`; what belongs to which row stands in the
+`Placement` that travels through the layers' keyword arguments. It knows nothing of sessions or models.
+
+Pages are read in place: a row's pages form a few runs of neighbouring slots, each a view of the cache.
+Keys are never gathered for a decode on a CPU (measured: gathering costs more than attending).
+
+Source: Kwon et al. 2023, PagedAttention; Milakov and Gimelshein 2018, for merging partial softmaxes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from .cache import Cache
+from .pages import Segment
+
+__all__ = ["ATTENTION", "Batch", "Placement", "Segment", "attend", "register"]
+
+ATTENTION: Final = "corolla"
+
+# Up to so many new tokens of a row, one small product per head is faster than the flash kernel's start.
+_FEW_TOKENS: Final = 8
+# Scores computed at a time where they have to be written out: 64 MiB of float32.
+_MAX_SCORES: Final = 1 << 24
+
+
+def register() -> None:
+    """Make `attend` known to transformers under the name `ATTENTION`. May be called again."""
+    AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """New tokens of many rows, one segment after the other; segments without pages attend only themselves."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the flattened batch."""
+        return sum(segment.n for segment in self.segments)
+
+    @property
+    def is_stateless(self) -> bool:
+        """Whether nothing is cached: each segment is a whole sequence, and gradients may flow."""
+        return not any(segment.pages for segment in self.segments)
+
+    @classmethod
+    def stateless(cls, lengths: tuple[int, ...]) -> Batch:
+        """Whole sequences of these lengths, side by side, that leave nothing behind."""
+        return cls(tuple(Segment((), 0, length) for length in lengths))
+
+
+class _Run(NamedTuple):
+    """Neighbouring slots [slot, slot + num) that hold positions [first, first + num) of a row."""
+
+    slot: int
+    first: int
+    num: int
+
+
+class _Reach(NamedTuple):
+    """One row in a placement: its tokens [offset, offset + n) of the batch, and where all its tokens lie."""
+
+    offset: int
+    n: int
+    start: int
+    runs: tuple[_Run, ...]
+
+
+class Placement:
+    """A batch laid out on a cache: made once a forward pass, read by every block."""
+
+    def __init__(self, batch: Batch, cache: Cache | None, device: torch.device) -> None:
+        self.cache = None if batch.is_stateless else cache
+        page_tokens = cache.page_tokens if cache is not None else 1
+        positions: list[int] = []
+        slots: list[int] = []
+        reaches: list[_Reach] = []
+        for segment in batch.segments:
+            if not segment.n:
+                continue
+            end = segment.start + segment.n
+            runs = _runs(segment.pages, end, page_tokens) if self.cache is not None else ()
+            reaches.append(_Reach(len(positions), segment.n, segment.start, runs))
+            positions.extend(range(segment.start, end))
+            if self.cache is not None:
+                slots.extend(_slots(segment, page_tokens))
+        self.reaches = tuple(reaches)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)  # (num_tokens,)
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)  # (num_tokens,), or empty
+
+
+def _slots(segment: Segment, page_tokens: int) -> list[int]:
+    slots = []
+    for position in range(segment.start, segment.start + segment.n):
+        page, offset = divmod(position, page_tokens)
+        slots.append(segment.pages[page] * page_tokens + offset)
+    return slots
+
+
+def _runs(pages: tuple[int, ...], end: int, page_tokens: int) -> tuple[_Run, ...]:
+    """Positions [0, end) of a row as few runs of neighbouring slots as its pages allow."""
+    runs: list[_Run] = []
+    index = 0
+    num_pages = -(-end // page_tokens)
+    while index < num_pages:
+        last = index + 1
+        while last < num_pages and pages[last] == pages[last - 1] + 1:
+            last += 1
+        first = index * page_tokens
+        runs.append(_Run(pages[index] * page_tokens, first, min(last * page_tokens, end) - first))
+        index = last
+    return tuple(runs)
+
+
+class _Form(NamedTuple):
+    """How a module wants its scores: scaled, limited to a window, capped, with a sink for each head."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # (num_heads,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels of `scaled_dot_product_attention` compute it."""
+        return self.softcap is None and self.sinks is None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    placement: Placement,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of new tokens over the pages of their own rows, which then hold them too.
+
+    query: (1, num_heads, num_tokens, head_dim), already rotated; key and value likewise with their heads.
+    options: as transformers' modules pass them: scaling, sliding_window, softcap, s_aux; others are ignored.
+    Returns (1, num_tokens, num_heads, value_dim), and no weights.
+    """
+    scaling = options.get("scaling")
+    form = _Form(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+    if placement.cache is None:
+        return _attend_alone(query[0], key[0], value[0], placement, form), None
+    block: int = module.layer_idx  # type: ignore[assignment]
+    cache = placement.cache
+    cache.write(block, placement.slots, key[0], value[0])
+    keys, values = cache.keys(block), cache.values(block)
+    outputs = []
+    for reach in placement.reaches:
+        tokens = slice(reach.offset, reach.offset + reach.n)
+        row_query = query[0, :, tokens]  # (num_heads, n, head_dim)
+        if reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
+            outputs.append(_attend_runs(row_query, keys, values, reach, form))
+        elif query.device.type == "cpu":
+            outputs.append(
+                _attend_flash(row_query, (key[0, :, tokens], value[0, :, tokens]), keys, values, reach, form)
+            )
+        else:
+            outputs.append(_attend_gathered(row_query, keys, values, reach, form))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output.transpose(0, 1)[None], None  # (1, num_tokens, num_heads, value_dim)
+
+
+def _is_windowed(reach: _Reach, form: _Form) -> bool:
+    """Whether the window hides anything from the row's last new token."""
+    return form.window is not None and reach.start + reach.n > form.window
+
+
+def _attend_runs(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
+    """(num_heads, n, value_dim), with every score written out; keys and values are read in place."""
+    num_keys = reach.start + reach.n
+    step = max(1, _MAX_SCORES // (query.shape[0] * num_keys))
+    if step < reach.n:
+        parts = [
+            _attend_runs(
+                query[:, first : first + step],
+                keys,
+                values,
+                reach._replace(start=reach.start + first, n=min(step, reach.n - first)),
+                form,
+            )
+            for first in range(0, reach.n, step)
+        ]
+        return torch.cat(parts, dim=1)
+    first_key = 0 if form.window is None else max(0, reach.start - form.window + 1)
+    spans = [
+        (run.slot + max(first_key - run.first, 0), run.slot + min(num_keys - run.first, run.num))
+        for run in reach.runs
+        if run.first < num_keys and run.first + run.num > first_key
+    ]
+    row_keys = [keys[:, first:last] for first, last in spans]
+    row_values = [values[:, first:last] for first, last in spans]
+    return _attend_parts(query, row_keys, row_values, (reach.start, first_key), form)
+
+
+def _attend_parts(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], starts: tuple[int, int], form: _Form
+) -> Tensor:
+    """Softmax attention over keys given in parts, (num_kv_heads, some, dim) each, without joining them.
+
+    starts: the position of the first query and of the first key. Query heads that share a key head are
+    folded into its rows, so that no key is repeated.
+    """
+    num_heads, num_queries, _ = query.shape
+    num_kv_heads = keys[0].shape[0]
+    group = num_heads // num_kv_heads
+    folded = (query * form.scaling).reshape(num_kv_heads, group * num_queries, -1)
+    parts = [torch.bmm(folded, part.transpose(1, 2)) for part in keys]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (kv heads, group * n, num_keys)
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    hidden = _hidden_mask(num_queries, scores.shape[-1], starts, form.window, scores.device)
+    if hidden is not None:
+        scores = scores.unflatten(1, (group, num_queries)).masked_fill(hidden, -math.inf).flatten(1, 2)
+    if form.sinks is not None:
+        sinks = form.sinks.to(scores.dtype).reshape(num_kv_heads, group, 1, 1)
+        sinks = sinks.expand(-1, -1, num_queries, 1).flatten(1, 2)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    output: Tensor | None = None
+    first = 0
+    for part in values:
+        last = first + part.shape[1]
+        attended = torch.bmm(weights[..., first:last], part)
+        output = attended if output is None else output + attended
+        first = last
+    if output is None:
+        return query.new_zeros((num_heads, num_queries, 0))
+    return output.reshape(num_heads, num_queries, -1)
+
+
+def _hidden_mask(
+    num_queries: int, num_keys: int, starts: tuple[int, int], window: int | None, device: torch.device
+) -> Tensor | None:
+    """(num_queries, num_keys) True where a query must not look; None if each may look everywhere."""
+    query_start, key_start = starts
+    if num_queries == 1:  # the caller gave it just the keys of its window
+        return None
+    queries = torch.arange(query_start, query_start + num_queries, device=device)[:, None]
+    keys = torch.arange(key_start, key_start + num_keys, device=device)[None]
+    hidden = keys > queries
+    if window is not None:
+        hidden |= keys <= queries - window
+    return hidden
+
+
+def _attend_flash(
+    query: Tensor, fresh: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, reach: _Reach, form: _Form
+) -> Tensor:
+    """Many new tokens on a CPU: unmasked flash attention over each run of the past, causal over themselves.
+
+    fresh: the new tokens' own keys and values. The parts are merged by their log-sum-exps.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fresh_keys, fresh_values = fresh
+    parts = [flash(query[None], fresh_keys[None], fresh_values[None], 0.0, True, scale=form.scaling)]
+    for run in reach.runs:
+        num = min(run.num, reach.start - run.first)
+        if num > 0:
+            run_keys = keys[None, :, run.slot : run.slot + num]
+            run_values = values[None, :, run.slot : run.slot + num]
+            parts.append(flash(query[None], run_keys, run_values, 0.0, False, scale=form.scaling))
+    if len(parts) == 1:
+        alone: Tensor = parts[0][0]
+        return alone[0]
+    sums = torch.stack([lse for _, lse in parts])  # (num_parts, 1, num_heads, n)
+    shares = torch.exp(sums - torch.logsumexp(sums, dim=0))[..., None]
+    merged = torch.zeros_like(query[None], dtype=torch.float32)
+    for share, (output, _) in zip(shares, parts, strict=True):
+        merged = torch.addcmul(merged, share, output.float())
+    return merged[0].to(query.dtype)
+
+
+def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
+    """Many new tokens on a GPU: the row's keys joined, and torch's fused kernel with a mask."""
+    row_keys = torch.cat([keys[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
+    row_values = torch.cat([values[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
+    hidden = _hidden_mask(reach.n, row_keys.shape[1], (reach.start, 0), None, query.device)
+    mask = None if hidden is None else ~hidden
+    output = F.scaled_dot_product_attention(
+        query[None], row_keys[None], row_values[None], attn_mask=mask, scale=form.scaling, enable_gqa=True
+    )
+    return output[0]
+
+
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: _Form) -> Tensor:
+    """(1, num_tokens, num_heads, value_dim): causal attention within each segment, differentiable."""
+    outputs = []
+    for reach in placement.reaches:
+        tokens = slice(reach.offset, reach.offset + reach.n)
+        if form.is_plain and not _is_windowed(reach, form):
+            output = F.scaled_dot_product_attention(
+                query[None, :, tokens],
+                key[None, :, tokens],
+                value[None, :, tokens],
+                is_causal=True,
+                scale=form.scaling,
+                enable_gqa=True,
+            )[0]
+        else:
+            output = _attend_parts(query[:, tokens], [key[:, tokens]], [value[:, tokens]], (0, 0), form)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]

@@ -1,0 +1,94 @@
+"""The tensors behind the pages: one of keys and one of values for every block of a span.
+
+Owns the memory of the KV cache and how it is laid out on a device; which row owns which page is the
+business of `pages`. A slot is one token's place: slot = page * page_tokens + offset.
+
+A CPU reads one head of one row at a time, so there all slots of a head lie together and a run of pages is
+one stream of memory (measured at 4096 tokens and 16 heads: 1.1 ms a block, against 1.8 with the heads of a
+slot together). Paged kernels of CUDA want `(page, slot, head, dim)`, so there the heads of a slot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Code, error
+from .pages import PAGE_TOKENS
+
+
+class CacheShape(NamedTuple):
+    """What one block keeps of a token: `num_heads` keys of `key_dim` and values of `value_dim` numbers."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+def page_bytes(shapes: Iterable[CacheShape], dtype: torch.dtype, page_tokens: int = PAGE_TOKENS) -> int:
+    """Bytes that one page takes in all of these blocks together."""
+    numbers = sum(shape.num_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
+    return numbers * dtype.itemsize * page_tokens
+
+
+class Cache:
+    """Keys and values of every block of a span, for `num_pages` pages.
+
+    shapes: block → shape; blocks may differ. Raises `OUT_OF_MEMORY` if the device refuses.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[int, CacheShape],
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_tokens: int = PAGE_TOKENS,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self.page_bytes = page_bytes(shapes.values(), dtype, page_tokens)
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        try:
+            for block, shape in shapes.items():
+                self._keys[block] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
+                self._values[block] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as problem:  # torch's allocators raise RuntimeError and its children
+            raise error(
+                Code.OUT_OF_MEMORY,
+                f"no memory on {device} for {num_pages} cache pages of {self.page_bytes} bytes",
+                "serve fewer blocks, or a smaller cache",
+            ) from problem
+
+    def _allocate(self, num_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(num_heads, num_slots, dim), whatever lies under it. Memory is touched first when it is written."""
+        num_slots = self.num_pages * self.page_tokens
+        if device.type == "cpu":
+            return torch.empty((num_heads, num_slots, dim), dtype=dtype)
+        return torch.empty((num_slots, num_heads, dim), dtype=dtype, device=device).transpose(0, 1)
+
+    def keys(self, block: int) -> Tensor:
+        """All keys of a block, (num_heads, num_slots, key_dim); a view."""
+        return self._keys[block]
+
+    def values(self, block: int) -> Tensor:
+        """All values of a block, (num_heads, num_slots, value_dim); a view."""
+        return self._values[block]
+
+    def write(self, block: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put new tokens' keys and values, (num_heads, num_tokens, dim), into `slots` (num_tokens,) int64."""
+        self._keys[block].index_copy_(1, slots, keys)
+        self._values[block].index_copy_(1, slots, values)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page of every block, the whole of it."""
+        at, to = source * self.page_tokens, target * self.page_tokens
+        for tensor in (*self._keys.values(), *self._values.values()):
+            tensor[:, to : to + self.page_tokens] = tensor[:, at : at + self.page_tokens]

@@ -1,0 +1,124 @@
+"""What stands before and after the blocks: embeddings; final norm and LM head; the tokenizer.
+
+Owns the ends' weights. Where a model ties its head to its embeddings, the head's packed copy stands beside
+the plain embedding table, because one kernel looks up rows and the other multiplies by all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..protocol.errors import Code, error
+from .checkpoint import Checkpoint, load_part
+from .families import Skeleton
+from .linear import packed
+
+
+class Ends:
+    """Embeddings, final norm and head of one model, on one device, and its tokenizer."""
+
+    def __init__(
+        self, parts: dict[str, nn.Module], skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        """For `load`; parts: `embeddings`, `norm` and `head`, with weights."""
+        self._embeddings = parts["embeddings"]
+        self._norm = parts["norm"]
+        self._head = parts["head"]
+        self._tokenizer = tokenizer
+        self._softcap: float | None = getattr(skeleton.config, "final_logit_softcapping", None)
+        self.hidden_size = skeleton.hidden_size
+        self.vocab_size = int(skeleton.config.vocab_size)
+        self.bytes = 0
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, memory_bytes: int = 0
+    ) -> Ends:
+        """Load just the ends' tensors, and the tokenizer if the model has one.
+
+        memory_bytes: limit for the weights; 0 is none. Raises as `Span.load`.
+        """
+        skeleton = Skeleton(checkpoint.config)
+        size = skeleton.ends_bytes(dtype)
+        if memory_bytes and size > memory_bytes:
+            raise error(
+                Code.DOES_NOT_FIT,
+                f"the ends take {size:,} bytes, {memory_bytes:,} are there",
+                "free memory, or choose a smaller model or a smaller dtype",
+            )
+        prefixes = skeleton.end_prefixes
+        parts = skeleton.take_ends()
+        wanted = ("embeddings", "norm") if skeleton.is_tied else ("embeddings", "norm", "head")
+        checkpoint.fetch(skeleton, [prefixes[part] for part in wanted])
+        for part in wanted:
+            holder = nn.ModuleDict({"part": parts[part]})
+            load_part(checkpoint, skeleton, prefixes[part], holder["part"], dtype, device)
+        if skeleton.is_tied:
+            parts["head"].weight = parts["embeddings"].weight
+        parts["head"] = packed(parts["head"])
+        ends = cls(parts, skeleton, checkpoint.tokenizer())
+        ends.bytes = size
+        ends.dtype = dtype
+        ends.device = device
+        return ends
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises `UNREADABLE` if the model came without one."""
+        if self._tokenizer is None:
+            raise error(
+                Code.UNREADABLE,
+                "this model has no tokenizer files",
+                "put tokenizer.json beside its weights, or use token ids and hidden states",
+            )
+        return self._tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat_tokens` can work."""
+        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
+
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat (role and content of each turn), ready for the assistant's answer.
+
+        Raises `BAD_REQUEST` if the model has no chat template or the template refuses the chat.
+        """
+        if not self.has_chat_template:
+            raise error(
+                Code.BAD_REQUEST, "this model has no chat template", "give the prompt as plain text instead"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as problem:  # templates are programs; whatever they raise, the chat is at fault
+            raise error(
+                Code.BAD_REQUEST, f"the model's chat template refuses this chat: {problem}"
+            ) from problem
+        encoded: Any = self.tokenizer(str(text), add_special_tokens=False)
+        return [int(token) for token in encoded["input_ids"]]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(num_tokens,) int64 → (num_tokens, hidden_size). Raises `BAD_REQUEST` for an id out of range."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+            raise error(Code.BAD_REQUEST, f"token id {worst}, the vocabulary has {self.vocab_size}")
+        with torch.inference_mode():
+            embedded: Tensor = self._embeddings(ids.to(self.device)[None])[0]
+            return embedded
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Last blocks' output (num_rows, hidden_size) → logits (num_rows, vocab_size), float32."""
+        if hidden.shape[-1] != self.hidden_size:
+            raise error(Code.BAD_SHAPE, f"hidden_size {hidden.shape[-1]}, expected {self.hidden_size}")
+        if not hidden.shape[0]:
+            return hidden.new_zeros((0, self.vocab_size), dtype=torch.float32)
+        with torch.inference_mode():
+            logits: Tensor = self._head(self._norm(hidden[None]))[0].float()
+            if self._softcap is not None:
+                logits = torch.tanh(logits / self._softcap) * self._softcap
+            return logits

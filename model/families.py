@@ -1,0 +1,238 @@
+"""How a transformers architecture falls into ends and blocks.
+
+Owns the list of certified families and the shape of a model without weights; knows nothing of files or
+devices. One generic adapter serves all families: transformers' own classes, built on the meta device as a
+whole, so that every block has the place, and with it the layer type, that its index gives it; blocks are
+then taken out one by one. Whatever is not on the list is refused by name: a family belongs to it once
+`tests/model/test_span.py` shows that it split at every boundary equals the whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..protocol.errors import Code, error
+from .attention import ATTENTION, Placement, register
+from .cache import CacheShape
+
+
+class Layout(NamedTuple):
+    """What a family calls the parts of its base model."""
+
+    blocks: str = "layers"
+    embeddings: str = "embed_tokens"
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
+
+
+CERTIFIED: Final[Mapping[str, Layout]] = {
+    "LlamaForCausalLM": Layout(),
+    "Qwen2ForCausalLM": Layout(),
+    "Qwen3ForCausalLM": Layout(),
+    "MistralForCausalLM": Layout(),
+    "Phi3ForCausalLM": Layout(),
+    "Olmo2ForCausalLM": Layout(),
+    "Gemma2ForCausalLM": Layout(),
+    "Gemma3ForCausalLM": Layout(),
+    "MixtralForCausalLM": Layout(),
+    "Qwen3MoeForCausalLM": Layout(),
+    "GptOssForCausalLM": Layout(),
+    "GPTNeoXForCausalLM": Layout(embeddings="embed_in", norm="final_layer_norm"),
+}
+
+# Rope types whose frequencies follow the longest position of the batch that they are asked for.
+_LENGTH_DEPENDENT: Final = ("dynamic", "longrope")
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """The model's class, such as `LlamaForCausalLM`. Raises `UNSUPPORTED_FAMILY` with the reason."""
+    names = config.architectures or []
+    name = names[0] if names else type(config).__name__
+    if name not in CERTIFIED:
+        raise error(
+            Code.UNSUPPORTED_FAMILY,
+            f"models of the architecture {name} are not supported",
+            f"choose one of {', '.join(sorted(CERTIFIED))}",
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = (
+            quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
+        )
+        raise error(
+            Code.UNSUPPORTED_FAMILY,
+            f"weights stored quantized by {method} are not supported",
+            "use the model's float16 or bfloat16 weights, or a GGUF file",
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise error(Code.UNSUPPORTED_FAMILY, f"{name} with bidirectional attention cannot be cached")
+    return name
+
+
+class Skeleton:
+    """A model without weights: its blocks and ends are handed out once each, to be filled and owned elsewhere.
+
+    tensors: of the whole model, without numbers, by the names that transformers gives them.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        """Raises `UNSUPPORTED_FAMILY`."""
+        self.architecture = architecture(config)
+        layout = CERTIFIED[self.architecture]
+        register()
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION, dtype=torch.float32
+            )
+        self.model.eval().requires_grad_(False)
+        self.config = self.model.config
+        self._layout = layout
+        self._base: nn.Module = self.model.base_model
+        self._prefix = f"{self.model.base_model_prefix}."
+        self._blocks: nn.ModuleList = self._base.get_submodule(layout.blocks)  # type: ignore[assignment]
+        self.num_blocks = len(self._blocks)
+        self.tensors: dict[str, Tensor] = self.model.state_dict()  # all on the meta device
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a token's hidden state."""
+        return int(self.config.hidden_size)
+
+    def block_prefix(self, block: int) -> str:
+        """What the names of a block's tensors start with."""
+        return f"{self._prefix}{self._layout.blocks}.{block}."
+
+    @property
+    def end_prefixes(self) -> dict[str, str]:
+        """Part of the ends → what the names of its tensors start with."""
+        return {
+            "embeddings": f"{self._prefix}{self._layout.embeddings}.",
+            "norm": f"{self._prefix}{self._layout.norm}.",
+            "head": f"{self._head_name()}.",
+        }
+
+    def block_bytes(self, block: int, dtype: torch.dtype) -> int:
+        """Bytes of a block's weights in `dtype`."""
+        prefix = self.block_prefix(block)
+        return sum(t.numel() * dtype.itemsize for name, t in self.tensors.items() if name.startswith(prefix))
+
+    def ends_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the ends' weights in `dtype`; tied ones count twice, because the head is packed."""
+        prefixes = tuple(self.end_prefixes.values())
+        return sum(
+            t.numel() * dtype.itemsize for name, t in self.tensors.items() if name.startswith(prefixes)
+        )
+
+    def take_block(self, block: int) -> nn.Module:
+        """A block's module, its tensors still on the meta device; an empty module stays in its place."""
+        module = self._blocks[block]
+        self._blocks[block] = nn.Module()
+        return module
+
+    def take_ends(self) -> dict[str, nn.Module]:
+        """The modules `embeddings`, `norm` and `head`, their weights still on the meta device."""
+        names = self.end_prefixes
+        parts = {part: self.model.get_submodule(name.removesuffix(".")) for part, name in names.items()}
+        for module in parts.values():
+            self._make_buffers(module)
+        return parts
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weights are the embeddings'."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def cache_shape(self, module: nn.Module) -> CacheShape:
+        """What a block's attention keeps of a token."""
+        for part in module.modules():
+            head_dim = getattr(part, "head_dim", None) or getattr(part, "head_size", None)
+            if head_dim is not None and hasattr(part, "layer_idx"):
+                heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+                return CacheShape(int(heads), int(head_dim), int(head_dim))
+        raise error(Code.UNSUPPORTED_FAMILY, f"{self.architecture} has a block without attention")
+
+    def rotary(self) -> Rotary:
+        """The model's rotary embeddings, with buffers of their own on the CPU."""
+        return Rotary(type(self._base.get_submodule(self._layout.rotary))(self.config), self.config)
+
+    def _head_name(self) -> str:
+        head = self.model.get_output_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is head)
+
+    def _make_buffers(self, module: nn.Module) -> None:
+        """Give buffers that no checkpoint holds, such as an embedding's scale, their computed values."""
+        for part in module.modules():
+            names = [name for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
+            for name in names:
+                buffer = part.get_buffer(name)
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            if names:
+                self.model._init_weights(part)
+
+
+class Rotary:
+    """Rotary embeddings of a batch, in which each row's depend on that row alone.
+
+    transformers picks the frequencies of dynamic and long RoPE by the longest position in the batch, which
+    here holds other people's rows. Such types are computed row by row, each from the model's own start.
+    """
+
+    def __init__(self, module: nn.Module, config: PretrainedConfig) -> None:
+        self._module = module.eval()
+        self._layer_types: tuple[str, ...] | None = None
+        types = getattr(module, "rope_type", "default")
+        if "layer_type" in inspect.signature(type(module).forward).parameters:
+            self._layer_types = tuple(config.layer_types)
+        names = types.values() if isinstance(types, dict) else (types,)
+        self._is_length_dependent = any(kind in name for name in names for kind in _LENGTH_DEPENDENT)
+        self._pristine = {
+            name: value
+            for name, value in {**module._buffers, **vars(module)}.items()
+            if name.endswith(("inv_freq", "max_seq_len_cached", "attention_scaling"))
+        }
+
+    def to(self, device: torch.device) -> Rotary:
+        """Move the buffers; returns self."""
+        self._module.to(device)
+        self._pristine = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self._pristine.items()
+        }
+        return self
+
+    def __call__(self, hidden: Tensor, placement: Placement, blocks: range) -> dict[int, Any]:
+        """Block → its position embeddings for hidden (1, num_tokens, hidden_size)."""
+        if self._layer_types is None:
+            embeddings = self._embed(hidden, placement, {})
+            return dict.fromkeys(blocks, embeddings)
+        by_type = {
+            kind: self._embed(hidden, placement, {"layer_type": kind})
+            for kind in {self._layer_types[block] for block in blocks}
+        }
+        return {block: by_type[self._layer_types[block]] for block in blocks}
+
+    def _embed(self, hidden: Tensor, placement: Placement, options: dict[str, str]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (1, num_tokens, rotary_dim) each."""
+        positions = placement.positions[None]
+        if not self._is_length_dependent:
+            cosines, sines = self._module(hidden, positions, **options)
+            return cosines, sines
+        parts = []
+        for reach in placement.reaches:
+            self._reset()
+            row = slice(reach.offset, reach.offset + reach.n)
+            parts.append(self._module(hidden[:, row], positions[:, row], **options))
+        return torch.cat([cos for cos, _ in parts], dim=1), torch.cat([sin for _, sin in parts], dim=1)
+
+    def _reset(self) -> None:
+        for name, value in self._pristine.items():
+            if isinstance(value, Tensor):
+                self._module.register_buffer(name, value.clone(), persistent=False)
+            else:
+                setattr(self._module, name, value)

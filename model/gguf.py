@@ -1,0 +1,241 @@
+"""A GGUF file as a Hugging Face folder: converted once, tensor by tensor, and kept in the cache folder.
+
+Owns the differences between the two formats: names of tensors, llama.cpp's order of rotary rows,
+quantization blocks. Quantized numbers become float16, which holds their scale and offset almost exactly;
+plain ones keep their type. Memory holds one block at a time. Reading GGUF through transformers would
+dequantize the whole file at every start.
+
+Source: the GGUF specification (ggml, docs/gguf.md); names from the package `gguf`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, dequantize, get_tensor_name_map
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..protocol.errors import Code, CorollaError, error
+from .families import Skeleton
+
+CONVERSION: Final = 1  # part of the fingerprint: raised when the same file would become other numbers
+_MARK: Final = "corolla.json"
+_INDEX: Final = "model.safetensors.index.json"
+# Architectures whose tensors differ in nothing but name and the order of rotary rows.
+_CONVERTIBLE: Final = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+)
+_ROTARY_REORDERED: Final = ("LlamaForCausalLM", "MistralForCausalLM")
+_PLAIN: Final = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The file that a converted folder came from."""
+
+    name: str
+    sha256: str
+
+
+def source_of(folder: Path) -> Source | None:
+    """What a folder was converted from; None if it is an ordinary one."""
+    mark = folder / _MARK
+    if not mark.exists():
+        return None
+    try:
+        fields = json.loads(mark.read_text("utf-8"))
+        return Source(str(fields["name"]), str(fields["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise error(
+            Code.DAMAGED_WEIGHTS, f"{mark} is unreadable: {problem}", f"delete {folder} and start again"
+        ) from problem
+
+
+def convert(source: Source, path: Path, cache_folder: Path, report: Callable[[str, int, int], None]) -> Path:
+    """The folder that holds `path` as safetensors, with configuration, tokenizer and chat template.
+
+    Raises `UNSUPPORTED_FAMILY`, `DAMAGED_WEIGHTS`, `DISK_FULL`, `UNREADABLE`. A conversion that fails leaves
+    nothing behind; one that is cut off leaves a `.part` folder, which the next one replaces.
+    """
+    folder = cache_folder / f"{path.stem}-{source.sha256[:12]}-{CONVERSION}"
+    if (folder / _MARK).exists():
+        return folder
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        _convert_into(part, source, path, report)
+        if not (folder / _MARK).exists():  # another worker may have been faster
+            part.rename(folder)
+    except (OSError, SafetensorError) as problem:
+        raise _explained(problem, folder) from problem
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _explained(problem: Exception, folder: Path) -> CorollaError:
+    is_full = isinstance(problem, OSError) and problem.errno == errno.ENOSPC
+    if is_full or "No space left" in str(problem):  # safetensors wraps the system's error into text
+        return error(
+            Code.DISK_FULL, f"the disk filled up while converting to {folder}", "free some disk space"
+        )
+    return error(Code.UNREADABLE, f"converting to {folder} failed: {problem}")
+
+
+def _convert_into(folder: Path, source: Source, path: Path, report: Callable[[str, int, int], None]) -> None:
+    reader = _read(path)
+    config = _config(path, reader)
+    skeleton = Skeleton(config)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    names = _names(reader, skeleton, set(stored))
+    _check_room(folder, sum(tensor.n_elements for tensor in reader.tensors))
+    config.save_pretrained(folder)
+    _save_tokenizer(folder, path)
+    weight_map: dict[str, str] = {}
+    done, total = 0, len(names)
+    for shard, targets in _shards(skeleton, names).items():
+        tensors = {target: _tensor(target, stored[names[target]], skeleton) for target in targets}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(targets, shard))
+        done += len(targets)
+        report("converting", done * path.stat().st_size // total, path.stat().st_size)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=0), "utf-8")
+    mark = {"name": source.name, "sha256": source.sha256, "conversion": CONVERSION}
+    (folder / _MARK).write_text(json.dumps(mark), "utf-8")
+
+
+def _read(path: Path) -> GGUFReader:
+    try:
+        return GGUFReader(path)
+    except PermissionError as problem:
+        raise error(
+            Code.UNREADABLE, f"{path}: {problem.strerror}", "let the daemon's user read it"
+        ) from problem
+    except (OSError, ValueError, IndexError, KeyError, OverflowError) as problem:
+        raise error(
+            Code.DAMAGED_WEIGHTS, f"{path} is no GGUF file, or cut short: {problem}", "fetch the file again"
+        ) from problem
+
+
+def _config(path: Path, reader: GGUFReader) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise error(
+            Code.UNSUPPORTED_FAMILY, f"transformers cannot read the configuration of {path.name}: {problem}"
+        ) from problem
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    names = {tensor.name for tensor in reader.tensors}
+    if name not in _CONVERTIBLE or "rope_freqs.weight" in names:
+        reason = " with stored rotary frequencies" if name in _CONVERTIBLE else ""
+        raise error(
+            Code.UNSUPPORTED_FAMILY,
+            f"a GGUF file of {name}{reason} cannot be converted",
+            "use the model's safetensors folder, or its name on the hub",
+        )
+    config.architectures = [str(name)]
+    config.tie_word_embeddings = "output.weight" not in names
+    config.dtype = torch.float16
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # says how the file was stored, not how the folder is
+    return config
+
+
+def _save_tokenizer(folder: Path, path: Path) -> None:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise error(Code.UNREADABLE, f"the tokenizer in {path.name} is unreadable: {problem}") from problem
+
+
+def _names(reader: GGUFReader, skeleton: Skeleton, stored: set[str]) -> dict[str, str]:
+    """Tensor of the model → its name in the file. Raises `DAMAGED_WEIGHTS` if the two do not match."""
+    field = reader.get_field("general.architecture")
+    architecture = str(field.contents()) if field is not None else ""
+    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        raise error(Code.UNSUPPORTED_FAMILY, f"GGUF architecture {architecture!r} is unknown")
+    mapping = get_tensor_name_map(arch, skeleton.num_blocks)
+    head = skeleton.end_prefixes["head"]
+    names = {
+        target: str(mapping.get_name(target, try_suffixes=(".weight", ".bias")))
+        for target in skeleton.tensors
+        if not (skeleton.is_tied and target.startswith(head))
+    }
+    missing = sorted(set(names.values()) - stored)
+    strange = sorted(stored - set(names.values()))
+    if missing or strange:
+        raise error(
+            Code.DAMAGED_WEIGHTS,
+            f"the GGUF file lacks {missing[:3]} and has {strange[:3]} besides what {architecture} needs",
+            "fetch the file again, or use the model's safetensors",
+        )
+    return names
+
+
+def _shards(skeleton: Skeleton, names: dict[str, str]) -> dict[str, list[str]]:
+    """File name → its tensors: one file a block, and one for the ends."""
+    shards: dict[str, list[str]] = {}
+    for target in names:
+        block = next(
+            (i for i in range(skeleton.num_blocks) if target.startswith(skeleton.block_prefix(i))), None
+        )
+        shard = "model-ends.safetensors" if block is None else f"model-block-{block:04}.safetensors"
+        shards.setdefault(shard, []).append(target)
+    return shards
+
+
+def _tensor(target: str, stored: Any, skeleton: Skeleton) -> Tensor:
+    plain = _PLAIN.get(stored.tensor_type)
+    numbers = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+    if skeleton.architecture in _ROTARY_REORDERED:
+        numbers = _in_halves(target, numbers, skeleton.config)
+    if plain is not None:
+        return numbers.to(plain).contiguous()
+    half = numbers.to(torch.float16)
+    return (half if bool(torch.isfinite(half).all()) else numbers.to(torch.bfloat16)).contiguous()
+
+
+def _in_halves(target: str, numbers: Tensor, config: PretrainedConfig) -> Tensor:
+    """Query and key rows in transformers' order: llama.cpp stores the two halves of a head interleaved."""
+    kind = re.search(r"\.(q|k)_proj\.", target)
+    if kind is None:
+        return numbers
+    num_heads = config.num_attention_heads if kind[1] == "q" else config.num_key_value_heads
+    pairs = numbers.unflatten(0, (num_heads, -1, 2))  # (num_heads, head_dim / 2, 2, …)
+    return pairs.transpose(1, 2).reshape(numbers.shape)
+
+
+def _check_room(folder: Path, num_numbers: int) -> None:
+    needed = num_numbers * torch.float16.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise error(
+            Code.DISK_FULL,
+            f"converting needs {needed:,} bytes in {folder.parent}, {free:,} are free",
+            "free some disk space, or set another cache folder",
+        )

@@ -1,0 +1,162 @@
+"""Blocks [start, end) of a model on one device: hidden states in, hidden states out.
+
+Owns the blocks' weights and their KV cache. It knows neither sessions nor where a batch came from, and runs
+in the thread that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..protocol.errors import Code, error
+from .attention import Batch, Placement
+from .cache import Cache, CacheShape
+from .checkpoint import Checkpoint, load_part
+from .families import Rotary, Skeleton
+from .pages import PAGE_TOKENS, PageCopy
+
+
+class Span:
+    """A run of a model's blocks.
+
+    cache: None until `allocate`. num_blocks_computed: grows with every block of every forward pass, so that
+    another thread can see that this one is alive.
+    """
+
+    def __init__(self, blocks: dict[int, nn.Module], shapes: dict[int, CacheShape], rotary: Rotary) -> None:
+        """For `load`, and for tests that bring their own blocks; `blocks` are consecutive."""
+        self.start = min(blocks, default=0)
+        self.end = self.start + len(blocks)
+        self.cache_shapes = shapes
+        self.cache: Cache | None = None
+        self.num_blocks_computed = 0
+        self.bytes = 0
+        self.hidden_size = 0
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self._blocks = blocks
+        self._rotary = rotary
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        memory_bytes: int = 0,
+        report: Callable[[int, int], None] | None = None,
+    ) -> Span:
+        """Load just these blocks' tensors, block by block.
+
+        memory_bytes: limit for the weights; 0 is none. report: called with bytes done and in total.
+        Raises `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `DAMAGED_WEIGHTS`, `UNREADABLE`, and what fetching from
+        the hub may raise.
+        """
+        skeleton = Skeleton(checkpoint.config)
+        if not 0 <= start < end <= skeleton.num_blocks:
+            raise error(
+                Code.BLOCKS_OUT_OF_RANGE,
+                f"blocks {start}:{end} of a model with {skeleton.num_blocks}",
+                f"choose a range within 0:{skeleton.num_blocks}",
+            )
+        sizes = [skeleton.block_bytes(block, dtype) for block in range(start, end)]
+        _check_fits(start, sizes, memory_bytes)
+        checkpoint.fetch(skeleton, [skeleton.block_prefix(block) for block in range(start, end)])
+        blocks: dict[int, nn.Module] = {}
+        shapes: dict[int, CacheShape] = {}
+        for block in range(start, end):
+            module = skeleton.take_block(block)
+            shapes[block] = skeleton.cache_shape(module)
+            load_part(checkpoint, skeleton, skeleton.block_prefix(block), module, dtype, device)
+            blocks[block] = module
+            if report is not None:
+                report(sum(sizes[: len(blocks)]), sum(sizes))
+        span = cls(blocks, shapes, skeleton.rotary().to(device))
+        span.bytes = sum(sizes)
+        span.hidden_size = skeleton.hidden_size
+        span.dtype = dtype
+        span.device = device
+        return span
+
+    def allocate(self, num_pages: int, page_tokens: int = PAGE_TOKENS) -> Cache:
+        """Make the KV cache of all blocks. Raises `OUT_OF_MEMORY`."""
+        self.cache = Cache(self.cache_shapes, num_pages, self.dtype, self.device, page_tokens)
+        return self.cache
+
+    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
+        """Carry out a step's copies, before its forward pass."""
+        if self.cache is not None:
+            for source, target in copies:
+                self.cache.copy_page(source, target)
+
+    def forward(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None = None) -> Tensor:
+        """Hidden states after blocks [a, b) of the span, by default all of it.
+
+        hidden: (num_tokens, hidden_size), the batch's segments one after the other, in the span's dtype and
+        on its device. Segments with pages attend their rows' pages and are written there; a stateless
+        batch leaves nothing behind, and gradients of `hidden` flow if it asks for them.
+        Raises `BAD_SHAPE`, `BLOCKS_OUT_OF_RANGE`.
+        """
+        first, last = self._check(hidden, batch, blocks)
+        if not batch.num_tokens:
+            return hidden
+        if batch.is_stateless:
+            return self._run(hidden, Placement(batch, None, self.device), range(first, last))
+        with torch.inference_mode():
+            return self._run(hidden, Placement(batch, self.cache, self.device), range(first, last))
+
+    def _run(self, hidden: Tensor, placement: Placement, blocks: range) -> Tensor:
+        states = hidden[None]  # (1, num_tokens, hidden_size)
+        positions = placement.positions[None]
+        embeddings = self._rotary(states, placement, blocks)
+        for block in blocks:
+            states = self._blocks[block](
+                states,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=embeddings[block],
+                placement=placement,
+            )
+            self.num_blocks_computed += 1
+        return states[0]
+
+    def _check(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None) -> tuple[int, int]:
+        first, last = blocks or (self.start, self.end)
+        if not self.start <= first < last <= self.end:
+            raise error(
+                Code.BLOCKS_OUT_OF_RANGE, f"blocks {first}:{last} of the span {self.start}:{self.end}"
+            )
+        expected = (batch.num_tokens, self.hidden_size)
+        if tuple(hidden.shape) != expected:
+            raise error(Code.BAD_SHAPE, f"hidden states {tuple(hidden.shape)}, expected {expected}")
+        if self.cache is None and not batch.is_stateless:
+            raise error(Code.INTERNAL, "a batch with pages on a span without a cache")
+        return first, last
+
+
+def _check_fits(start: int, sizes: list[int], memory_bytes: int) -> None:
+    if not memory_bytes or sum(sizes) <= memory_bytes:
+        return
+    num_fitting, used = 0, 0
+    for size in sizes:
+        used += size
+        if used > memory_bytes:
+            break
+        num_fitting += 1
+    remedy = (
+        f"choose {start}:{start + num_fitting}"
+        if num_fitting
+        else "choose a smaller model or a smaller dtype"
+    )
+    raise error(
+        Code.DOES_NOT_FIT,
+        f"blocks {start}:{start + len(sizes)} take {sum(sizes):,} bytes, {memory_bytes:,} are there",
+        remedy,
+        num_fitting=num_fitting,
+    )

@@ -1,0 +1,113 @@
+"""Tiny random models of every certified family, with a fixed seed, as safetensors folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+NUM_BLOCKS = 4
+VOCAB_SIZE = 96
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# Windows of 8 tokens, so that short tests reach beyond them; layer types that differ from block to block.
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "qwen2": lambda: Qwen2Config(**_COMMON),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=8),
+    "phi3": lambda: Phi3Config(**_COMMON, sliding_window=None),
+    "olmo2": lambda: Olmo2Config(**_COMMON),
+    "gemma2": lambda: Gemma2Config(
+        **_COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_COMMON,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_COMMON,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        mlp_only_layers=[1],
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=_MIXED,
+        rope_parameters=_ROPE,
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+}
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The whole model in float32, with weights large enough that an error in any of them shows."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1 and "bias" not in name and "sinks" not in name:
+                parameter.add_(0.1 * noise)  # norms: around what they are initialized to
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    model.tie_weights()
+    return model.eval()
+
+
+def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Write a tiny model of `family` to `folder`, and return the whole model, to compare with.
+
+    changes: fields of the configuration, such as `num_hidden_layers`.
+    """
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = random_model(config, seed)
+    model.save_pretrained(folder)
+    return model
