@@ -233,7 +233,8 @@ def _attend_parts(
         scores = torch.tanh(scores / form.softcap) * form.softcap
     hidden = _hidden_mask(num_queries, scores.shape[-1], starts, form.window, scores.device)
     if hidden is not None:
-        scores = scores.unflatten(1, (group, num_queries)).masked_fill(hidden, -math.inf).flatten(1, 2)
+        by_query = scores.view(num_kv_heads, group, num_queries, -1)
+        scores = by_query.masked_fill(hidden, -math.inf).flatten(1, 2)
     if form.sinks is not None:
         sinks = form.sinks.to(scores.dtype).reshape(num_kv_heads, group, 1, 1)
         sinks = sinks.expand(-1, -1, num_queries, 1).flatten(1, 2)

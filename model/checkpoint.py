@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -277,8 +278,7 @@ def hash_files(paths: list[Path], cache_folder: Path, report: Report = silent) -
         if isinstance(entry, list) and entry[:2] == [size, changed]:
             hashes.append(str(entry[2]))
         else:
-            base = done
-            hashes.append(_hash_file(path, lambda read, base=base: report("hashing", base + read, total)))
+            hashes.append(_hash_file(path, done, total, report))
             known[str(path.resolve())] = [size, changed, hashes[-1]]
             write_atomically(cache, json.dumps(known, indent=0).encode())
         done += size
@@ -297,15 +297,14 @@ def _stat(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _hash_file(path: Path, report: Callable[[int], None]) -> str:
+def _hash_file(path: Path, done: int, total: int, report: Report) -> str:
     digest = hashlib.sha256()
-    done = 0
     try:
         with path.open("rb") as file:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
                 done += len(chunk)
-                report(done)
+                report("hashing", done, total)
     except OSError as problem:
         raise error(
             Code.UNREADABLE, f"{path}: {problem.strerror}", "let the daemon's user read it"
@@ -420,16 +419,16 @@ def load_part(
 def _made(target: str, recipe: _Recipe, skeleton: Skeleton, read: Callable[[str], Tensor]) -> Tensor:
     if recipe.converter is None:
         return read(recipe.keys[0][1])
-    converter = deepcopy(recipe.converter)
+    converter: Any = deepcopy(recipe.converter)
     for pattern, key in recipe.keys:
-        converter.add_tensor(target, key, pattern, lambda key=key: read(key))
-    made = converter.convert(target, model=skeleton.model, config=skeleton.config)
+        converter.add_tensor(target, key, pattern, partial(read, key))
+    made: dict[str, Any] = converter.convert(target, model=skeleton.model, config=skeleton.config)
     if target not in made:
         raise error(
             Code.INTERNAL, f"transformers converts {recipe.keys[0][1]} to {sorted(made)}, not {target}"
         )
-    tensor = made[target]
-    return tensor[0] if isinstance(tensor, list) else tensor
+    tensor: Tensor = made[target][0] if isinstance(made[target], list) else made[target]
+    return tensor
 
 
 def _place(module: nn.Module, name: str, tensor: Tensor) -> None:

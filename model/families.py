@@ -87,7 +87,7 @@ class Skeleton:
         layout = CERTIFIED[self.architecture]
         register()
         with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=ATTENTION, dtype=torch.float32
             )
         self.model.eval().requires_grad_(False)
@@ -95,7 +95,7 @@ class Skeleton:
         self._layout = layout
         self._base: nn.Module = self.model.base_model
         self._prefix = f"{self.model.base_model_prefix}."
-        self._blocks: nn.ModuleList = self._base.get_submodule(layout.blocks)  # type: ignore[assignment]
+        self._blocks: Any = self._base.get_submodule(layout.blocks)  # an nn.ModuleList
         self.num_blocks = len(self._blocks)
         self.tensors: dict[str, Tensor] = self.model.state_dict()  # all on the meta device
 
@@ -131,7 +131,7 @@ class Skeleton:
 
     def take_block(self, block: int) -> nn.Module:
         """A block's module, its tensors still on the meta device; an empty module stays in its place."""
-        module = self._blocks[block]
+        module: nn.Module = self._blocks[block]
         self._blocks[block] = nn.Module()
         return module
 
@@ -162,8 +162,8 @@ class Skeleton:
         return Rotary(type(self._base.get_submodule(self._layout.rotary))(self.config), self.config)
 
     def _head_name(self) -> str:
-        head = self.model.get_output_embeddings()
-        return next(name for name, module in self.model.named_modules() if module is head)
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return next(str(name) for name, module in self.model.named_modules() if module is head)
 
     def _make_buffers(self, module: nn.Module) -> None:
         """Give buffers that no checkpoint holds, such as an embedding's scale, their computed values."""
@@ -173,7 +173,7 @@ class Skeleton:
                 buffer = part.get_buffer(name)
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
             if names:
-                self.model._init_weights(part)
+                self.model._init_weights(part)  # type: ignore[no-untyped-call]
 
 
 class Rotary:

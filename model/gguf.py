@@ -226,7 +226,7 @@ def _in_halves(target: str, numbers: Tensor, config: PretrainedConfig) -> Tensor
     if kind is None:
         return numbers
     num_heads = config.num_attention_heads if kind[1] == "q" else config.num_key_value_heads
-    pairs = numbers.unflatten(0, (num_heads, -1, 2))  # (num_heads, head_dim / 2, 2, …)
+    pairs = numbers.view(num_heads, -1, 2, *numbers.shape[1:])  # (num_heads, head_dim / 2, 2, …)
     return pairs.transpose(1, 2).reshape(numbers.shape)
 
 

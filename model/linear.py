@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
 
 def is_packable(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN computes this dtype on this device faster than the plain layer."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
