@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from corolla.model.pages import PagePool, SessionPages
-from corolla.protocol.errors import Code, CorollaError
-from corolla.protocol.steps import NEW_ROW, Row
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from corolla.model.pages import PagePool, SessionPages
+from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.steps import NEW_ROW, Row
 
 PAGE_TOKENS = 4
 NUM_PAGES = 24
