@@ -48,7 +48,7 @@ class Reply(StrEnum):
     """What the last hop sends back of a step."""
 
     NONE = "none"  # only that it is done
-    LAST = "last"  # the last token of each row: (num_rows, hidden_size)
+    LAST = "last"  # the last new token of each row that has any: (number of rows with n > 0, hidden_size)
     ALL = "all"  # every token: (num_tokens, hidden_size)
 
 
@@ -91,7 +91,8 @@ class Hop(NamedTuple):
 class OpenSession(Message):
     """Reserve caches for a session on blocks [start, end) of one worker. Answered by `Opened` or `Failure`.
 
-    Sent again for a session that this peer already has, it resumes the session on a new stream.
+    Sent again for a session that this worker already has, it resumes the session on a new stream. If the
+    blocks are others than it has, what it has is freed first, and the session is as new.
     """
 
     KIND: ClassVar[str] = "open"
@@ -151,7 +152,11 @@ class Replay(Message):
 
 @dataclass(frozen=True, slots=True)
 class Where(Message):
-    """Ask how far a hop is with a step. Answered by `At`, without the worker."""
+    """Ask how far a hop is with a step. Answered by `At` at once, without the worker.
+
+    It also asks whether the hop is alive, so it is answered whatever the epoch, and while a link is being
+    made or a replay is being sent. `At` repeats the question's epoch and step.
+    """
 
     KIND: ClassVar[str] = "where"
     session: bytes
