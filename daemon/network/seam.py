@@ -23,19 +23,26 @@ class Stream(Protocol):
         """The protocol that was agreed on."""
 
     async def send(self, data: bytes) -> None:
-        """Send all of `data`. Raises `PEER_LOST`. Cancelling it harms this stream only."""
+        """Send all of `data`; waits while the far side's window is closed. Raises `PEER_LOST`.
+
+        Cancelling it harms this stream only: a part may have been sent, so the stream should be reset.
+        """
 
     async def receive(self) -> bytes:
         """Some bytes, at least one; `b""` at the end. Raises `PEER_LOST` when the stream broke."""
 
     async def close(self) -> None:
-        """Send what is queued, then the end. Never raises."""
+        """Send what is queued, then the end. Never raises.
+
+        What the far side still sends can be received; it should end too, or is reset after a minute.
+        """
 
     def reset(self) -> None:
         """Drop the stream at once, on both sides. Never raises."""
 
 
 Handler = Callable[[Stream], Awaitable[None]]
+Guard = Callable[[str, str], bool]  # whether a peer may use a protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,13 @@ class Network(Protocol):
         """Multiaddresses, ending in `/p2p/<peer id>`, by which others may reach us, best first."""
 
     def handle(self, protocol: str, handler: Handler) -> None:
-        """Serve a protocol: `handler` runs in its own task and owns the stream. Its errors end there."""
+        """Serve a protocol: `handler` runs in its own task and owns the stream. Its errors end there.
+
+        An error resets the stream. After a plain return it stays as the handler left it.
+        """
+
+    def restrict(self, guard: Guard | None) -> None:
+        """Ask `guard(peer, protocol)` before each inbound stream; refused ones are reset. None: serve all."""
 
     async def open(self, peer: str, protocol: str, *, timeout_s: float) -> Stream:
         """A new stream, over the live connection or a new one to any of the peer's known addresses.

@@ -1,0 +1,640 @@
+"""The network over py-libp2p: TCP, Noise and our Yamux, and nothing else.
+
+The one file that knows the library's host and swarm; its exceptions become ours here. What the library does
+badly is replaced through its own seams: the muxer (`yamux.py`), the security transport's reading
+(`noise.py`), dialling (`dialling.py`), Kademlia's protocol id (`kademlia.py`), and here the inbound path,
+which in 0.8.1 keeps a slot and a task for every connection that ever came.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import structlog
+import trio
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.rcmgr import Direction
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
+from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.address_validation import expand_wildcard_address
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import CONNECT_TIMEOUT_S
+from ..identity import Identity
+from .dialling import AddressBook, Reach, order, reach_of, split_peer, try_each, unreachable
+from .handlers import Handlers
+from .kademlia import SwarmRouting
+from .memory import MemoryStream, stream_pair
+from .noise import BufferedNoise
+from .seam import Guard, Handler, PeerView, Stream
+from .yamux import Yamux, YamuxOnly, YamuxStream
+
+DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
+MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
+MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
+MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
+HANDSHAKE_TIMEOUT_S: Final = 10.0
+CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then everything is dropped
+_RECEIVE_BYTES: Final = 1024 * 1024
+_MULTISTREAM: Final = "/multistream/1.0.0"
+_NOT_AVAILABLE: Final = "na"
+_MAX_TOKEN_BYTES: Final = 1024  # of a multistream answer
+
+_log = structlog.get_logger("corolla.libp2p")
+
+
+def key_pair(identity: Identity) -> KeyPair:
+    """The identity as libp2p's own type."""
+    private = Ed25519PrivateKey.from_bytes(identity.seed)
+    return KeyPair(private, private.get_public_key())
+
+
+@asynccontextmanager
+async def open_network(
+    identity: Identity,
+    *,
+    listen: Sequence[str] = DEFAULT_LISTEN,
+    announce: Sequence[str] = (),
+    kad_protocol: str | None = None,
+    guard: Guard | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+) -> AsyncIterator[Libp2pNetwork]:
+    """A running network. Leaving the block closes it in bounded time; the same port can be opened again.
+
+    listen: multiaddresses; none of them makes a network that only dials. announce: addresses to tell others
+    first, such as a forwarded port. kad_protocol: the swarm's own Kademlia protocol id; None while in no
+    swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. Raises `PORT_TAKEN`, or
+    `BAD_CONFIG` for an address that this machine cannot listen on.
+    """
+    _quieten()
+    for address in listen:
+        check_port(address)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        network = Libp2pNetwork(identity, nursery, announce=announce, max_connections=max_connections)
+        network.restrict(guard)
+        try:
+            await nursery.start(network.run, tuple(listen), kad_protocol)
+            try:
+                yield network
+            finally:
+                network.stop()
+        except Exception as problem:  # raised again outside, so that the nursery does not wrap it
+            failure = problem
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def check_port(address: str) -> None:
+    """Raise `PORT_TAKEN` when somebody listens where `address` would, `BAD_CONFIG` if nobody could.
+
+    The library's listeners share ports (SO_REUSEPORT), so that a second daemon would silently take half of
+    the first one's connections; a plain bind beforehand notices.
+    """
+    kind, _, rest = address.removeprefix("/").partition("/")
+    host, _, rest = rest.partition("/")
+    transport, _, port = rest.partition("/")
+    if kind not in ("ip4", "ip6") or transport != "tcp" or not port.isdecimal() or int(port) > 65535:
+        raise error(
+            Code.BAD_CONFIG,
+            f"cannot listen on {address!r}",
+            "write it like /ip4/0.0.0.0/tcp/4001, with port 0 for any free one",
+        )
+    with socket.socket(socket.AF_INET if kind == "ip4" else socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # past connections in TIME_WAIT are no bar
+        try:
+            if kind == "ip6":
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((host, int(port)))
+            probe.listen(1)
+        except OSError as problem:
+            if problem.errno == errno.EADDRINUSE:
+                raise error(
+                    Code.PORT_TAKEN,
+                    f"port {port} on {host} is taken",
+                    "another daemon may be running (daemonctl status); or choose another with --listen",
+                ) from problem
+            raise error(
+                Code.BAD_CONFIG,
+                f"cannot listen on {address}: {problem.strerror or problem}",
+                "choose an address of this machine and a port from 1024 on with --listen",
+            ) from problem
+
+
+class Libp2pStream:
+    """One stream of a connection; see `seam.Stream`."""
+
+    __slots__ = ("_muxed", "_peer", "_protocol")
+
+    def __init__(self, muxed: YamuxStream, peer: str, protocol: str) -> None:
+        self._muxed = muxed
+        self._peer = peer
+        self._protocol = protocol
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def protocol(self) -> str:
+        return self._protocol
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self._muxed.write(data)
+        except MuxedStreamError as failure:
+            raise self._lost(failure) from failure
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._muxed.read(_RECEIVE_BYTES)
+        except MuxedStreamEOF:
+            return b""
+        except MuxedStreamError as failure:
+            raise self._lost(failure) from failure
+
+    async def close(self) -> None:
+        self._muxed.finish()
+        self._muxed.linger()
+
+    def reset(self) -> None:
+        self._muxed.break_off()
+
+    def _lost(self, failure: Exception) -> CorollaError:
+        return error(Code.PEER_LOST, f"lost peer {self._peer} during {self._protocol}: {failure}")
+
+
+class _Dial:
+    """A dial under way, for all who want the same peer."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.failure: CorollaError | None = None
+
+
+class Libp2pNetwork:
+    """See `seam.Network`. Made by `open_network`."""
+
+    def __init__(
+        self, identity: Identity, nursery: trio.Nursery, *, announce: Sequence[str], max_connections: int
+    ) -> None:
+        self._peer = identity.peer
+        self._nursery = nursery
+        self._announce = tuple(split_peer(address)[0] for address in announce)
+        self._handlers = Handlers()
+        self._listeners: list[Callable[[str, bool], None]] = []
+        self._book = AddressBook()
+        self._connections: dict[str, list[SwarmConn]] = {}
+        self._dials: dict[str, _Dial] = {}
+        self._routing: SwarmRouting | None = None
+        self._stopping = trio.Event()
+        self._scope = trio.CancelScope(shield=True)
+        self._swarm = _OurSwarm(key_pair(identity), self, max_connections=max_connections)
+        self._host: IHost = BasicHost(self._swarm, addrs_factory=self._advertised)
+        negotiate = self._swarm.common_stream_handler
+        self._swarm.set_stream_handler(partial(_contain, negotiate))
+        self._swarm.register_notifee(_Notifee(self._on_connected))
+
+    # the seam
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(f"{address}/p2p/{self._peer}" for address in self._own_addresses())
+
+    def handle(self, protocol: str, handler: Handler) -> None:
+        self._handlers.add(protocol, handler)
+        self._host.set_stream_handler(TProtocol(protocol), partial(self._serve, protocol))
+
+    def restrict(self, guard: Guard | None) -> None:
+        self._handlers.restrict(guard)
+
+    def on_peer(self, listener: Callable[[str, bool], None]) -> None:
+        self._listeners.append(listener)
+
+    def learn(self, peer: str, addresses: Sequence[str]) -> None:
+        if peer != self._peer:
+            self._book.learn(peer, addresses)
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return tuple(_view(peer, connections) for peer, connections in self._connections.items())
+
+    async def open(self, peer: str, protocol: str, *, timeout_s: float) -> Stream:
+        if peer == self._peer:
+            return await self._open_to_self(protocol)
+        with trio.move_on_after(timeout_s):
+            connection = self._live(peer)
+            if connection is not None:
+                try:
+                    return await self._agree(connection, peer, protocol)
+                except CorollaError as failure:
+                    if failure.code is not Code.PEER_LOST or not connection.muxed_conn.is_closed:
+                        raise
+            return await self._agree(await self.reach(peer), peer, protocol)
+        raise error(
+            Code.PEER_LOST,
+            f"peer {peer} did not open {protocol} in {timeout_s:g} s",
+            tried=list(self._known(peer)),
+        )
+
+    async def connect(self, address: str, *, timeout_s: float) -> str:
+        bare, peer = split_peer(address)
+        if peer == self._peer or bare in self._own_addresses():
+            raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
+        if peer is not None and self._live(peer) is not None:
+            return peer
+        with trio.move_on_after(timeout_s):
+            connection = await self._dial(bare, peer)
+            found = str(connection.muxed_conn.peer_id)
+            self._book.worked(found, bare)
+            return found
+        raise unreachable(peer or "(unknown)", {bare: f"no answer in {timeout_s:g} s"})
+
+    async def disconnect(self, peer: str) -> None:
+        async with trio.open_nursery() as nursery:
+            for connection in tuple(self._connections.get(peer, ())):
+                nursery.start_soon(connection.close)
+
+    async def closest_peers(self, key: bytes, count: int) -> tuple[str, ...]:
+        found = await self._routing.closest(key, count) if self._routing is not None else ()
+        return tuple(peer for peer in found if peer != self._peer and self._is_dialable(peer))[:count]
+
+    # its life
+
+    async def run(
+        self,
+        listen: tuple[str, ...],
+        kad_protocol: str | None,
+        *,
+        task_status: Any = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stop`. Shielded: a cancellation outside ends the block, and that calls `stop`."""
+        with self._scope:
+            async with background_trio_service(self._swarm), trio.open_nursery() as nursery:
+                if listen and not await self._swarm.listen(*(Multiaddr(address) for address in listen)):
+                    raise error(
+                        Code.PORT_TAKEN,
+                        f"cannot listen on {', '.join(listen)}",
+                        "choose another with --listen",
+                    )
+                if kad_protocol is not None:
+                    admits = partial(self._handlers.admits, protocol=kad_protocol)
+                    self._routing = SwarmRouting(self._host, kad_protocol, admits)
+                    nursery.start_soon(self._routing.run)
+                task_status.started()
+                await self._stopping.wait()
+                nursery.cancel_scope.cancel()
+                await self._farewell()
+
+    def stop(self) -> None:
+        """Begin to close; `run` ends in bounded time."""
+        self._stopping.set()
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + CLOSE_TIMEOUT_S)
+
+    async def _farewell(self) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S / 2):
+            async with trio.open_nursery() as nursery:
+                for connections in tuple(self._connections.values()):
+                    for connection in tuple(connections):
+                        nursery.start_soon(connection.muxed_conn.close)
+        self._listeners.clear()
+        await self._host.close()
+
+    # connections
+
+    async def reach(self, peer: str) -> SwarmConn:
+        """A live connection, an existing one or a new one to any known address. Raises `PEER_LOST`."""
+        while True:
+            connection = self._live(peer)
+            if connection is not None:
+                return connection
+            dial = self._dials.get(peer)
+            if dial is None:
+                break
+            await dial.done.wait()
+            if dial.failure is not None:
+                raise error(
+                    dial.failure.code, dial.failure.message, dial.failure.remedy, **dial.failure.details
+                )
+        dial = self._dials[peer] = _Dial()
+        try:
+            return await try_each(
+                peer, self._known(peer), lambda address: self._dial(address, peer), self._book
+            )
+        except CorollaError as failure:
+            dial.failure = failure
+            raise
+        finally:
+            del self._dials[peer]
+            dial.done.set()
+
+    async def _dial(self, address: str, peer: str | None) -> SwarmConn:
+        """A new connection to an address, where `peer` (or, for None, anyone) must answer."""
+        if reach_of(address) is Reach.RELAYED:
+            raise error(Code.PEER_LOST, f"{address}: no relay is in use here")
+        try:
+            expected = None if peer is None else ID.from_string(peer)
+            with trio.fail_after(CONNECT_TIMEOUT_S):
+                return await self._swarm.dial_address(Multiaddr(address), expected)
+        except trio.TooSlowError as failure:
+            raise error(Code.PEER_LOST, f"{address}: no answer in {CONNECT_TIMEOUT_S:g} s") from failure
+        except CorollaError:
+            raise
+        except Exception as failure:  # of sockets, Noise, multistream, multiaddr: each says why in its text
+            raise error(Code.PEER_LOST, f"{address}: {_root_cause(failure)}") from failure
+
+    def _known(self, peer: str) -> tuple[str, ...]:
+        try:
+            heard = [split_peer(str(a))[0] for a in self._swarm.peerstore.addrs(ID.from_string(peer))]
+        except (PeerStoreError, ValueError):
+            heard = []
+        own = self._own_addresses()
+        return tuple(dict.fromkeys(a for a in (*self._book.known(peer), *heard) if a not in own))
+
+    def _live(self, peer: str) -> SwarmConn | None:
+        live = [c for c in self._connections.get(peer, ()) if not c.muxed_conn.is_closed]
+        return min(live, key=lambda c: _is_relayed(c), default=None)
+
+    def _is_dialable(self, peer: str) -> bool:
+        if self._live(peer) is not None:
+            return True
+        now = trio.current_time()
+        return any(not self._book.looks_dead(address, now) for address in self._known(peer))
+
+    async def _on_connected(self, connection: SwarmConn) -> None:
+        muxed = connection.muxed_conn
+        if not isinstance(muxed, Yamux) or muxed.is_closed:
+            return
+        peer = str(muxed.peer_id)
+        connections = self._connections.setdefault(peer, [])
+        connections.append(connection)
+        muxed.on_broken = partial(self._on_broken, peer, connection)
+        if len(connections) == 1:
+            self._tell(peer, connected=True)
+        if self._routing is not None:
+            await self._routing.add(peer, self._known(peer))
+
+    def _on_broken(self, peer: str, connection: SwarmConn) -> None:
+        connections = self._connections.get(peer, [])
+        if connection in connections:
+            connections.remove(connection)
+        if not connections and self._connections.pop(peer, None) is not None:
+            self._tell(peer, connected=False)
+
+    def _tell(self, peer: str, *, connected: bool) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(peer, connected)
+            except Exception:  # a defect of the listener; the others, and the connection, go on
+                _log.exception("listener_failed", peer=peer, connected=connected)
+
+    # streams
+
+    async def _agree(self, connection: SwarmConn, peer: str, protocol: str) -> Stream:
+        """A new stream for a protocol, in one round trip: both of multistream's proposals leave together."""
+        muxed: YamuxStream | None = None
+        try:
+            muxed = await _yamux(connection).open_stream()
+            await muxed.write(_token(_MULTISTREAM) + _token(protocol))
+            for expected in (_MULTISTREAM, protocol):
+                answer = await _read_token(muxed)
+                if answer == _NOT_AVAILABLE and expected == protocol:
+                    raise error(Code.UNSUPPORTED, f"peer {peer} does not speak {protocol}")
+                if answer != expected:
+                    raise error(
+                        Code.PEER_LOST,
+                        f"peer {peer} answered {answer[:80]!r} to the proposal {expected!r}",
+                    )
+        except (MuxedStreamError, MuxedConnUnavailable) as failure:
+            if muxed is not None:
+                muxed.break_off()
+            raise error(Code.PEER_LOST, f"lost peer {peer} while opening {protocol}: {failure}") from failure
+        except BaseException:
+            if muxed is not None:
+                muxed.break_off()
+            raise
+        return Libp2pStream(muxed, peer, protocol)
+
+    async def _open_to_self(self, protocol: str) -> MemoryStream:
+        await trio.lowlevel.checkpoint()
+        if not self._handlers.speaks(protocol):
+            raise error(Code.UNSUPPORTED, f"this daemon does not speak {protocol}")
+        near, far = stream_pair(self._peer, protocol)
+        self._nursery.start_soon(self._handlers.serve, far)
+        return near
+
+    async def _serve(self, protocol: str, stream: INetStream) -> None:
+        muxed = getattr(stream, "muxed_stream", None)
+        if not isinstance(muxed, YamuxStream):
+            await stream.reset()
+            return
+        await self._handlers.serve(Libp2pStream(muxed, str(muxed.muxed_conn.peer_id), protocol))
+
+    # addresses
+
+    def _own_addresses(self) -> tuple[str, ...]:
+        own: dict[str, None] = dict.fromkeys(self._announce)
+        for listener in self._swarm.listeners.values():
+            for bound in listener.get_addrs():
+                own.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
+        reachable = order(tuple(own), {}, 0.0)
+        # Others reach us at announced and public addresses first, then in our network, then on this machine.
+        return tuple(sorted(reachable, key=lambda a: (a not in self._announce, _distance_outwards(a))))
+
+    def _advertised(self, _: Sequence[Multiaddr]) -> list[Multiaddr]:
+        return [Multiaddr(address) for address in self._own_addresses()]
+
+
+class _OurSwarm(Swarm):
+    """The library's swarm with our dialling and a bounded inbound path."""
+
+    def __init__(self, keys: KeyPair, network: Libp2pNetwork, *, max_connections: int) -> None:
+        peerstore = PeerStore()
+        peer_id = ID.from_pubkey(keys.public_key)
+        peerstore.add_key_pair(peer_id, keys)
+        self._noise = BufferedNoise(keys)
+        upgrader = TransportUpgrader({NOISE: self._noise}, {})
+        upgrader.muxer_multistream = YamuxOnly()
+        self._tcp = TCP()
+        super().__init__(
+            peer_id,
+            peerstore,
+            upgrader,
+            [self._tcp],
+            RetryConfig(max_retries=0),
+            ConnectionConfig(
+                max_connections=max_connections,
+                min_connections=0,
+                low_watermark=0,  # the library dials nobody by itself
+                high_watermark=max_connections,
+                max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
+                inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
+            ),
+        )
+        self._ours = network
+        self._num_handshakes = 0
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """For the library's own services, such as Kademlia: the same dialling as ours."""
+        try:
+            return [await self._ours.reach(str(peer_id))]
+        except CorollaError as failure:
+            raise SwarmException(str(failure)) from failure
+
+    async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
+        """A new connection to `address`; whoever answers is accepted when `expected` is None."""
+        raw = await self._tcp.dial(address)
+        try:
+            security = self.upgrader.security_multistream
+            secured = await security.secure_outbound(raw, expected)  # type: ignore[arg-type]
+            found = secured.get_remote_peer()
+            if found == self.self_id:
+                raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address")
+            return await self.add_conn(await self.upgrader.upgrade_connection(secured, found), "outbound")
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+                await raw.close()
+            raise
+
+    async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
+        """Serve one inbound connection for as long as it lasts; its socket is closed when this returns."""
+        if self._num_handshakes >= MAX_HANDSHAKES:
+            _log.warning("handshake_refused", waiting=self._num_handshakes)
+            return
+        self._num_handshakes += 1
+        try:
+            raw = RawConnection(read_write_closer, False)
+            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+        except Exception as failure:  # whatever a stranger sends
+            _log.debug("handshake_failed", reason=_root_cause(failure))
+            return
+        finally:
+            self._num_handshakes -= 1
+        if isinstance(muxed, Yamux):
+            await muxed.event_closed.wait()
+
+
+class _Notifee(INotifee):
+    """Passes on new connections; endings are known sooner by the muxer itself."""
+
+    def __init__(self, connected: Callable[[SwarmConn], Any]) -> None:
+        self._connected = connected
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        if isinstance(conn, SwarmConn):
+            await self._connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None: ...
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+
+async def _contain(negotiate: Callable[[INetStream], Any], stream: INetStream) -> None:
+    """Serve an inbound stream; an error that escapes would end the library's whole host."""
+    try:
+        await negotiate(stream)
+    except Exception as failure:
+        _log.debug("stream_failed", peer=str(stream.muxed_conn.peer_id), reason=_root_cause(failure))
+        await stream.reset()
+
+
+def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:
+    rtts = [rtt for c in connections if (rtt := _yamux(c).rtt()) > 0]
+    return PeerView(
+        peer=peer,
+        addresses=tuple(str(address) for c in connections for address in c.get_transport_addresses()),
+        relayed=all(_is_relayed(c) for c in connections),
+        inbound=all(c.direction is Direction.INBOUND for c in connections),
+        rtt_s=min(rtts, default=None),
+    )
+
+
+def _is_relayed(connection: SwarmConn) -> bool:
+    return any(reach_of(str(a)) is Reach.RELAYED for a in connection.get_transport_addresses())
+
+
+def _yamux(connection: SwarmConn) -> Yamux:
+    muxed = connection.muxed_conn
+    if not isinstance(muxed, Yamux):
+        raise MuxedConnUnavailable(f"the connection speaks {type(muxed).__name__}")
+    return muxed
+
+
+def _distance_outwards(address: str) -> int:
+    if reach_of(address) is Reach.NEAR:
+        return 2 if "/127." in address or "/::1/" in address else 1
+    return 0 if reach_of(address) is Reach.PUBLIC else 3
+
+
+def _token(text: str) -> bytes:
+    """One message of multistream-select: length as varint, text, newline."""
+    data = text.encode() + b"\n"
+    head = bytearray()
+    left = len(data)
+    while left > 127:
+        head.append(left & 127 | 128)
+        left >>= 7
+    head.append(left)
+    return bytes(head) + data
+
+
+async def _read_token(stream: YamuxStream) -> str:
+    size = shift = 0
+    while True:
+        byte = (await stream.read(1))[0]
+        size |= (byte & 127) << shift
+        shift += 7
+        if not byte & 128:
+            break
+        if shift > 14:
+            raise MuxedStreamError("a multistream answer of absurd length")
+    if not 0 < size <= _MAX_TOKEN_BYTES:
+        raise MuxedStreamError(f"a multistream answer of {size} bytes")
+    data = b""
+    while len(data) < size:
+        data += await stream.read(size - len(data))
+    return data.decode("utf-8", "replace").removesuffix("\n")
+
+
+def _root_cause(failure: BaseException) -> str:
+    """The text of the first cause, which names what happened; those above it only say that it did."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror.lower()
+    return str(failure) or type(failure).__name__
+
+
+def _quieten() -> None:
+    """The library logs strangers' mistakes as errors, with tracebacks; what matters, we log ourselves."""
+    for name in ("libp2p", "multiaddr", "noise"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)

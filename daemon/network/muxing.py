@@ -1,0 +1,488 @@
+"""The rules of /yamux/1.0.0 for one connection: bytes in, events out, frames queued to be sent.
+
+It owns windows, stream states and every bound on what the far side may make us keep. It knows no sockets,
+no tasks and no clock of its own: `yamux.py` waits, this decides.
+Source: https://github.com/hashicorp/yamux/blob/master/spec.md; the growth of windows follows go-yamux.
+
+    version u8 = 0 | type u8 | flags u16 | stream u32 | length u32 | body, for DATA only      (big endian)
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+_HEADER: Final = struct.Struct(">BBHII")
+HEADER_BYTES: Final = _HEADER.size
+
+_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+
+# One frame, its header included, fills one Noise message (65,535 less 16 of authentication), so that no
+# frame is cut in two encryptions.
+MAX_MESSAGE_BYTES: Final = 65_519
+MAX_FRAME_BODY_BYTES: Final = MAX_MESSAGE_BYTES - HEADER_BYTES
+
+# Windows. The first size is the specification's. A stream whose reader empties half a window within a few
+# round trips gets a window twice as large, until 16 MiB (a gigabit over 130 ms), as long as the extra
+# windows of the whole connection stay within the budget.
+INITIAL_WINDOW_BYTES: Final = 256 * 1024
+MAX_WINDOW_BYTES: Final = 16 * 1024 * 1024
+WINDOW_BUDGET_BYTES: Final = 64 * 1024 * 1024
+MAX_UNREAD_BYTES: Final = (
+    128 * 1024 * 1024
+)  # of all streams of a connection; beyond, the filling one is reset
+
+MAX_STREAMS: Final = 2048  # that the far side may have open on one connection: sessions, with much room
+MAX_UNACKNOWLEDGED: Final = 256  # streams we open without an answer: what go-yamux queues for its acceptor
+MAX_QUEUED_FRAMES: Final = 32_768  # a far side that asks and asks, and never reads, runs into it
+SMALL_PIECE_BYTES: Final = 1024  # smaller ones are joined as they arrive: an object costs more than it holds
+_JOINED_BYTES: Final = 64 * 1024
+_MAX_U32: Final = (1 << 32) - 1
+
+
+class GoAway(IntEnum):
+    """Why a connection ends, on the wire."""
+
+    NORMAL = 0
+    PROTOCOL_ERROR = 1
+    INTERNAL_ERROR = 2
+
+
+class ViolationError(Exception):
+    """The far side broke the rules; the connection is of no further use. Tell it `GoAway.PROTOCOL_ERROR`."""
+
+
+class MuxStream:
+    """One stream's state. Written by `Mux` only; `tag` is the caller's own."""
+
+    __slots__ = (
+        "acknowledged",
+        "consumed_bytes",
+        "granted_at",
+        "granted_bytes",
+        "inbox",
+        "inbox_bytes",
+        "local_end",
+        "ours",
+        "remote_end",
+        "reset",
+        "send_window_bytes",
+        "stream_id",
+        "tag",
+        "window_bytes",
+    )
+
+    def __init__(self, stream_id: int, *, ours: bool) -> None:
+        self.stream_id = stream_id
+        self.ours = ours
+        self.tag: object = None
+        self.send_window_bytes = INITIAL_WINDOW_BYTES  # what we may still send
+        self.window_bytes = INITIAL_WINDOW_BYTES  # what the far side may have on its way to our reader
+        self.granted_bytes = INITIAL_WINDOW_BYTES  # what the far side may still send
+        self.consumed_bytes = 0  # read here since the last grant
+        self.granted_at = 0.0
+        self.inbox: deque[bytes | bytearray | memoryview] = deque()
+        self.inbox_bytes = 0
+        self.acknowledged = False
+        self.local_end = False  # we sent FIN
+        self.remote_end = False  # the far side sent FIN
+        self.reset = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The far side opened a stream."""
+
+    stream: MuxStream
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A stream has bytes, its end, or a reset for its reader."""
+
+    stream: MuxStream
+
+
+@dataclass(frozen=True, slots=True)
+class Writable:
+    """A stream's window opened, or it was reset: its writer should look again."""
+
+    stream: MuxStream
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """A stream of ours was accepted or refused: another may be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to our ping `nonce`."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """The far side will open no more streams, and closes soon."""
+
+    code: int
+
+
+Event = Opened | Readable | Writable | Acknowledged | Pong | Departed
+
+
+class Mux:
+    """One connection's streams.
+
+    initiator: whether we dialled; our streams then have odd ids.
+    rtt_s: may be set as it becomes known; windows grow by it.
+    """
+
+    def __init__(self, *, initiator: bool) -> None:
+        self._parity = 1 if initiator else 0
+        self._next_id = 1 if initiator else 2
+        self._streams: dict[int, MuxStream] = {}
+        self._highest_theirs = 0
+        self._num_theirs = 0
+        self._num_unacknowledged = 0
+        self._unread_bytes = 0
+        self._extra_window_bytes = 0
+        self._partial = bytearray()  # of a header
+        self._body: MuxStream | None = None  # whom the rest of the current body belongs to
+        self._body_left = 0
+        self._body_ends = False
+        self._urgent: deque[bytes] = deque()
+        self._queue: deque[tuple[int, bytes]] = deque()
+        self._queued_bytes = 0
+        self.rtt_s = 0.0
+
+    # what is there
+
+    @property
+    def streams(self) -> tuple[MuxStream, ...]:
+        """The open streams, oldest first."""
+        return tuple(self._streams.values())
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be sent."""
+        return self._queued_bytes
+
+    @property
+    def may_open(self) -> bool:
+        """Whether one more stream keeps within what the far side queues for us."""
+        return self._num_unacknowledged < MAX_UNACKNOWLEDGED
+
+    # what we do
+
+    def open(self) -> MuxStream:
+        """A new stream of ours. Raises OverflowError when the ids are used up: then dial anew."""
+        if self._next_id > _MAX_U32:
+            raise OverflowError("all 2^31 stream ids of this connection are used up")
+        stream = MuxStream(self._next_id, ours=True)
+        self._next_id += 2
+        self._streams[stream.stream_id] = stream
+        self._num_unacknowledged += 1
+        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _SYN, stream.stream_id, 0))
+        return stream
+
+    def accept(self, stream: MuxStream) -> None:
+        """Tell the far side that the stream it opened has been taken up."""
+        if not (stream.acknowledged or stream.reset):
+            stream.acknowledged = True
+            self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _ACK, stream.stream_id, 0))
+
+    def send(self, stream: MuxStream, data: memoryview) -> int:
+        """Queue the first bytes of `data`, as many as window and frame allow; gives how many."""
+        size = min(len(data), stream.send_window_bytes, MAX_FRAME_BODY_BYTES)
+        if size and not (stream.local_end or stream.reset):
+            stream.send_window_bytes -= size
+            header = _HEADER.pack(0, _DATA, 0, stream.stream_id, size)
+            self._enqueue(stream.stream_id, b"".join((header, data[:size])))
+            return size
+        return 0
+
+    def read(self, stream: MuxStream, limit: int | None, now: float) -> bytes:
+        """What has arrived, at most `limit` bytes; opens the far side's window again in large batches."""
+        inbox = stream.inbox
+        if limit is None or stream.inbox_bytes <= limit:
+            data = bytes(inbox[0]) if len(inbox) == 1 else b"".join(inbox)
+            inbox.clear()
+        else:
+            pieces = []
+            left = limit
+            while left:
+                piece = inbox.popleft()
+                if len(piece) > left:
+                    view = memoryview(bytes(piece) if isinstance(piece, bytearray) else piece)
+                    inbox.appendleft(view[left:])
+                    piece = view[:left]
+                pieces.append(piece)
+                left -= len(piece)
+            data = b"".join(pieces)
+        stream.inbox_bytes -= len(data)
+        self._unread_bytes -= len(data)
+        stream.consumed_bytes += len(data)
+        self._grant(stream, now)
+        return data
+
+    def finish(self, stream: MuxStream) -> None:
+        """Send the end, after what is queued. The far side may go on sending."""
+        if stream.local_end or stream.reset:
+            return
+        stream.local_end = True
+        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _FIN, stream.stream_id, 0))
+        self._forget_if_done(stream)
+
+    def reset(self, stream: MuxStream) -> None:
+        """End a stream at once; what it has queued is not sent any more."""
+        if stream.reset or (stream.local_end and stream.remote_end):
+            self._drop_inbox(stream)
+            return
+        self._withdraw(stream.stream_id)
+        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _RST, stream.stream_id, 0))
+        self._break(stream)
+
+    def ping(self, nonce: int) -> None:
+        """Ask for a `Pong`."""
+        self._enqueue_urgent(_frame(_PING, _SYN, 0, nonce))
+
+    def go_away(self, code: GoAway) -> None:
+        """Announce the end of the connection, after what is queued."""
+        self._enqueue(0, _frame(_GO_AWAY, 0, 0, code))
+
+    def next_message(self) -> bytes:
+        """The next bytes to send, frames joined up to one Noise message; `b""` when there are none."""
+        frames: list[bytes] = []
+        size = 0
+        while self._urgent and size + len(self._urgent[0]) <= MAX_MESSAGE_BYTES:
+            frames.append(self._urgent.popleft())
+            size += len(frames[-1])
+        while self._queue and size + len(self._queue[0][1]) <= MAX_MESSAGE_BYTES:
+            frames.append(self._queue.popleft()[1])
+            size += len(frames[-1])
+        self._queued_bytes -= size
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    # what the far side does
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes as they arrived, cut anywhere. Raises `ViolationError`."""
+        events: list[Event] = []
+        at, end = 0, len(data)
+        while True:
+            if self._body_left:
+                if at == end:
+                    return events
+                size = min(self._body_left, end - at)
+                piece = data if size == end else data[at : at + size]
+                at += size
+                self._body_left -= size
+                self._take_body(piece, events)
+                continue
+            if self._partial or end - at < HEADER_BYTES:
+                size = min(HEADER_BYTES - len(self._partial), end - at)
+                self._partial += data[at : at + size]
+                at += size
+                if len(self._partial) < HEADER_BYTES:
+                    return events
+                header = _HEADER.unpack(self._partial)
+                self._partial.clear()
+            else:
+                header = _HEADER.unpack_from(data, at)
+                at += HEADER_BYTES
+            self._take_header(header, events)
+
+    def _take_header(self, header: tuple[int, int, int, int, int], events: list[Event]) -> None:
+        version, kind, flags, stream_id, length = header
+        if version != 0 or kind > _GO_AWAY:
+            raise ViolationError(f"frame of version {version}, type {kind}")
+        if kind == _PING:
+            if flags & _SYN:
+                self._check_queue()
+                self._enqueue_urgent(_frame(_PING, _ACK, 0, length))
+            else:
+                events.append(Pong(length))
+            return
+        if kind == _GO_AWAY:
+            events.append(Departed(length))
+            return
+        stream = self._streams.get(stream_id)
+        if flags & _SYN:
+            stream = self._take_open(stream_id, stream, events)
+        elif stream is None and not self._was_open(stream_id):
+            raise ViolationError(f"frame of type {kind} for stream {stream_id}, which was never opened")
+        if stream is not None and flags & (_ACK | _RST) and stream.ours:
+            self._acknowledge(stream, events)
+        if stream is not None and flags & _RST:
+            self._withdraw(stream_id)
+            self._break(stream)
+            events += (Readable(stream), Writable(stream))
+            stream = None
+        if kind == _DATA:
+            self._take_data(stream, length, flags, events)
+            return
+        if stream is not None and length:
+            stream.send_window_bytes += length
+            if stream.send_window_bytes > _MAX_U32:
+                raise ViolationError(f"stream {stream_id} was given a window beyond {_MAX_U32} bytes")
+            events.append(Writable(stream))
+        if stream is not None and flags & _FIN:
+            self._take_end(stream, events)
+
+    def _take_data(self, stream: MuxStream | None, length: int, flags: int, events: list[Event]) -> None:
+        if stream is None:
+            self._body, self._body_left, self._body_ends = None, length, False
+            return
+        if length > stream.granted_bytes:
+            raise ViolationError(
+                f"stream {stream.stream_id} sent {length} bytes, {stream.granted_bytes} were granted"
+            )
+        if length and stream.remote_end:
+            raise ViolationError(f"stream {stream.stream_id} sent {length} bytes after its end")
+        stream.granted_bytes -= length
+        self._body, self._body_left, self._body_ends = stream, length, bool(flags & _FIN)
+        if not length and self._body_ends:
+            self._take_end(stream, events)
+
+    def _take_body(self, piece: bytes, events: list[Event]) -> None:
+        stream = self._body
+        if stream is None:
+            return
+        if not stream.reset:
+            if self._unread_bytes + len(piece) > MAX_UNREAD_BYTES:
+                self.reset(stream)
+                events += (Readable(stream), Writable(stream))
+            else:
+                _append(stream.inbox, piece)
+                stream.inbox_bytes += len(piece)
+                self._unread_bytes += len(piece)
+                events.append(Readable(stream))
+        if not self._body_left and self._body_ends:
+            self._take_end(stream, events)
+
+    def _take_end(self, stream: MuxStream, events: list[Event]) -> None:
+        stream.remote_end = True
+        events.append(Readable(stream))
+        self._forget_if_done(stream)
+
+    def _take_open(self, stream_id: int, stream: MuxStream | None, events: list[Event]) -> MuxStream | None:
+        if stream is not None or stream_id == 0 or stream_id % 2 == self._parity:
+            raise ViolationError(f"stream {stream_id} cannot be opened by the far side")
+        if stream_id <= self._highest_theirs:
+            raise ViolationError(f"stream {stream_id} opened after stream {self._highest_theirs}")
+        self._highest_theirs = stream_id
+        if self._num_theirs >= MAX_STREAMS:
+            self._check_queue()
+            self._enqueue(stream_id, _frame(_WINDOW_UPDATE, _RST, stream_id, 0))
+            return None
+        stream = MuxStream(stream_id, ours=False)
+        self._streams[stream_id] = stream
+        self._num_theirs += 1
+        events.append(Opened(stream))
+        return stream
+
+    def _was_open(self, stream_id: int) -> bool:
+        if stream_id == 0:
+            return False
+        if stream_id % 2 == self._parity:
+            return stream_id < self._next_id
+        return stream_id <= self._highest_theirs
+
+    def _acknowledge(self, stream: MuxStream, events: list[Event]) -> None:
+        if not stream.acknowledged:
+            stream.acknowledged = True
+            self._num_unacknowledged -= 1
+            events.append(Acknowledged())
+
+    # bookkeeping
+
+    def _grant(self, stream: MuxStream, now: float) -> None:
+        if stream.consumed_bytes * 2 < stream.window_bytes or stream.remote_end or stream.reset:
+            return
+        # Twice the window if half of it lasted less than four round trips: then it, and not the sender or
+        # the wire, sets the pace. The 5 ms keep a loopback from never growing.
+        quick = now - stream.granted_at < max(4 * self.rtt_s, 0.005)
+        growth = 0
+        if stream.granted_at and quick:
+            room = WINDOW_BUDGET_BYTES - self._extra_window_bytes
+            growth = max(0, min(stream.window_bytes, MAX_WINDOW_BYTES - stream.window_bytes, room))
+        stream.window_bytes += growth
+        self._extra_window_bytes += growth
+        delta = stream.consumed_bytes + growth
+        stream.granted_bytes += delta
+        stream.consumed_bytes = 0
+        stream.granted_at = now
+        self._enqueue_urgent(_frame(_WINDOW_UPDATE, 0, stream.stream_id, delta))
+
+    def _break(self, stream: MuxStream) -> None:
+        stream.reset = True
+        self._drop_inbox(stream)
+        self._forget(stream)
+
+    def _drop_inbox(self, stream: MuxStream) -> None:
+        self._unread_bytes -= stream.inbox_bytes
+        stream.inbox_bytes = 0
+        stream.inbox.clear()
+
+    def _forget_if_done(self, stream: MuxStream) -> None:
+        if stream.local_end and stream.remote_end:
+            self._forget(stream)
+
+    def _forget(self, stream: MuxStream) -> None:
+        if self._streams.pop(stream.stream_id, None) is None:
+            return
+        self._extra_window_bytes -= stream.window_bytes - INITIAL_WINDOW_BYTES
+        if not stream.ours:
+            self._num_theirs -= 1
+        elif not stream.acknowledged:
+            stream.acknowledged = True
+            self._num_unacknowledged -= 1
+
+    def _withdraw(self, stream_id: int) -> None:
+        """Take back a stream's queued frames, except its opening, which the far side must see first."""
+        kept = deque(
+            (owner, frame) for owner, frame in self._queue if owner != stream_id or frame[3] & (_SYN | _ACK)
+        )
+        if len(kept) != len(self._queue):
+            self._queued_bytes += sum(len(f) for _, f in kept) - sum(len(f) for _, f in self._queue)
+            self._queue = kept
+
+    def _enqueue(self, owner: int, frame: bytes) -> None:
+        self._queue.append((owner, frame))
+        self._queued_bytes += len(frame)
+
+    def _enqueue_urgent(self, frame: bytes) -> None:
+        self._urgent.append(frame)
+        self._queued_bytes += len(frame)
+
+    def _check_queue(self) -> None:
+        """Before an answer: the far side cannot make us keep ever more of them."""
+        if len(self._urgent) + len(self._queue) >= MAX_QUEUED_FRAMES:
+            raise ViolationError(
+                f"{MAX_QUEUED_FRAMES} frames wait, and the peer asks on without reading them"
+            )
+
+
+def _append(inbox: deque[bytes | bytearray | memoryview], piece: bytes) -> None:
+    if len(piece) >= SMALL_PIECE_BYTES:
+        inbox.append(piece)
+        return
+    last = inbox[-1] if inbox else None
+    if isinstance(last, bytearray) and len(last) < _JOINED_BYTES:
+        last += piece
+    else:
+        inbox.append(bytearray(piece))
+
+
+def _frame(kind: int, flags: int, stream_id: int, length: int) -> bytes:
+    return _HEADER.pack(0, kind, flags, stream_id, length)
