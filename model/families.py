@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..protocol.errors import Code, error
 from .attention import ATTENTION, Placement, register
@@ -52,9 +53,9 @@ _LENGTH_DEPENDENT: Final = ("dynamic", "longrope")
 
 def architecture(config: PretrainedConfig) -> str:
     """The model's class, such as `LlamaForCausalLM`. Raises `UNSUPPORTED_FAMILY` with the reason."""
-    names = config.architectures or []
-    name = names[0] if names else type(config).__name__
-    if name not in CERTIFIED:
+    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    name = str((config.architectures or [built])[0])
+    if name not in CERTIFIED or name != built:
         raise error(
             Code.UNSUPPORTED_FAMILY,
             f"models of the architecture {name} are not supported",

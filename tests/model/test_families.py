@@ -1,0 +1,91 @@
+"""How architectures fall into blocks and ends, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig
+
+from corolla.model.cache import CacheShape
+from corolla.model.families import CERTIFIED, Skeleton, architecture
+from corolla.protocol.errors import Code, CorollaError
+
+from .tiny import FAMILIES, NUM_BLOCKS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_and_ends_hold_every_tensor_of_the_model_once(family: str) -> None:
+    skeleton = Skeleton(FAMILIES[family]())
+    assert skeleton.num_blocks == NUM_BLOCKS
+    prefixes = [skeleton.block_prefix(block) for block in range(NUM_BLOCKS)]
+    prefixes += skeleton.end_prefixes.values()
+    for name in skeleton.tensors:
+        assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
+    total = sum(tensor.numel() for tensor in skeleton.tensors.values())
+    sizes = [skeleton.block_bytes(block, torch.bfloat16) for block in range(NUM_BLOCKS)]
+    assert sum(sizes) + skeleton.ends_bytes(torch.bfloat16) == 2 * total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_weighs_nothing_and_hands_out_each_block_once(family: str) -> None:
+    skeleton = Skeleton(FAMILIES[family]())
+    assert all(tensor.is_meta for tensor in skeleton.tensors.values())
+    block = skeleton.take_block(2)
+    names = {name.removeprefix(skeleton.block_prefix(2)) for name in skeleton.tensors}
+    assert {name for name, _ in block.named_parameters()} <= names
+    assert not list(skeleton.take_block(2).parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_shape_is_that_of_the_keys(family: str) -> None:
+    skeleton = Skeleton(FAMILIES[family]())
+    heads = 4 if family == "gpt_neox" else 2
+    assert skeleton.cache_shape(skeleton.take_block(1)) == CacheShape(heads, 16, 16)
+
+
+def test_a_block_has_the_layer_type_of_its_own_index() -> None:
+    """Gemma 3 chooses layer types by the index of a loop, which a span cut out by itself would get wrong."""
+    config = FAMILIES["gemma3"]()
+    assert isinstance(config, Gemma3TextConfig)
+    skeleton = Skeleton(config)
+    for index, kind in enumerate(config.layer_types or ()):
+        attention: Any = skeleton.take_block(index).get_submodule("self_attn")
+        assert attention.layer_idx == index
+        assert attention.is_sliding == (kind == "sliding_attention")
+
+
+def refused(config: PretrainedConfig) -> CorollaError:
+    with pytest.raises(CorollaError) as caught:
+        Skeleton(config)
+    assert caught.value.code is Code.UNSUPPORTED_FAMILY
+    return caught.value
+
+
+def test_a_family_that_is_not_certified_is_refused_by_name() -> None:
+    problem = refused(BloomConfig(architectures=["BloomForCausalLM"]))
+    assert "BloomForCausalLM" in problem.message
+    assert all(name in problem.remedy for name in CERTIFIED)
+
+
+def test_weights_stored_quantized_are_refused_by_method() -> None:
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "gptq"})
+    assert "gptq" in refused(config).message
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    config = FAMILIES["gemma3"]()
+    config.architectures = ["Gemma3ForCausalLM"]
+    config.use_bidirectional_attention = True
+    assert "bidirectional" in refused(config).message
+
+
+def test_the_architecture_is_the_class_that_the_model_was_saved_as() -> None:
+    assert architecture(LlamaConfig(architectures=["LlamaForCausalLM"])) == "LlamaForCausalLM"
+    assert architecture(LlamaConfig()) == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "MistralForCausalLM"])
+def test_a_class_that_is_not_the_configurations_own_is_refused(name: str) -> None:
+    assert name in refused(LlamaConfig(architectures=[name])).message
