@@ -211,6 +211,31 @@ class PullModel:
 
 
 @dataclass(frozen=True, slots=True)
+class PullProgress:
+    """An item of `model.pull`. stage: as in `work.Loading`."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Where the files lie now: a Hugging Face folder that transformers can load the ends from."""
+
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`."""
+
+    name: str
+    swarm_id: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
     """Serve blocks [start, end) of a model, or those that placement chooses (`start` None)."""
 
@@ -240,6 +265,11 @@ class SetConfig:
 
     key: str
     value: Plain
+
+
+# What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
+# `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
+# `Pulled`, swarm.create and swarm.join `Joined`; events sends items of `DaemonEvent`. The others return None.
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +370,18 @@ class SpanView:
     tokens_per_s: float
     expires_in_s: float
     mine: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """A member of the swarm that this daemon knows. rtt_s: None until measured."""
+
+    peer: str
+    addresses: tuple[str, ...] = ()
+    connected: bool = False
+    rtt_s: float | None = None
+    version: str = ""
+    spans: tuple[str, ...] = ()  # `NAME START:END STATE`, for people
 
 
 @dataclass(frozen=True, slots=True)
