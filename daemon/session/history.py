@@ -72,6 +72,10 @@ class History:
         """Tokens of each live row, dropped ones included."""
         return tuple(row.length for row in self._live)
 
+    def lengths_after(self, step_id: int) -> tuple[int, ...]:
+        """Tokens of each row after a step whose table is remembered. Raises KeyError for any other."""
+        return tuple(row.length for row in self._snapshots[step_id])
+
     @property
     def size_bytes(self) -> int:
         """Bytes of memory that the rows and their snapshots hold."""

@@ -1,0 +1,107 @@
+"""Who is guilty of wrong values, when one hop accuses another. Pure.
+
+An accusation charges nobody yet: the accuser may lie, or half precision may have overflowed. First the accused
+is replaced. If the same accuser accuses the replacement too, the accused is restored and the accuser replaced.
+Whoever's replacement let the step through is guilty (DESIGN, blame).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ...protocol.steps import Hop
+from .wiring import RouteHop
+
+MAX_TRIALS: Final = 4  # of one step; then the values themselves must be at fault
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Take `remove` off the route, and put `restore` back if it is given."""
+
+    remove: RouteHop
+    restore: RouteHop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """accuser: None is the client itself. swapped: the accuser has been replaced, the accused is back."""
+
+    accused: RouteHop | None
+    accuser: RouteHop | None
+    step_id: int
+    swapped: bool
+
+    @property
+    def away(self) -> RouteHop | None:
+        """Whose absence is being tried."""
+        return self.accuser if self.swapped else self.accused
+
+    @property
+    def witness(self) -> RouteHop | None:
+        """Who must stay for the trial to prove anything."""
+        return self.accused if self.swapped else self.accuser
+
+
+class Suspicion:
+    """The trial of one session, at most one at a time, and who may not come back."""
+
+    def __init__(self) -> None:
+        self._trial: _Trial | None = None
+        self._num_trials = 0
+        self._banned: set[Hop] = set()
+
+    @property
+    def banned(self) -> frozenset[Hop]:
+        """Hops that are guilty, or whose absence is being tried."""
+        return frozenset(self._banned)
+
+    def accuse(self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int) -> Replace | None:
+        """What to do about an accusation; None to give up. None for a party is the client."""
+        trial = self._trial
+        if trial is not None and not trial.swapped and trial.accuser == accuser:
+            return self._swap(trial)
+        self._num_trials += 1
+        if self._num_trials > MAX_TRIALS:
+            return None
+        if accused is None:  # the client cannot be replaced, so its accuser is
+            if accuser is None or (trial is not None and trial.swapped and trial.accused is None):
+                return None
+            return self._try(_Trial(None, accuser, step_id, swapped=True))
+        return self._try(_Trial(accused, accuser, step_id, swapped=False))
+
+    def nobody_replaces(self) -> Replace | None:
+        """No replacement exists for the one who is away: try it the other way round, if that is left."""
+        trial = self._trial
+        return self._swap(trial) if trial is not None and not trial.swapped else None
+
+    def committed(self, step_id: int) -> RouteHop | None:
+        """The route let a step through: the guilty one, if a trial of it is decided by that."""
+        trial = self._trial
+        if trial is None or step_id < trial.step_id:
+            return None
+        self._trial = None
+        self._num_trials = 0
+        return trial.away
+
+    def left(self, place: RouteHop) -> None:
+        """A hop left the route for another reason; a trial that needs it proves nothing any more."""
+        if self._trial is not None and self._trial.witness == place:
+            self._trial = None
+
+    def _try(self, trial: _Trial) -> Replace | None:
+        self._trial = trial
+        if trial.away is None:
+            return None
+        self._banned.add(trial.away.hop)
+        return Replace(trial.away)
+
+    def _swap(self, trial: _Trial) -> Replace | None:
+        if trial.accuser is None or trial.accused is None:
+            return None
+        self._banned.discard(trial.accused.hop)
+        self._banned.add(trial.accuser.hop)
+        self._trial = _Trial(trial.accused, trial.accuser, trial.step_id, swapped=True)
+        return Replace(trial.accuser, restore=trial.accused)
+
