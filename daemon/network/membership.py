@@ -9,13 +9,14 @@ the idea of gossip: each greeting carries a small random sample of whom the othe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import (
@@ -30,7 +31,7 @@ from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
 from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
 from .conversation import Conversation
-from .seam import Handler, Network, Stream
+from .seam import Network, Stream
 
 PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
 TARGET_MEMBERS: Final = 24  # a full mesh of a small swarm, and enough edges to keep a large one in one piece
@@ -64,7 +65,9 @@ async def discover_swarm(network: Network, address: str, *, timeout_s: float = H
     Raises `PEER_LOST` (unreachable), `TIMEOUT`, `NO_SWARM` (it has none itself), or `UNSUPPORTED`.
     """
     peer = await network.connect(address, timeout_s=timeout_s)
-    hello = await _greet(network, peer, Hello("", "", "", PROTOCOL_MAJORS), timeout_s=timeout_s)
+    asking = Hello("", "", "", PROTOCOL_MAJORS)
+    async with _greeting(network, peer, asking, timeout_s=timeout_s) as hello:
+        pass
     if not hello.swarm_id:
         raise error(
             Code.NO_SWARM,
@@ -127,7 +130,7 @@ class Membership:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._known: dict[str, _Acquaintance] = {}
-        self._strangers: dict[str, float] = {}  # peer → when it may be dialled again
+        self._strangers: dict[str, float] = {}  # peer → when it proved to be one
         self._listeners: list[Callable[[str, bool], None]] = []
         self._changed: anyio.Event | None = None
         self._tasks: TaskGroup | None = None
@@ -175,32 +178,24 @@ class Membership:
                 "check that a member runs and can be reached, or paste a fresh token",
             )
 
-    def members_only(self, handler: Handler) -> Handler:
-        """A handler that serves members and resets everyone else's streams.
-
-        A member's first stream may overtake the end of its greeting, so the greeting is waited for.
-        """
-
-        async def guarded(stream: Stream) -> None:
-            if await self.wait_member(stream.peer, timeout_s=HELLO_TIMEOUT_S):
-                await handler(stream)
-            else:
-                stream.reset()
-
-        return guarded
+    def may_speak(self, peer: str, protocol: str) -> bool:
+        """May a peer use a protocol of ours? Everyone may greet; the rest is for members."""
+        return protocol == HELLO_PROTOCOL or self.is_member(peer)
 
     # life
 
-    async def run(self) -> None:
-        """Greet, dial, gossip, until cancelled."""
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Greet, dial, gossip, until cancelled; started once greetings are served."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            self._network.restrict(self.may_speak)
             self._network.handle(HELLO_PROTOCOL, self._answer)
             self._network.on_peer(self._on_peer)
             for view in self._network.peers():
                 self._on_peer(view.peer, True)
             tasks.start_soon(self._keep_acquaintance)
             tasks.start_soon(self._gossip)
+            task_status.started()
             try:
                 await anyio.sleep_forever()
             finally:
@@ -230,19 +225,21 @@ class Membership:
                     return
                 if not self.is_member(peer):
                     await self._greet(peer)
-                    return
         except CorollaError as problem:
             _log.info("greeting_failed", peer=peer, problem=str(problem))
             if problem.code is Code.UNSUPPORTED:  # it may be asking which swarm this is, and join then
                 await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)
         if not self.is_member(peer):
-            await self._part(peer)
+            await self._network.disconnect(peer)
 
     async def _greet(self, peer: str) -> None:
-        """Say hello and hear it. Raises `WRONG_SWARM`, and as `_greet`."""
-        hello = await _greet(self._network, peer, self._hello(peer), timeout_s=HELLO_TIMEOUT_S)
+        """Say hello and hear it. Raises `WRONG_SWARM`, and as `_greeting`."""
+        ours = self._hello(peer)
+        async with _greeting(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
+            is_new = hello.swarm_id == self.swarm.swarm_id and self._admit(peer, hello)
+        if is_new:
+            self._tell(peer, True)
         if hello.swarm_id == self.swarm.swarm_id:
-            self._admit(peer, hello)
             return
         if hello.swarm_id:
             self._shun(peer)
@@ -258,26 +255,30 @@ class Membership:
         """Serve one greeting."""
         conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
         with anyio.move_on_after(HELLO_TIMEOUT_S):
-            hello = await _hear_hello(conversation)
-            ours = hello.swarm_id == self.swarm.swarm_id
-            if ours:
-                self._admit(stream.peer, hello)
+            hello = _as_hello(await conversation.hear(), stream.peer)
+            is_ours = hello.swarm_id == self.swarm.swarm_id
+            is_new = is_ours and self._admit(stream.peer, hello)
             await conversation.say(self._hello(stream.peer))
             await stream.close()
-            if hello.swarm_id and not ours:
+            await self._let_it_hear(stream)
+            if is_new and stream.peer in self._members:
+                self._tell(stream.peer, True)
+            if hello.swarm_id and not is_ours:
                 self._shun(stream.peer)
-                await self._let_it_hear(stream)
-                await self._part(stream.peer)
+                await self._network.disconnect(stream.peer)
             return
         stream.reset()
 
     async def _let_it_hear(self, stream: Stream) -> None:
-        """Wait until the far side has ended its stream, so that our answer is not cut off with the line."""
+        """Wait for the far side's end: a stranger has heard why, and a member has admitted us.
+
+        Only then may we part with the one, and open streams to the other.
+        """
         try:
             while await stream.receive():
                 pass
         except CorollaError as problem:
-            _log.debug("stranger_left", peer=stream.peer, problem=str(problem))
+            _log.debug("greeter_left", peer=stream.peer, problem=str(problem))
 
     def _hello(self, to: str) -> Hello:
         """What we say. A sample of members goes to members alone."""
@@ -295,9 +296,10 @@ class Membership:
             sample,
         )
 
-    def _admit(self, peer: str, hello: Hello) -> None:
+    def _admit(self, peer: str, hello: Hello) -> bool:
+        """Take a peer in, or what is new about it; True if it was no member before."""
         if not any(view.peer == peer for view in self._network.peers()):
-            return  # the connection closed while it was talking
+            return False  # the connection closed while it was talking
         addresses = tuple(_of_peer(hello.addresses, peer))
         is_new = peer not in self._members
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
@@ -309,11 +311,7 @@ class Membership:
         for told in hello.members:
             self._hear_of(told, now)
         self._bound_known()
-        if is_new:
-            _log.info("member", peer=peer, version=hello.version, num_members=len(self._members))
-            self._tell(peer, True)
-        else:
-            self._wake()
+        return is_new
 
     def _hear_of(self, told: PeerAddresses, now: float) -> None:
         """Note a member we were told of. It is dialled, not believed: only its own greeting admits it."""
@@ -331,13 +329,12 @@ class Membership:
     def _shun(self, peer: str) -> None:
         self._known.pop(peer, None)
         now = self._clock()
-        self._strangers = {p: until for p, until in self._strangers.items() if until > now}
-        self._strangers[peer] = now + FORGET_AFTER_S
-
-    async def _part(self, peer: str) -> None:
-        await self._network.disconnect(peer)
+        self._strangers = {p: at for p, at in self._strangers.items() if now - at < FORGET_AFTER_S}
+        self._strangers[peer] = now
+        self._wake()
 
     def _tell(self, peer: str, connected: bool) -> None:
+        _log.info("member_joined" if connected else "member_lost", peer=peer, num=len(self._members))
         for listener in self._listeners:
             listener(peer, connected)
         self._wake()
@@ -373,7 +370,8 @@ class Membership:
                 await self._dial_bootstrap()
                 if not self._members:
                     with anyio.move_on_after(backoff_s * self._rng.uniform(0.8, 1.2)):
-                        await self._wait_changed()
+                        while not self._members:
+                            await self._wait_changed()
                     backoff_s = min(2 * backoff_s, REDIAL_MAX_S)
                     continue
             backoff_s = REDIAL_FIRST_S
@@ -411,12 +409,23 @@ class Membership:
         friend.backoff_s = min(2 * friend.backoff_s, REDIAL_MAX_S)
         for address in friend.addresses:
             try:
-                await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
+                await self._connect(address)
             except CorollaError as problem:
                 _log.debug("dial_failed", peer=peer, address=address, problem=str(problem))
             else:
-                await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)
                 return
+
+    async def _connect(self, address: str) -> None:
+        """Dial an address and wait for the greeting's outcome. Raises `PEER_LOST`, `WRONG_SWARM`, `TIMEOUT`."""
+        dialled_at = self._clock()
+        peer = await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
+        with anyio.move_on_after(HELLO_TIMEOUT_S):
+            while not self.is_member(peer):
+                if self._strangers.get(peer, dialled_at - 1) >= dialled_at:
+                    raise error(Code.WRONG_SWARM, "it belongs to another swarm")
+                await self._wait_changed()
+            return
+        raise error(Code.TIMEOUT, "it did not greet")
 
     async def _dial_bootstrap(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -425,33 +434,27 @@ class Membership:
 
     async def _dial_address(self, entry: _Bootstrap) -> None:
         try:
-            peer = await self._network.connect(entry.address, timeout_s=CONNECT_TIMEOUT_S)
+            await self._connect(entry.address)
         except CorollaError as problem:
             entry.problem = str(problem)
-            return
-        if await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S):
-            entry.problem = ""
-        elif peer in self._strangers:
-            entry.problem = "it belongs to another swarm"
         else:
-            entry.problem = "it did not greet"
+            entry.problem = ""
 
 
-async def _greet(network: Network, peer: str, hello: Hello, *, timeout_s: float) -> Hello:
-    """Say hello on a new stream and give the other's. Raises `PEER_LOST`, `TIMEOUT`, `UNSUPPORTED`, …"""
+@asynccontextmanager
+async def _greeting(network: Network, peer: str, hello: Hello, *, timeout_s: float) -> AsyncIterator[Hello]:
+    """Say hello on a new stream and give the other's; the far side hears the end when the block is left.
+
+    Raises `PEER_LOST`, `TIMEOUT`, `UNSUPPORTED`, …
+    """
     stream = await network.open(peer, HELLO_PROTOCOL, timeout_s=timeout_s)
     conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
     try:
-        answer = await conversation.ask(hello, timeout_s=timeout_s)
+        yield _as_hello(await conversation.ask(hello, timeout_s=timeout_s), peer)
     except BaseException:
         stream.reset()
         raise
     await stream.close()
-    return _as_hello(answer, peer)
-
-
-async def _hear_hello(conversation: Conversation) -> Hello:
-    return _as_hello(await conversation.hear(), conversation.stream.peer)
 
 
 def _as_hello(message: Message | None, peer: str) -> Hello:

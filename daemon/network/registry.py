@@ -17,7 +17,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 import structlog
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...protocol.errors import Code, CorollaError, error
@@ -413,17 +413,18 @@ class Registry:
 
     # life
 
-    async def run(self) -> None:
-        """Hold, refresh, keep what is asked for fresh, until cancelled."""
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Hold, refresh, keep what is asked for fresh, until cancelled; started once we are a holder."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self._membership.on_member(self._on_member)
-            self._network.handle(REGISTRY_PROTOCOL, self._membership.members_only(self._serve))
+            self._network.handle(REGISTRY_PROTOCOL, self._serve)
             tasks.start_soon(self._keep_publishing)
             tasks.start_soon(self._keep_fresh)
             tasks.start_soon(self._keep_expiring)
             for member in self._membership.members():
                 tasks.start_soon(self._welcome, member.peer)
+            task_status.started()
             try:
                 await anyio.sleep_forever()
             finally:
