@@ -1,11 +1,8 @@
-"""Just these tensors, from a Hugging Face folder, the hub or a GGUF file; and a model's fingerprint.
+"""Where a model's files lie: a Hugging Face folder, the hub, a GGUF file; and the model's fingerprint.
 
-Owns how weights are found on disk and read: tensor by tensor, so that memory holds the part that is asked
-for and one tensor more. Only safetensors are read, never pickles. Files in other formats are converted by
-`gguf` first; fetching from the hub is `hub`'s business.
-
-transformers' own weight conversion (experts fused into one tensor, renamed layers) is applied to the part
-alone.
+Owns configuration, tokenizer, the list of tensors and the hashes of files; reading tensors is `weights`'
+business. Only safetensors are used, never pickles; other formats are converted by `gguf` first, and what
+lies on the hub is fetched by `hub`.
 """
 
 from __future__ import annotations
@@ -13,26 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.work import ModelFacts, ModelSource, SourceKind
 from . import gguf, hub
-from .families import Skeleton, architecture
-from .linear import packed
+from .families import architecture
 
 # stage (`fetching`, `converting`, `hashing`), bytes done, bytes in total
 Report = Callable[[str, int, int], None]
@@ -71,25 +60,11 @@ class Checkpoint:
             return None
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except Exception as problem:  # the package `tokenizers` raises bare ones
             raise error(
                 Code.UNREADABLE, f"the tokenizer in {self.folder} is unreadable: {problem}"
             ) from problem
         return tokenizer
-
-    def fetch(self, skeleton: Skeleton, prefixes: Iterable[str]) -> None:
-        """Have the files that hold the tensors of these prefixes on disk; only a hub model lacks any."""
-        if self.origin is None:
-            return
-        recipes = _recipes(self, skeleton)
-        wanted = tuple(prefixes)
-        files = {
-            self.tensors[key]
-            for target, recipe in recipes.items()
-            if target.startswith(wanted)
-            for _, key in recipe.keys
-        }
-        hub.fetch_files(self.origin, sorted(files), self.report)
 
     def facts(self) -> ModelFacts:
         """What everyone who runs a part of this model has to agree on. May hash files for a while."""
@@ -228,11 +203,12 @@ def _stored_tensors(folder: Path) -> dict[str, str]:
             f"{folder} holds no safetensors weights",
             "convert the model to safetensors; pickled weights are never read",
         )
-    with _opened(folder / SINGLE) as file:
+    with open_safetensors(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), SINGLE)
 
 
-def _opened(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, to be used with `with`. Raises `DAMAGED_WEIGHTS`, `UNREADABLE`."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as problem:
@@ -323,122 +299,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise error(
             Code.DISK_FULL, f"cannot write {path}: {problem.strerror}", "free some disk space"
         ) from problem
-
-
-# reading a part
-
-
-class _Recipe(NamedTuple):
-    """How a tensor of the model comes from stored ones. keys: (pattern of the converter, stored name)."""
-
-    converter: WeightConverter | None
-    keys: list[tuple[str, str]]
-
-
-def _recipes(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, _Recipe]:
-    """Tensor of the model → its recipe, for every stored tensor that the model knows."""
-    mapping = get_model_conversion_mapping(skeleton.model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = skeleton.model.base_model_prefix
-    recipes: dict[str, _Recipe] = {}
-    for key in sorted(checkpoint.tensors, key=_natural):
-        if key in skeleton.tensors:
-            recipes[key] = _Recipe(None, [("", key)])
-            continue
-        target, pattern = rename_source_key(key, renamings, converters, prefix, skeleton.tensors)
-        if target not in skeleton.tensors:
-            continue
-        converter = by_pattern[pattern] if pattern is not None else None
-        recipe = recipes.setdefault(target, _Recipe(converter, []))
-        recipe.keys.append((pattern or "", key))
-    return recipes
-
-
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    """Sorts expert 2 before expert 10: fused experts are stacked in this order."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
-
-
-def load_part(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    prefix: str,
-    module: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Fill `module`, whose tensors are called `prefix` + … in the model, and pack its linear layers.
-
-    A layer is packed as soon as it is complete, so that memory holds one layer's weights twice at most.
-    Raises `DAMAGED_WEIGHTS` if a tensor is missing or has another shape, `UNREADABLE`.
-    """
-    recipes = {
-        target: recipe
-        for target, recipe in _recipes(checkpoint, skeleton).items()
-        if target.startswith(prefix)
-    }
-    missing = [name for name in skeleton.tensors if name.startswith(prefix) and name not in recipes]
-    if missing:
-        raise error(
-            Code.DAMAGED_WEIGHTS,
-            f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]}",
-            "fetch the model again",
-        )
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
-
-        def read(key: str) -> Tensor:
-            name = checkpoint.tensors[key]
-            if name not in files:
-                files[name] = stack.enter_context(_opened(checkpoint.folder / name))
-            try:
-                stored: Tensor = files[name].get_tensor(key)
-            except SafetensorError as problem:
-                raise error(
-                    Code.DAMAGED_WEIGHTS, f"{name} holds no {key}: {problem}", "fetch the model again"
-                ) from problem
-            # A copy even if nothing changes: what is mapped would vanish with its file.
-            return stored.to(device=device, dtype=dtype, copy=True)
-
-        for target in sorted(recipes, key=_natural):
-            tensor = _made(target, recipes[target], skeleton, read)
-            expected = tuple(skeleton.tensors[target].shape)
-            if tuple(tensor.shape) != expected:
-                raise error(
-                    Code.DAMAGED_WEIGHTS,
-                    f"{target} has the shape {tuple(tensor.shape)}, the configuration says {expected}",
-                    "fetch the model again",
-                )
-            _place(module, target.removeprefix(prefix), tensor)
-    for buffer in module.buffers():
-        buffer.data = buffer.data.to(device)
-
-
-def _made(target: str, recipe: _Recipe, skeleton: Skeleton, read: Callable[[str], Tensor]) -> Tensor:
-    if recipe.converter is None:
-        return read(recipe.keys[0][1])
-    converter: Any = deepcopy(recipe.converter)
-    for pattern, key in recipe.keys:
-        converter.add_tensor(target, key, pattern, partial(read, key))
-    made: dict[str, Any] = converter.convert(target, model=skeleton.model, config=skeleton.config)
-    if target not in made:
-        raise error(
-            Code.INTERNAL, f"transformers converts {recipe.keys[0][1]} to {sorted(made)}, not {target}"
-        )
-    tensor: Tensor = made[target][0] if isinstance(made[target], list) else made[target]
-    return tensor
-
-
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set the parameter or buffer `name`; pack its layer if that is complete."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    if path and not any(parameter.is_meta for parameter in owner.parameters(recurse=False)):
-        parent_path, _, own_name = path.rpartition(".")
-        setattr(module.get_submodule(parent_path), own_name, packed(owner))

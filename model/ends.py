@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..protocol.errors import Code, error
-from .checkpoint import Checkpoint, load_part
+from .checkpoint import Checkpoint
 from .families import Skeleton
 from .linear import packed
+from .weights import fetch_parts, load_part
 
 
 class Ends:
@@ -55,13 +56,12 @@ class Ends:
         prefixes = skeleton.end_prefixes
         parts = skeleton.take_ends()
         wanted = ("embeddings", "norm") if skeleton.is_tied else ("embeddings", "norm", "head")
-        checkpoint.fetch(skeleton, [prefixes[part] for part in wanted])
+        fetch_parts(checkpoint, skeleton, [prefixes[part] for part in wanted])
         for part in wanted:
-            holder = nn.ModuleDict({"part": parts[part]})
-            load_part(checkpoint, skeleton, prefixes[part], holder["part"], dtype, device)
+            parts[part] = load_part(checkpoint, skeleton, prefixes[part], parts[part], dtype, device)
         if skeleton.is_tied:
             parts["head"].weight = parts["embeddings"].weight
-        parts["head"] = packed(parts["head"])
+            parts["head"] = packed(parts["head"])
         ends = cls(parts, skeleton, checkpoint.tokenizer())
         ends.bytes = size
         ends.dtype = dtype

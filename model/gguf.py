@@ -168,7 +168,9 @@ def _save_tokenizer(folder: Path, path: Path) -> None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as problem:
+    except OSError:
+        raise
+    except Exception as problem:  # the package `tokenizers` raises bare ones
         raise error(Code.UNREADABLE, f"the tokenizer in {path.name} is unreadable: {problem}") from problem
 
 

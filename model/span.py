@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..protocol.errors import Code, error
 from .attention import Batch, Placement
 from .cache import Cache, CacheShape
-from .checkpoint import Checkpoint, load_part
+from .checkpoint import Checkpoint
 from .families import Rotary, Skeleton
 from .pages import PAGE_TOKENS, PageCopy
+from .weights import fetch_parts, load_part
 
 
 class Span:
@@ -67,14 +68,14 @@ class Span:
             )
         sizes = [skeleton.block_bytes(block, dtype) for block in range(start, end)]
         _check_fits(start, sizes, memory_bytes)
-        checkpoint.fetch(skeleton, [skeleton.block_prefix(block) for block in range(start, end)])
+        fetch_parts(checkpoint, skeleton, [skeleton.block_prefix(block) for block in range(start, end)])
         blocks: dict[int, nn.Module] = {}
         shapes: dict[int, CacheShape] = {}
         for block in range(start, end):
             module = skeleton.take_block(block)
             shapes[block] = skeleton.cache_shape(module)
-            load_part(checkpoint, skeleton, skeleton.block_prefix(block), module, dtype, device)
-            blocks[block] = module
+            prefix = skeleton.block_prefix(block)
+            blocks[block] = load_part(checkpoint, skeleton, prefix, module, dtype, device)
             if report is not None:
                 report(sum(sizes[: len(blocks)]), sum(sizes))
         span = cls(blocks, shapes, skeleton.rotary().to(device))
