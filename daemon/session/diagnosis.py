@@ -19,10 +19,10 @@ class Trouble(Enum):
 
 
 class Finding(NamedTuple):
-    """A trouble, and the index of the hop that has it."""
+    """A trouble, and the place in the chain of the hop that has it."""
 
     trouble: Trouble
-    index: int
+    place: int
 
 
 def find_stuck(stages: Sequence[Stage]) -> Finding:

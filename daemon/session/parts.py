@@ -12,9 +12,9 @@ from ...protocol.limits import MAX_PAYLOAD_BYTES, MAX_STEP_TOKENS
 from ...protocol.steps import Reply, Row
 
 
-def max_part_tokens(token_bytes: int) -> int:
-    """Tokens that one message may carry."""
-    return max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES // token_bytes))
+def max_part_tokens(token_bytes: int, wish: int = MAX_STEP_TOKENS) -> int:
+    """Tokens that one message may carry, at most `wish`."""
+    return max(1, min(wish, MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES // token_bytes))
 
 
 def cut(rows: tuple[Row, ...], max_tokens: int) -> Iterator[tuple[Row, ...]]:

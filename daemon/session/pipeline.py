@@ -59,12 +59,18 @@ class Part:
 
 
 class Pipeline:
-    """Steps of one session. token_bytes: of one token; max_rows, max_tokens: what hops were asked for."""
+    """Steps of one session.
 
-    def __init__(self, token_bytes: int, max_rows: int, max_tokens: int, history_bytes: int) -> None:
+    token_bytes: of one token. max_rows, max_tokens: what hops were asked for. part_tokens: of one message.
+    """
+
+    def __init__(
+        self, token_bytes: int, max_rows: int, max_tokens: int, history_bytes: int, part_tokens: int
+    ) -> None:
         self._token_bytes = token_bytes
         self._max_rows = max_rows
         self._max_tokens = max_tokens
+        self._part_tokens = max_part_tokens(token_bytes, part_tokens)
         self._next_id = 1
         self._queue: deque[Part] = deque()
         self._in_flight: deque[Part] = deque()
@@ -80,6 +86,11 @@ class Pipeline:
         return self._in_flight[0] if self._in_flight else None
 
     @property
+    def last_sent_id(self) -> int:
+        """The youngest step that is or was on its way."""
+        return self._in_flight[-1].step_id if self._in_flight else self.committed
+
+    @property
     def is_idle(self) -> bool:
         """Nothing to do for the user."""
         return not self._in_flight and not self._queue
@@ -93,7 +104,7 @@ class Pipeline:
         ends = tuple(row.position + row.n for row in rows)
         request = _Request(ticket, payload, reply, ends)
         offset = 0
-        for part in cut(rows, max_part_tokens(self._token_bytes)):
+        for part in cut(rows, self._part_tokens):
             size = num_tokens(part) * self._token_bytes
             lengths = tuple(row.position + row.n for row in part)
             wish = part_reply(part, ends, reply)
@@ -151,6 +162,13 @@ class Pipeline:
         self.lengths = self._lengths_before(self._in_flight[0])
         self.history.restore(self.committed, self.lengths)
         return True
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._queue.clear()
+        self._in_flight.clear()
+        self._done.clear()
+        self.history.clear()
 
     def _lengths_before(self, part: Part) -> tuple[int, ...]:
         if part.step_id == 1:

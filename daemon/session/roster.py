@@ -122,7 +122,9 @@ class Roster:
     def remove(self, member: Member) -> None:
         """Take a member off; its blocks are uncovered."""
         self._members.remove(member)
-        self._lost_precision[member.place.start, member.place.end] = member.place.precision
+        blocks = (member.place.start, member.place.end)
+        self._lost_precision.pop(blocks, None)  # so that the latest comes last
+        self._lost_precision[blocks] = member.place.precision
 
     def reopen(self, member: Member) -> None:
         """Its stream is gone: it gets a new wire, to be opened."""

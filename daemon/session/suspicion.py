@@ -104,4 +104,3 @@ class Suspicion:
         self._banned.add(trial.accuser.hop)
         self._trial = _Trial(trial.accused, trial.accuser, trial.step_id, swapped=True)
         return Replace(trial.accuser, restore=trial.accused)
-

@@ -1,0 +1,865 @@
+"""A client's session as a pure state machine: events in, actions out.
+
+It owns the route, the epoch, what is in flight and what is committed, every deadline, and repair (DESIGN,
+section 3). It has no clock, no I/O and no randomness: time comes with each event, ids come with the terms.
+
+    IDLE → ROUTING → OPENING → LINKING → REPLAYING → RUNNING
+              ↑__________________________________________|      something failed: `_disturb`
+
+Whatever fails, one thing follows: the failed hop leaves the roster if it is to be replaced, and `_advance`
+walks up the same stairs again: cover the uncovered blocks, open what is not open, link all in a new epoch,
+replay what is missing, send what is unanswered. So a failure amid a repair is no case of its own, and what
+is still good (hops, streams, caches) is kept because nothing has to be done for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+from ...protocol.errors import Code, CorollaError, Fault, error
+from ...protocol.messages import Message
+from ...protocol.steps import (
+    At,
+    CloseSession,
+    Failure,
+    Linked,
+    LinkHop,
+    Opened,
+    OpenSession,
+    Receipt,
+    Replay,
+    Replayed,
+    Result,
+    Stage,
+    Step,
+    Where,
+)
+from ..swarm.blame import HEAVY, LIGHT
+from .deadlines import Settings
+from .diagnosis import Trouble, find_stuck
+from .events import (
+    Action,
+    Charge,
+    CloseHop,
+    CloseRequested,
+    Deliver,
+    Disputed,
+    Emit,
+    Event,
+    Fail,
+    FindRoute,
+    HopLost,
+    HopSaid,
+    Kind,
+    OpenHop,
+    OpenRequested,
+    Ready,
+    Refuse,
+    RouteFound,
+    RouteMissing,
+    Send,
+    SessionEvent,
+    StepRequested,
+    Tick,
+)
+from .history import Part
+from .parts import max_part_tokens
+from .pipeline import Pipeline
+from .replays import CLIENT, Holding, ReplayPlan, next_replay
+from .roster import Member, Roster, Standing, Terms
+from .suspicion import Replace, Suspicion
+from .wiring import RouteHop, RouteRequest
+
+MAX_WIRINGS: Final = 64  # without a committed step between them; then something is wrong that no route cures
+STEADY_S: Final = 30.0  # a wiring that lasted so long was good; what failed before it counts no more
+
+
+class Phase(Enum):
+    """Where the session stands; see the module's docstring."""
+
+    IDLE = auto()
+    ROUTING = auto()
+    OPENING = auto()
+    LINKING = auto()
+    REPLAYING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """How a session went so far. repair_s: seconds in which it could not compute."""
+
+    num_steps: int
+    num_repairs: int
+    repair_s: float
+    epoch: int
+    hops: tuple[RouteHop, ...]
+    history_bytes: int
+
+
+@dataclass(slots=True)
+class _Ask:
+    """What the router was asked. again_at: it had nothing; when to ask anew. deadline: of its answer."""
+
+    ticket: int
+    hole: tuple[int, int]
+    request: RouteRequest
+    whole: bool
+    deadline: float
+    again_at: float | None = None
+
+
+@dataclass(slots=True)
+class _Probe:
+    """All hops were asked where a step is. link: a failed link was reported. hard: it took too long anyway."""
+
+    step_id: int
+    deadline: float
+    link: tuple[Member, Member] | None = None
+    hard: bool = False
+
+
+class SessionMachine:
+    """One session of a client. Feed it events; do the actions in the order given."""
+
+    def __init__(self, terms: Terms, settings: Settings) -> None:
+        self._terms = terms
+        self._settings = settings
+        self._phase = Phase.IDLE
+        self._now = 0.0
+        self._actions: list[Action] = []
+        self._pipeline = Pipeline(terms.token_bytes, terms.max_rows, terms.max_tokens, settings.history_bytes)
+        self._roster = Roster(terms)
+        self._suspicion = Suspicion()
+        self._epoch = 0
+        self._num_asks = 0
+        self._ask: _Ask | None = None
+        self._probe: _Probe | None = None
+        self._plan: ReplayPlan | None = None
+        self._without_history: set[int] = set()  # indexes of hops, in this wiring
+        self._last_sign = 0.0  # when anything was heard of what is awaited now
+        self._slow_step = -1  # that was found slow once already
+        self._link_failures: Counter[tuple[str, str]] = Counter()
+        self._charged: set[tuple[str, str]] = set()
+        self._num_wirings = 0
+        self._running_since = 0.0
+        self._is_ready = False
+        self._repair_since: float | None = None
+        self._waiting_since: float | None = None
+        self._num_repairs = 0
+        self._repair_s = 0.0
+        self._num_steps = 0
+
+    # the public face
+
+    @property
+    def phase(self) -> Phase:
+        """Where the session stands."""
+        return self._phase
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When to send a `Tick`, in seconds of the clock of the events; None if only events matter."""
+        return min(self._deadlines(), default=None)
+
+    def statistics(self) -> Statistics:
+        """How it went so far."""
+        hops = tuple(member.place for member in self._roster)
+        size = self._pipeline.history.size_bytes
+        return Statistics(self._num_steps, self._num_repairs, self._repair_s, self._epoch, hops, size)
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """What to do about an event. After the session has ended, nothing."""
+        self._now = now_s
+        if self._phase is not Phase.ENDED:
+            _EVENTS[type(event)](self, event)
+        actions, self._actions = self._actions, []
+        return actions
+
+    # the user
+
+    def _on_open_requested(self, event: OpenRequested) -> None:
+        if self._phase is Phase.IDLE:
+            self._advance()
+
+    def _on_step_requested(self, event: StepRequested) -> None:
+        if self._pipeline.is_idle and self._waiting_since is not None:
+            self._waiting_since = self._now  # nobody waited before
+        try:
+            self._pipeline.request(event.ticket, event.rows, event.payload, event.reply)
+        except CorollaError as problem:
+            self._do(Refuse(event.ticket, problem))
+            return
+        self._send_steps()
+
+    def _on_disputed(self, event: Disputed) -> None:
+        if not self._pipeline.undo(event.ticket):
+            self._fail(event.problem)
+            return
+        after = self._pipeline.last_sent_id + 1  # only a step beyond shows that the user was content
+        if len(self._roster) and self._roster[-1].place.end == self._terms.end:
+            self._accuse(None, self._roster[-1].place, after, event.problem)
+        else:
+            self._disturb("the last answer was wrong")
+
+    def _on_close_requested(self, event: CloseRequested) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for member in self._roster:
+            self._do(CloseHop(member.wire, CloseSession(self._terms.session)))
+            self._roster.remove(member)
+        self._phase = Phase.ENDED
+        self._pipeline.close()
+
+    def _fail(self, problem: CorollaError) -> None:
+        self._end()
+        self._do(Fail(problem))
+
+    # up the stairs: routing
+
+    def _advance(self) -> None:
+        """Do whatever is next on the way to a working wiring."""
+        if not self._find_missing() and not self._open_missing():
+            self._link()
+
+    def _find_missing(self) -> bool:
+        hole = self._roster.hole()
+        if hole is None:
+            self._ask = None
+            return False
+        self._phase = Phase.ROUTING
+        whole = self._ask is not None and self._ask.whole and self._ask.hole == hole
+        request = self._roster.request(hole, self._suspicion.banned, whole=whole)
+        if self._ask is None or self._ask.request != request:
+            self._ask_for(hole, request, whole=whole)
+        return True
+
+    def _ask_for(self, hole: tuple[int, int], request: RouteRequest, *, whole: bool) -> None:
+        self._num_asks += 1
+        deadline = self._now + self._settings.route_timeout_s
+        self._ask = _Ask(self._num_asks, hole, request, whole, deadline)
+        self._do(FindRoute(self._num_asks, request))
+
+    def _asked(self, ticket: int) -> _Ask | None:
+        ask = self._ask
+        return ask if ask is not None and ask.ticket == ticket and ask.again_at is None else None
+
+    def _on_route_found(self, event: RouteFound) -> None:
+        ask = self._asked(event.ticket)
+        if ask is None:
+            return
+        try:
+            leaving = self._roster.admit(event.route, ask.request)
+        except CorollaError as problem:
+            self._no_route(ask, problem)
+            return
+        for member in leaving:
+            self._suspicion.left(member.place)
+            again = any(other.place.hop == member.place.hop for other in self._roster)
+            # A hop that is opened anew on other blocks must not be closed by the old stream's last word.
+            self._do(CloseHop(member.wire, None if again else CloseSession(self._terms.session)))
+        if self._roster.precision_changed(event.route, ask.request):
+            names = sorted(
+                {str(hop.precision.quantization or hop.precision.dtype) for hop in event.route.hops}
+            )
+            self._emit(
+                Kind.PRECISION_CHANGED,
+                f"nobody serves these blocks as before; now in {', '.join(names)}",
+                start=ask.request.start,
+                end=ask.request.end,
+            )
+        self._ask = None
+        self._advance()
+
+    def _on_route_missing(self, event: RouteMissing) -> None:
+        ask = self._asked(event.ticket)
+        if ask is not None:
+            self._no_route(ask, event.problem)
+
+    def _no_route(self, ask: _Ask, problem: CorollaError) -> None:
+        """Nobody for the lost blocks: all of them anew, then the other party of a trial, then patience."""
+        if problem.fault is Fault.USER and not self._is_ready and problem.code is not Code.BAD_REQUEST:
+            self._fail(problem)
+            return
+        if not ask.whole and len(self._roster):
+            request = self._roster.request(ask.hole, self._suspicion.banned, whole=True)
+            self._ask_for(ask.hole, request, whole=True)
+            return
+        other = self._suspicion.nobody_replaces()
+        if other is not None:
+            self._replace(other, "no replacement for the accused hop")
+            return
+        wait_s = self._wait_s
+        if self._waiting_since is None:
+            self._waiting_since = self._now
+            if wait_s > 0:
+                start, end = ask.hole
+                text = f"waiting up to {wait_s:g} s for a peer that serves blocks {start}:{end}"
+                self._emit(Kind.WAITING, text, start=start, end=end, wait_s=wait_s, reason=problem.message)
+        give_up_at = self._give_up_at()
+        if give_up_at is not None and self._now >= give_up_at:
+            self._give_up(ask, problem)
+            return
+        ask.again_at = self._now + self._settings.route_retry_s
+
+    @property
+    def _wait_s(self) -> float:
+        return self._settings.replacement_wait_s if self._is_ready else self._settings.open_wait_s
+
+    def _give_up_at(self) -> float | None:
+        """When waiting ends. A session without work waits for as long as it lives."""
+        if self._waiting_since is None or (self._is_ready and self._pipeline.is_idle):
+            return None
+        return self._waiting_since + self._wait_s
+
+    def _give_up(self, ask: _Ask, problem: CorollaError) -> None:
+        if not self._is_ready:
+            self._fail(problem)
+            return
+        start, end = ask.hole
+        self._fail(
+            error(
+                Code.SESSION_LOST,
+                f"blocks {start}:{end} were lost, and no replacement came in {self._wait_s:g} s:"
+                f" {problem.message}",
+                "serve these blocks, or try again later",
+                start=start,
+                end=end,
+            )
+        )
+
+    def _ask_again(self) -> None:
+        self._roster.forgive()
+        self._link_failures.clear()
+        self._ask = None
+        self._advance()
+
+    # up the stairs: opening and linking
+
+    def _open_missing(self) -> bool:
+        for member in self._roster:
+            if member.standing is Standing.NEW:
+                patience_s = (
+                    self._settings.resume_timeout_s if member.resumes else self._settings.open_timeout_s
+                )
+                member.standing = Standing.OPENING
+                member.deadline = self._now + patience_s
+                self._do(OpenHop(member.wire, member.place.hop.peer, self._opening(member.place), patience_s))
+        if all(member.standing is Standing.OPEN for member in self._roster):
+            return False
+        self._phase = Phase.OPENING
+        return True
+
+    def _opening(self, place: RouteHop) -> OpenSession:
+        terms = self._terms
+        return OpenSession(
+            terms.session,
+            terms.fingerprint,
+            place.hop.worker,
+            place.start,
+            place.end,
+            terms.encoding,
+            terms.max_rows,
+            terms.max_tokens,
+        )
+
+    def _on_opened(self, member: Member, message: Opened) -> None:
+        if member.standing is Standing.OPENING:
+            member.standing = Standing.OPEN
+            member.resumes = False
+            self._advance()
+
+    def _link(self) -> None:
+        self._num_wirings += 1
+        if self._num_wirings > MAX_WIRINGS:
+            self._fail(
+                error(
+                    Code.SESSION_LOST,
+                    f"{MAX_WIRINGS} wirings in a row failed",
+                    "try again later; `daemonctl events` tells what failed",
+                )
+            )
+            return
+        self._phase = Phase.LINKING
+        self._epoch += 1
+        self._last_sign = self._now
+        self._without_history.clear()
+        base, lengths = self._pipeline.committed, self._pipeline.lengths
+        for index, member in enumerate(self._roster):
+            member.linked = False
+            upstream, downstream = self._roster.link_of(index)
+            link = LinkHop(self._terms.session, self._epoch, upstream, downstream, base, lengths)
+            self._send(member, link)
+
+    def _on_linked(self, member: Member, message: Linked) -> None:
+        lengths = self._pipeline.lengths
+        held, history = message.held, message.history_from
+        if (
+            not len(held) == len(history) == len(lengths)
+            or any(not 0 <= tokens <= length for tokens, length in zip(held, lengths, strict=True))
+            or any(first < 0 for first in history)
+        ):
+            self._drop(member, f"holds {held} of {lengths}", charge=HEAVY, avoid_peer=True)
+            return
+        member.linked = True
+        member.holding = Holding.of(held, history, lengths)
+        if all(other.linked for other in self._roster):
+            self._probe = None
+            self._replay_or_run()
+
+    # up the stairs: replaying
+
+    def _replay_or_run(self) -> None:
+        holdings = [member.holding for member in self._roster]
+        plan = next_replay(self._pipeline.lengths, holdings, self._without_history)
+        self._plan = plan
+        if plan is None:
+            self._run()
+            return
+        self._phase = Phase.REPLAYING
+        self._last_sign = self._now
+        base, lengths = self._pipeline.committed, self._pipeline.lengths
+        if plan.source != CLIENT:
+            source = self._roster[plan.source]
+            session, epoch = self._terms.session, self._epoch
+            self._send(source, Replay(session, epoch, base, plan.starts, lengths, plan.num_hops))
+            return
+        max_tokens = max_part_tokens(self._terms.token_bytes, self._settings.part_tokens)
+        try:
+            parts = self._pipeline.history.read(plan.starts, lengths, max_tokens)
+        except CorollaError as problem:
+            lost = f"the hidden states of a lost hop cannot be sent again: {problem.message}"
+            self._fail(error(Code.SESSION_LOST, lost, "begin the session anew"))
+            return
+        self._do(Send(self._roster[0].wire, self._replayed_steps(parts, plan.num_hops, base, self._epoch)))
+
+    def _replayed_steps(
+        self, parts: Iterable[Part], num_hops: int, base: int, epoch: int
+    ) -> Iterator[Message]:
+        """Taken one by one while the stream accepts them, so everything that may change is an argument."""
+        session = self._terms.session
+        for part in parts:
+            yield Step(
+                session,
+                epoch,
+                base,
+                part.rows,
+                committed=base,
+                replay_hops=num_hops,
+                final=part.final,
+                payload=part.payload,
+            )
+
+    def _on_replayed(self, member: Member, message: Replayed) -> None:
+        plan = self._plan
+        if plan is None or self._roster.index(member) != plan.last:
+            return
+        for index in range(plan.source + 1, plan.last + 1):
+            other = self._roster[index]
+            other.holding = other.holding.after(plan.starts, self._pipeline.lengths)
+        self._probe = None
+        self._replay_or_run()
+
+    # running
+
+    def _run(self) -> None:
+        self._phase = Phase.RUNNING
+        self._running_since = self._now
+        self._waiting_since = None
+        if not self._is_ready:
+            self._is_ready = True
+            self._do(Ready())
+        elif self._repair_since is not None:
+            seconds = self._now - self._repair_since
+            self._num_repairs += 1
+            self._repair_s += seconds
+            peers = [member.place.hop.peer for member in self._roster]
+            spans = [[member.place.start, member.place.end] for member in self._roster]
+            self._emit(
+                Kind.REPAIRED, f"repaired in {seconds:.2f} s", seconds=seconds, peers=peers, spans=spans
+            )
+        self._repair_since = None
+        self._last_sign = self._now
+        self._send_steps()
+
+    def _send_steps(self) -> None:
+        if self._phase is not Phase.RUNNING:
+            return
+        if self._pipeline.oldest is None:
+            self._last_sign = self._now
+        committed = self._pipeline.committed
+        steps = [
+            Step(
+                self._terms.session,
+                self._epoch,
+                part.step_id,
+                part.rows,
+                committed,
+                part.reply,
+                payload=part.payload,
+            )
+            for part in self._pipeline.take(self._now)
+        ]
+        if steps:
+            self._do(Send(self._roster[0].wire, steps))
+
+    def _on_receipt(self, member: Member, message: Receipt) -> None:
+        self._last_sign = self._now
+        if self._probe is not None and self._probe.link is None and not self._probe.hard:
+            self._probe = None
+
+    def _on_result(self, member: Member, message: Result) -> None:
+        oldest = self._pipeline.oldest
+        if oldest is None or member is not self._roster[-1] or message.step_id < oldest.step_id:
+            return
+        if message.step_id > oldest.step_id or oldest.sent_at is None:
+            self._strike(member, f"answered step {message.step_id} before {oldest.step_id}")
+            return
+        expected = self._pipeline.expected_bytes(oldest)
+        if len(message.payload) != expected:
+            said = f"answered with {len(message.payload)} bytes, expected {expected}"
+            self._drop(member, said, charge=HEAVY, avoid_peer=True)
+            return
+        guilty = self._suspicion.committed(oldest.step_id)
+        if guilty is not None:
+            self._charge(guilty.hop.peer, HEAVY, "gave wrong values, or accused another of it falsely")
+        answer = self._pipeline.commit(message.payload)
+        self._last_sign = self._now
+        self._probe = None
+        self._num_wirings = 0
+        self._num_steps += 1
+        self._charged.clear()
+        self._link_failures.clear()
+        if answer is not None:
+            self._do(Deliver(answer.ticket, answer.payload))
+        self._send_steps()
+
+    # down the stairs: what hops report
+
+    def _on_said(self, event: HopSaid) -> None:
+        member = self._roster.by_wire(event.wire)
+        rule = _MESSAGES.get(type(event.message))
+        if member is None:
+            return
+        if rule is None or getattr(event.message, "session", None) != self._terms.session:
+            self._drop(member, f"said {event.message.KIND} out of turn", charge=HEAVY, avoid_peer=True)
+            return
+        phases, handler = rule
+        fresh = isinstance(event.message, Opened | At) or getattr(event.message, "epoch", 0) == self._epoch
+        refused = isinstance(event.message, Failure) and member.standing is Standing.OPENING
+        if refused or (fresh and self._phase in phases):
+            handler(self, member, event.message)
+
+    def _on_lost(self, event: HopLost) -> None:
+        member = self._roster.by_wire(event.wire)
+        if member is None:
+            return
+        problem = event.problem
+        if problem.fault is Fault.PEER:
+            self._drop(member, problem.message, charge=HEAVY, avoid_peer=True)
+        elif problem.code is Code.UNSUPPORTED:
+            self._drop(member, problem.message, avoid_peer=True)
+        elif member.standing is not Standing.OPEN or member.resumed_at == self._pipeline.committed:
+            self._drop(member, f"is gone: {problem.message}", charge=LIGHT, avoid_peer=True)
+        else:
+            member.resumed_at = self._pipeline.committed
+            member.resumes = True
+            self._roster.reopen(member)
+            self._disturb(f"the stream to {member.name} broke", member)
+
+    def _on_failure(self, member: Member, failure: Failure) -> None:
+        problem = failure.problem()
+        if member.standing is Standing.OPENING:
+            self._drop(member, f"refused: {problem.message}")
+            return
+        about = None if failure.about is None else self._roster.neighbour(member, failure.about)
+        match problem.code:
+            case Code.LINK_FAILED if about is not None:
+                ends = (member, about) if self._roster.upstream(about) is member else (about, member)
+                self._ask_where(link=ends)
+            case Code.BAD_ANSWER | Code.NOT_FINITE | Code.BAD_SHAPE | Code.BAD_DTYPE:
+                self._on_accusation(member, failure, problem)
+            case Code.HISTORY_GONE if self._is_source(member):
+                self._without_history.add(self._roster.index(member))
+                self._replay_or_run()
+            case Code.HISTORY_GAP if member.struck_at == self._pipeline.committed:
+                self._on_accusation(member, failure, problem)  # twice, and linked anew between
+            case Code.HISTORY_GAP | Code.HISTORY_GONE | Code.STALE_EPOCH | Code.LINK_FAILED:
+                self._strike(member, problem.message)
+            case Code.UNKNOWN_SESSION:
+                self._reopen(member, problem)
+            case Code.WORKER_LOST:
+                self._drop(member, problem.message, charge=LIGHT)
+            case _:
+                self._drop(member, problem.message)
+
+    def _is_source(self, member: Member) -> bool:
+        plan = self._plan
+        return (
+            self._phase is Phase.REPLAYING and plan is not None and self._roster.index(member) == plan.source
+        )
+
+    def _reopen(self, member: Member, problem: CorollaError) -> None:
+        """The hop forgot the session: it gets it anew, once."""
+        if member.struck_at == self._pipeline.committed:
+            self._drop(member, problem.message)
+            return
+        member.struck_at = self._pipeline.committed
+        self._do(CloseHop(member.wire, None))
+        self._roster.reopen(member)
+        self._disturb(f"{member.name} forgot the session", member)
+
+    def _on_accusation(self, member: Member, failure: Failure, problem: CorollaError) -> None:
+        upstream = self._roster.upstream(member)
+        oldest = self._pipeline.oldest
+        step_id = oldest.step_id if oldest is not None else self._pipeline.committed + 1
+        if upstream is None:
+            self._accuse(member.place, None, step_id, problem)
+        elif problem.code is Code.HISTORY_GAP or failure.about == upstream.place.hop:
+            self._accuse(member.place, upstream.place, step_id, problem)
+        else:
+            self._accuse(None, member.place, step_id, problem)  # it speaks of its own values
+
+    def _accuse(
+        self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int, problem: CorollaError
+    ) -> None:
+        decision = self._suspicion.accuse(accuser, accused, step_id)
+        if decision is None:
+            self._fail(problem)
+        else:
+            self._replace(decision, problem.message)
+
+    def _replace(self, decision: Replace, reason: str) -> None:
+        member = self._roster.at(decision.remove)
+        leaving = [] if member is None else [member]
+        if member is not None:
+            self._roster.remove(member)
+        if decision.restore is not None:
+            leaving += self._roster.put_back(decision.restore)
+        for other in leaving:
+            self._do(CloseHop(other.wire, CloseSession(self._terms.session)))
+        self._disturb(f"{decision.remove.hop.peer} is replaced: {reason}", member)
+
+    def _strike(self, member: Member, reason: str) -> None:
+        """Something that a new wiring may cure; without progress since the last time, the hop goes."""
+        if member.struck_at == self._pipeline.committed:
+            self._drop(member, reason)
+        else:
+            member.struck_at = self._pipeline.committed
+            self._disturb(f"{member.name}: {reason}", member)
+
+    def _drop(self, member: Member, reason: str, *, charge: float = 0.0, avoid_peer: bool = False) -> None:
+        """Replace a hop. avoid_peer: it is dead or bad altogether, so that no last word is sent either."""
+        if charge:
+            self._charge(member.place.hop.peer, charge, reason)
+        self._roster.remove(member)
+        self._suspicion.left(member.place)
+        self._roster.avoided.add(member.place.hop)
+        if avoid_peer:
+            self._roster.avoided_peers.add(member.place.hop.peer)
+        self._do(CloseHop(member.wire, None if avoid_peer else CloseSession(self._terms.session)))
+        self._disturb(f"{member.name} {reason}", member)
+
+    def _disturb(self, reason: str, member: Member | None = None) -> None:
+        """The wiring does not work any more: note it, and begin to climb again."""
+        if self._phase is Phase.RUNNING:
+            self._repair_since = self._now
+            if self._now - self._running_since >= STEADY_S:
+                self._num_wirings = 0
+        if self._is_ready:
+            detail: dict[str, Any] = {"reason": reason}
+            if member is not None:
+                detail |= {
+                    "peer": member.place.hop.peer,
+                    "start": member.place.start,
+                    "end": member.place.end,
+                }
+            self._emit(Kind.REPAIRING, reason, **detail)
+        self._phase = Phase.ROUTING
+        self._probe = None
+        self._plan = None
+        self._pipeline.rewind()
+        self._advance()
+
+    # silence
+
+    def _deadlines(self) -> Iterator[float]:
+        for member in self._roster:
+            if member.standing is Standing.OPENING:
+                yield member.deadline
+        if self._ask is not None:
+            yield self._ask.deadline if self._ask.again_at is None else self._ask.again_at
+            give_up_at = self._give_up_at() if self._ask.again_at is not None else None
+            if give_up_at is not None:
+                yield give_up_at
+        if self._probe is not None:
+            yield self._probe.deadline
+        elif self._phase is Phase.LINKING:
+            yield self._last_sign + self._settings.open_timeout_s
+        elif self._phase is Phase.REPLAYING:
+            yield self._last_sign + self._settings.step_timeout_s
+        elif self._phase is Phase.RUNNING and self._pipeline.oldest is not None:
+            yield self._last_sign + self._settings.step_timeout_s
+            yield self._hard_deadline()
+
+    def _hard_deadline(self) -> float:
+        oldest = self._pipeline.oldest
+        if oldest is None or oldest.sent_at is None:
+            return float("inf")
+        return max(oldest.sent_at, self._running_since) + self._settings.step_hard_timeout_s
+
+    def _on_tick(self, event: Tick) -> None:
+        deadline = self.next_deadline
+        if deadline is None or self._now < deadline:
+            return
+        late = [m for m in self._roster if m.standing is Standing.OPENING and m.deadline <= self._now]
+        if late:
+            self._drop(late[0], "did not open the session in time", charge=LIGHT, avoid_peer=True)
+        elif self._ask is not None:
+            self._on_ask_deadline(self._ask)
+        elif self._probe is not None:
+            self._conclude(self._probe)
+        else:
+            self._ask_where(hard=self._phase is Phase.RUNNING and self._hard_deadline() <= self._now)
+
+    def _on_ask_deadline(self, ask: _Ask) -> None:
+        give_up_at = self._give_up_at()
+        timeout = error(Code.TIMEOUT, "no route was found in time", "try again later")
+        if ask.again_at is None:
+            self._no_route(ask, timeout)
+        elif give_up_at is not None and self._now >= give_up_at:
+            self._give_up(ask, timeout)
+        else:
+            self._ask_again()
+
+    def _ask_where(self, link: tuple[Member, Member] | None = None, *, hard: bool = False) -> None:
+        """Ask every hop where the step is: who does not answer hangs, and the others' answers tell more."""
+        if self._probe is not None:
+            self._probe.link = self._probe.link or link
+            return
+        oldest = self._pipeline.oldest if self._phase is Phase.RUNNING else None
+        step_id = oldest.step_id if oldest is not None else self._pipeline.committed
+        self._probe = _Probe(step_id, self._now + self._settings.where_timeout_s, link, hard)
+        for member in self._roster:
+            member.stage = None
+            self._send(member, Where(self._terms.session, self._epoch, step_id))
+
+    def _on_at(self, member: Member, message: At) -> None:
+        probe = self._probe
+        if probe is None or (message.epoch, message.step_id) != (self._epoch, probe.step_id):
+            return
+        member.stage = message.stage
+        if all(other.stage is not None for other in self._roster):
+            self._conclude(probe)
+
+    def _conclude(self, probe: _Probe) -> None:
+        """Decide who or what is at fault, from the answers that came."""
+        self._probe = None
+        silent = [member for member in self._roster if member.stage is None]
+        if silent:
+            for member in silent[1:]:  # all at once, or each would cost a deadline of its own
+                self._expel(member)
+            self._drop(silent[0], "does not answer", charge=LIGHT, avoid_peer=True)
+        elif probe.link is not None:
+            self._cut_link(*probe.link)
+        elif self._phase is Phase.LINKING:
+            member = next(member for member in self._roster if not member.linked)
+            index = self._roster.index(member)
+            if index + 1 < len(self._roster):
+                self._cut_link(member, self._roster[index + 1])
+            else:
+                self._strike(member, "did not link in time")
+        else:
+            self._find_trouble(probe)
+
+    def _expel(self, member: Member) -> None:
+        """As `_drop`, while others are still to go."""
+        self._charge(member.place.hop.peer, LIGHT, "does not answer")
+        self._roster.remove(member)
+        self._suspicion.left(member.place)
+        self._roster.avoided_peers.add(member.place.hop.peer)
+        self._do(CloseHop(member.wire, None))
+
+    def _find_trouble(self, probe: _Probe) -> None:
+        first = self._plan.source + 1 if self._plan is not None else 0
+        last = self._plan.last if self._plan is not None else len(self._roster) - 1
+        chain = [self._roster[index] for index in range(first, last + 1)]
+        finding = find_stuck([member.stage or Stage.UNKNOWN for member in chain])
+        member = chain[finding.place]
+        upstream = self._roster.upstream(member)
+        if finding.trouble is Trouble.SLOW and not probe.hard and self._slow_step != probe.step_id:
+            self._slow_step = probe.step_id
+            self._last_sign = self._now
+        elif finding.trouble in (Trouble.SLOW, Trouble.WORKER):
+            self._drop(member, "is stuck: " + finding.trouble.value, charge=LIGHT)
+        elif finding.trouble is Trouble.LINK and upstream is not None:
+            self._cut_link(upstream, member)
+        else:
+            self._strike(member, finding.trouble.value)
+
+    def _cut_link(self, upstream: Member, downstream: Member) -> None:
+        """Two live hops do not reach each other. Once may be chance; then one of them makes room, uncharged."""
+        link = (upstream.place.hop.peer, downstream.place.hop.peer)
+        self._link_failures[link] += 1
+        if self._link_failures[link] == 1:
+            self._disturb(f"the link from {upstream.name} to {downstream.name} failed", downstream)
+            return
+        failed_from = {
+            pair for pair, count in self._link_failures.items() if count > 1 and pair[0] == link[0]
+        }
+        leaving = upstream if len(failed_from) > 1 or link[0] == link[1] else downstream
+        self._roster.bad_links.add(link)
+        self._roster.remove(leaving)
+        self._suspicion.left(leaving.place)
+        self._do(CloseHop(leaving.wire, CloseSession(self._terms.session)))
+        self._disturb(f"{upstream.name} and {downstream.name} do not reach each other", leaving)
+
+    # what comes out
+
+    def _send(self, member: Member, message: Message) -> None:
+        self._do(Send(member.wire, (message,)))
+
+    def _charge(self, peer: str, weight: float, reason: str) -> None:
+        """Once for each thing, however often it is tried until the session gets on."""
+        key = (peer, "light" if weight < HEAVY else "heavy")
+        if key not in self._charged:
+            self._charged.add(key)
+            self._do(Charge(peer, weight, reason))
+
+    def _emit(self, kind: Kind, text: str, **detail: Any) -> None:
+        self._do(Emit(SessionEvent(kind, text, detail)))
+
+    def _do(self, action: Action) -> None:
+        self._actions.append(action)
+
+
+_EVENTS: Final[dict[type, Callable[[SessionMachine, Any], None]]] = {
+    OpenRequested: SessionMachine._on_open_requested,
+    StepRequested: SessionMachine._on_step_requested,
+    Disputed: SessionMachine._on_disputed,
+    RouteFound: SessionMachine._on_route_found,
+    RouteMissing: SessionMachine._on_route_missing,
+    HopSaid: SessionMachine._on_said,
+    HopLost: SessionMachine._on_lost,
+    Tick: SessionMachine._on_tick,
+    CloseRequested: SessionMachine._on_close_requested,
+}
+_WIRED: Final = frozenset((Phase.LINKING, Phase.REPLAYING, Phase.RUNNING))
+# What a hop may say, in which phases it means something; elsewhere it is late, and ignored.
+_MESSAGES: Final[
+    dict[type[Message], tuple[frozenset[Phase], Callable[[SessionMachine, Member, Any], None]]]
+] = {
+    Opened: (frozenset(Phase), SessionMachine._on_opened),
+    Linked: (frozenset((Phase.LINKING,)), SessionMachine._on_linked),
+    Replayed: (frozenset((Phase.REPLAYING,)), SessionMachine._on_replayed),
+    Receipt: (_WIRED, SessionMachine._on_receipt),
+    At: (_WIRED, SessionMachine._on_at),
+    Result: (frozenset((Phase.RUNNING,)), SessionMachine._on_result),
+    Failure: (_WIRED, SessionMachine._on_failure),
+}
