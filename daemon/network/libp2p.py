@@ -101,6 +101,7 @@ async def open_network(
                 yield network
             finally:
                 network.stop()
+                nursery.cancel_scope.cancel()  # handlers of our own streams; `run` is shielded
         except Exception as problem:  # raised again outside, so that the nursery does not wrap it
             failure = problem
             nursery.cancel_scope.cancel()
