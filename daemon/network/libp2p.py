@@ -1,16 +1,11 @@
 """The network over py-libp2p: TCP, Noise and our Yamux, and nothing else.
 
-The one file that knows the library's host and swarm; its exceptions become ours here. What the library does
-badly is replaced through its own seams: the muxer (`yamux.py`), the security transport's reading
-(`noise.py`), dialling (`dialling.py`), Kademlia's protocol id (`kademlia.py`), and here the inbound path,
-which in 0.8.1 keeps a slot and a task for every connection that ever came.
+The library's exceptions become ours here. What it does badly is replaced through its own seams, each in a
+file that says why: `host.py`, `yamux.py`, `noise.py`, `kademlia.py`, `multistream.py`.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,25 +13,14 @@ from typing import Any, Final
 
 import structlog
 import trio
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
-from libp2p.crypto.ed25519 import Ed25519PrivateKey
-from libp2p.crypto.keys import KeyPair
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
-from libp2p.host.basic_host import BasicHost
-from libp2p.io.abc import ReadWriteCloser
-from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
-from libp2p.network.exceptions import SwarmException
-from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.tcp.tcp import TCP
-from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
@@ -45,30 +29,19 @@ from ...protocol.limits import CONNECT_TIMEOUT_S
 from ..identity import Identity
 from .dialling import AddressBook, Reach, order, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
+from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
-from .noise import BufferedNoise
+from .multistream import agree
 from .seam import Guard, Handler, PeerView, Stream
-from .yamux import Yamux, YamuxOnly, YamuxStream
+from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
 MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
-MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
-MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
-HANDSHAKE_TIMEOUT_S: Final = 10.0
 CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then everything is dropped
 _RECEIVE_BYTES: Final = 1024 * 1024
-_MULTISTREAM: Final = "/multistream/1.0.0"
-_NOT_AVAILABLE: Final = "na"
-_MAX_TOKEN_BYTES: Final = 1024  # of a multistream answer
 
 _log = structlog.get_logger("corolla.libp2p")
-
-
-def key_pair(identity: Identity) -> KeyPair:
-    """The identity as libp2p's own type."""
-    private = Ed25519PrivateKey.from_bytes(identity.seed)
-    return KeyPair(private, private.get_public_key())
 
 
 @asynccontextmanager
@@ -88,7 +61,7 @@ async def open_network(
     swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. Raises `PORT_TAKEN`, or
     `BAD_CONFIG` for an address that this machine cannot listen on.
     """
-    _quieten()
+    quieten()
     for address in listen:
         check_port(address)
     failure: Exception | None = None
@@ -98,53 +71,17 @@ async def open_network(
         try:
             await nursery.start(network.run, tuple(listen), kad_protocol)
             try:
-                yield network
+                if network.failure is None:
+                    yield network
             finally:
                 network.stop()
                 nursery.cancel_scope.cancel()  # handlers of our own streams; `run` is shielded
         except Exception as problem:  # raised again outside, so that the nursery does not wrap it
             failure = problem
             nursery.cancel_scope.cancel()
+    failure = failure or network.failure
     if failure is not None:
         raise failure
-
-
-def check_port(address: str) -> None:
-    """Raise `PORT_TAKEN` when somebody listens where `address` would, `BAD_CONFIG` if nobody could.
-
-    The library's listeners share ports (SO_REUSEPORT), so that a second daemon would silently take half of
-    the first one's connections; a plain bind beforehand notices.
-    """
-    kind, _, rest = address.removeprefix("/").partition("/")
-    host, _, rest = rest.partition("/")
-    transport, _, port = rest.partition("/")
-    if kind not in ("ip4", "ip6") or transport != "tcp" or not port.isdecimal() or int(port) > 65535:
-        raise error(
-            Code.BAD_CONFIG,
-            f"cannot listen on {address!r}",
-            "write it like /ip4/0.0.0.0/tcp/4001, with port 0 for any free one",
-        )
-    with socket.socket(socket.AF_INET if kind == "ip4" else socket.AF_INET6, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # past connections in TIME_WAIT are no bar
-        try:
-            if kind == "ip6":
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            probe.bind((host, int(port)))
-            probe.listen(1)
-        except OSError as problem:
-            if problem.errno == errno.EADDRINUSE:
-                raise error(
-                    Code.PORT_TAKEN,
-                    f"port {port} on {host} is taken",
-                    "another daemon may be running (daemonctl status); or choose another with --listen",
-                ) from problem
-            raise error(
-                Code.BAD_CONFIG,
-                f"cannot listen on {address}: {problem.strerror or problem}",
-                "choose an address of this machine and a port from 1024 on with --listen",
-            ) from problem
 
 
 class Libp2pStream:
@@ -215,11 +152,15 @@ class Libp2pNetwork:
         self._routing: SwarmRouting | None = None
         self._stopping = trio.Event()
         self._scope = trio.CancelScope(shield=True)
-        self._swarm = _OurSwarm(key_pair(identity), self, max_connections=max_connections)
-        self._host: IHost = BasicHost(self._swarm, addrs_factory=self._advertised)
-        negotiate = self._swarm.common_stream_handler
-        self._swarm.set_stream_handler(partial(_contain, negotiate))
-        self._swarm.register_notifee(_Notifee(self._on_connected))
+        self.failure: CorollaError | None = None  # why it could not start, or broke down
+        self._bound: tuple[Multiaddr, ...] = ()  # where we listen, with real ports
+        self._swarm, self._host = make_host(
+            identity,
+            reach=self._reach,
+            connected=self._on_connected,
+            advertised=self._own_addresses,
+            max_connections=max_connections,
+        )
 
     # the seam
 
@@ -258,7 +199,7 @@ class Libp2pNetwork:
                 except CorollaError as failure:
                     if failure.code is not Code.PEER_LOST or not connection.muxed_conn.is_closed:
                         raise
-            return await self._agree(await self.reach(peer), peer, protocol)
+            return await self._agree(await self._reach(peer), peer, protocol)
         raise error(
             Code.PEER_LOST,
             f"peer {peer} did not open {protocol} in {timeout_s:g} s",
@@ -297,22 +238,31 @@ class Libp2pNetwork:
         task_status: Any = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until `stop`. Shielded: a cancellation outside ends the block, and that calls `stop`."""
-        with self._scope:
-            async with background_trio_service(self._swarm), trio.open_nursery() as nursery:
-                if listen and not await self._swarm.listen(*(Multiaddr(address) for address in listen)):
-                    raise error(
-                        Code.PORT_TAKEN,
-                        f"cannot listen on {', '.join(listen)}",
-                        "choose another with --listen",
-                    )
-                if kad_protocol is not None:
-                    admits = partial(self._handlers.admits, protocol=kad_protocol)
-                    self._routing = SwarmRouting(self._host, kad_protocol, admits)
-                    nursery.start_soon(self._routing.run)
-                task_status.started()
-                await self._stopping.wait()
-                nursery.cancel_scope.cancel()
-                await self._farewell()
+        try:
+            with self._scope:
+                async with background_trio_service(self._swarm), trio.open_nursery() as nursery:
+                    await self._start(nursery, listen, kad_protocol)
+                    task_status.started()
+                    if self.failure is None:
+                        await self._stopping.wait()
+                    nursery.cancel_scope.cancel()
+                    await self._farewell()
+        except Exception as crash:  # of the library's services: the node has to start anew
+            _log.exception("network_failed")
+            self.failure = error(Code.INTERNAL, f"the network broke down: {crash!r}", "restart the daemon")
+            self._nursery.cancel_scope.cancel()
+
+    async def _start(self, nursery: trio.Nursery, listen: tuple[str, ...], kad_protocol: str | None) -> None:
+        if listen and not await self._swarm.listen(*(Multiaddr(address) for address in listen)):
+            self.failure = error(
+                Code.PORT_TAKEN, f"cannot listen on {', '.join(listen)}", "choose another with --listen"
+            )
+            return
+        self._bound = tuple(bound for one in self._swarm.listeners.values() for bound in one.get_addrs())
+        if kad_protocol is not None:
+            admits = partial(self._handlers.admits, protocol=kad_protocol)
+            self._routing = SwarmRouting(self._host, kad_protocol, admits)
+            nursery.start_soon(self._routing.run)
 
     def stop(self) -> None:
         """Begin to close; `run` ends in bounded time."""
@@ -330,7 +280,7 @@ class Libp2pNetwork:
 
     # connections
 
-    async def reach(self, peer: str) -> SwarmConn:
+    async def _reach(self, peer: str) -> SwarmConn:
         """A live connection, an existing one or a new one to any known address. Raises `PEER_LOST`."""
         while True:
             connection = self._live(peer)
@@ -369,11 +319,11 @@ class Libp2pNetwork:
         except CorollaError:
             raise
         except Exception as failure:  # of sockets, Noise, multistream, multiaddr: each says why in its text
-            raise error(Code.PEER_LOST, f"{address}: {_root_cause(failure)}") from failure
+            raise error(Code.PEER_LOST, f"{address}: {root_cause(failure)}") from failure
 
     def _known(self, peer: str) -> tuple[str, ...]:
         try:
-            heard = [split_peer(str(a))[0] for a in self._swarm.peerstore.addrs(ID.from_string(peer))]
+            heard = [split_peer(str(a))[0] for a in self._host.get_peerstore().addrs(ID.from_string(peer))]
         except (PeerStoreError, ValueError):
             heard = []
         own = self._own_addresses()
@@ -419,20 +369,11 @@ class Libp2pNetwork:
     # streams
 
     async def _agree(self, connection: SwarmConn, peer: str, protocol: str) -> Stream:
-        """A new stream for a protocol, in one round trip: both of multistream's proposals leave together."""
+        """A new stream for a protocol, over a connection."""
         muxed: YamuxStream | None = None
         try:
             muxed = await _yamux(connection).open_stream()
-            await muxed.write(_token(_MULTISTREAM) + _token(protocol))
-            for expected in (_MULTISTREAM, protocol):
-                answer = await _read_token(muxed)
-                if answer == _NOT_AVAILABLE and expected == protocol:
-                    raise error(Code.UNSUPPORTED, f"peer {peer} does not speak {protocol}")
-                if answer != expected:
-                    raise error(
-                        Code.PEER_LOST,
-                        f"peer {peer} answered {answer[:80]!r} to the proposal {expected!r}",
-                    )
+            await agree(muxed, peer, protocol)
         except (MuxedStreamError, MuxedConnUnavailable) as failure:
             if muxed is not None:
                 muxed.break_off()
@@ -462,110 +403,11 @@ class Libp2pNetwork:
 
     def _own_addresses(self) -> tuple[str, ...]:
         own: dict[str, None] = dict.fromkeys(self._announce)
-        for listener in self._swarm.listeners.values():
-            for bound in listener.get_addrs():
-                own.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
+        for bound in self._bound:
+            own.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
         reachable = order(tuple(own), {}, 0.0)
         # Others reach us at announced and public addresses first, then in our network, then on this machine.
         return tuple(sorted(reachable, key=lambda a: (a not in self._announce, _distance_outwards(a))))
-
-    def _advertised(self, _: Sequence[Multiaddr]) -> list[Multiaddr]:
-        return [Multiaddr(address) for address in self._own_addresses()]
-
-
-class _OurSwarm(Swarm):
-    """The library's swarm with our dialling and a bounded inbound path."""
-
-    def __init__(self, keys: KeyPair, network: Libp2pNetwork, *, max_connections: int) -> None:
-        peerstore = PeerStore()
-        peer_id = ID.from_pubkey(keys.public_key)
-        peerstore.add_key_pair(peer_id, keys)
-        self._noise = BufferedNoise(keys)
-        upgrader = TransportUpgrader({NOISE: self._noise}, {})
-        upgrader.muxer_multistream = YamuxOnly()
-        self._tcp = TCP()
-        super().__init__(
-            peer_id,
-            peerstore,
-            upgrader,
-            [self._tcp],
-            RetryConfig(max_retries=0),
-            ConnectionConfig(
-                max_connections=max_connections,
-                min_connections=0,
-                low_watermark=0,  # the library dials nobody by itself
-                high_watermark=max_connections,
-                max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
-                inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
-            ),
-        )
-        self._ours = network
-        self._num_handshakes = 0
-
-    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
-        """For the library's own services, such as Kademlia: the same dialling as ours."""
-        try:
-            return [await self._ours.reach(str(peer_id))]
-        except CorollaError as failure:
-            raise SwarmException(str(failure)) from failure
-
-    async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
-        """A new connection to `address`; whoever answers is accepted when `expected` is None."""
-        raw = await self._tcp.dial(address)
-        try:
-            security = self.upgrader.security_multistream
-            secured = await security.secure_outbound(raw, expected)  # type: ignore[arg-type]
-            found = secured.get_remote_peer()
-            if found == self.self_id:
-                raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address")
-            return await self.add_conn(await self.upgrader.upgrade_connection(secured, found), "outbound")
-        except BaseException:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
-                await raw.close()
-            raise
-
-    async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
-        """Serve one inbound connection for as long as it lasts; its socket is closed when this returns."""
-        if self._num_handshakes >= MAX_HANDSHAKES:
-            _log.warning("handshake_refused", waiting=self._num_handshakes)
-            return
-        self._num_handshakes += 1
-        try:
-            raw = RawConnection(read_write_closer, False)
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
-        except Exception as failure:  # whatever a stranger sends
-            _log.debug("handshake_failed", reason=_root_cause(failure))
-            return
-        finally:
-            self._num_handshakes -= 1
-        if isinstance(muxed, Yamux):
-            await muxed.event_closed.wait()
-
-
-class _Notifee(INotifee):
-    """Passes on new connections; endings are known sooner by the muxer itself."""
-
-    def __init__(self, connected: Callable[[SwarmConn], Any]) -> None:
-        self._connected = connected
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        if isinstance(conn, SwarmConn):
-            await self._connected(conn)
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None: ...
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-
-async def _contain(negotiate: Callable[[INetStream], Any], stream: INetStream) -> None:
-    """Serve an inbound stream; an error that escapes would end the library's whole host."""
-    try:
-        await negotiate(stream)
-    except Exception as failure:
-        _log.debug("stream_failed", peer=str(stream.muxed_conn.peer_id), reason=_root_cause(failure))
-        await stream.reset()
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:
@@ -594,48 +436,3 @@ def _distance_outwards(address: str) -> int:
     if reach_of(address) is Reach.NEAR:
         return 2 if "/127." in address or "/::1/" in address else 1
     return 0 if reach_of(address) is Reach.PUBLIC else 3
-
-
-def _token(text: str) -> bytes:
-    """One message of multistream-select: length as varint, text, newline."""
-    data = text.encode() + b"\n"
-    head = bytearray()
-    left = len(data)
-    while left > 127:
-        head.append(left & 127 | 128)
-        left >>= 7
-    head.append(left)
-    return bytes(head) + data
-
-
-async def _read_token(stream: YamuxStream) -> str:
-    size = shift = 0
-    while True:
-        byte = (await stream.read(1))[0]
-        size |= (byte & 127) << shift
-        shift += 7
-        if not byte & 128:
-            break
-        if shift > 14:
-            raise MuxedStreamError("a multistream answer of absurd length")
-    if not 0 < size <= _MAX_TOKEN_BYTES:
-        raise MuxedStreamError(f"a multistream answer of {size} bytes")
-    data = b""
-    while len(data) < size:
-        data += await stream.read(size - len(data))
-    return data.decode("utf-8", "replace").removesuffix("\n")
-
-
-def _root_cause(failure: BaseException) -> str:
-    """The text of the first cause, which names what happened; those above it only say that it did."""
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
-    if isinstance(failure, OSError) and failure.strerror:
-        return failure.strerror.lower()
-    return str(failure) or type(failure).__name__
-
-
-def _quieten() -> None:
-    """The library logs strangers' mistakes as errors, with tracebacks; what matters, we log ourselves."""
-    for name in ("libp2p", "multiaddr", "noise"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from corolla.daemon import identity as module
 from corolla.daemon.identity import KEY_FILE, identity_from_seed, load_identity, new_identity
-from corolla.daemon.network.libp2p import key_pair
+from corolla.daemon.network.host import key_pair
 from corolla.protocol.errors import Code, CorollaError
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey

@@ -1,0 +1,224 @@
+"""py-libp2p's host: TCP, Noise and our Yamux only, with what 0.8.1 does badly replaced.
+
+The library's swarm waits 250 ms before it dials, and remembers failures for a minute; it keeps a slot and a
+task for every connection that ever came in; and an error that escapes a stream's handler ends all of it.
+These are overridden here, in a subclass; nothing of the library is patched for the whole process.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import structlog
+import trio
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from ...protocol.errors import Code, CorollaError, error
+from ..identity import Identity
+from .noise import BufferedNoise
+from .yamux import Yamux, YamuxOnly
+
+MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
+MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
+HANDSHAKE_TIMEOUT_S: Final = 10.0
+
+Connected: TypeAlias = Callable[[SwarmConn], Awaitable[None]]
+
+_log = structlog.get_logger("corolla.host")
+
+
+def make_host(
+    identity: Identity,
+    *,
+    reach: Callable[[str], Awaitable[SwarmConn]],
+    connected: Connected,
+    advertised: Callable[[], Sequence[str]],
+    max_connections: int,
+) -> tuple[OurSwarm, BasicHost]:
+    """A swarm that is not running yet, and the host upon it.
+
+    reach: dials a peer for the library's own services. connected: called for each new connection.
+    advertised: the addresses to tell others.
+    """
+    swarm = OurSwarm(key_pair(identity), reach, max_connections=max_connections)
+    host = BasicHost(swarm, addrs_factory=lambda _: [Multiaddr(address) for address in advertised()])
+    negotiate = swarm.common_stream_handler
+    swarm.set_stream_handler(partial(_contain, negotiate))
+    swarm.register_notifee(_Notifee(connected))
+    return swarm, host
+
+
+def key_pair(identity: Identity) -> KeyPair:
+    """The identity as libp2p's own type."""
+    private = Ed25519PrivateKey.from_bytes(identity.seed)
+    return KeyPair(private, private.get_public_key())
+
+
+def check_port(address: str) -> None:
+    """Raise `PORT_TAKEN` when somebody listens where `address` would, `BAD_CONFIG` if nobody could.
+
+    The library's listeners share ports (SO_REUSEPORT), so that a second daemon would silently take half of
+    the first one's connections; a plain bind beforehand notices.
+    """
+    kind, _, rest = address.removeprefix("/").partition("/")
+    host, _, rest = rest.partition("/")
+    transport, _, port = rest.partition("/")
+    if kind not in ("ip4", "ip6") or transport != "tcp" or not port.isdecimal() or int(port) > 65535:
+        raise error(
+            Code.BAD_CONFIG,
+            f"cannot listen on {address!r}",
+            "write it like /ip4/0.0.0.0/tcp/4001, with port 0 for any free one",
+        )
+    with socket.socket(socket.AF_INET if kind == "ip4" else socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # past connections in TIME_WAIT are no bar
+        try:
+            if kind == "ip6":
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((host, int(port)))
+            probe.listen(1)
+        except OSError as problem:
+            if problem.errno == errno.EADDRINUSE:
+                raise error(
+                    Code.PORT_TAKEN,
+                    f"port {port} on {host} is taken",
+                    "another daemon may be running (daemonctl status); or choose another with --listen",
+                ) from problem
+            raise error(
+                Code.BAD_CONFIG,
+                f"cannot listen on {address}: {problem.strerror or problem}",
+                "choose an address of this machine and a port from 1024 on with --listen",
+            ) from problem
+
+
+class OurSwarm(Swarm):
+    """The library's swarm with our dialling and a bounded inbound path."""
+
+    def __init__(
+        self, keys: KeyPair, reach: Callable[[str], Awaitable[SwarmConn]], *, max_connections: int
+    ) -> None:
+        peerstore = PeerStore()
+        peer_id = ID.from_pubkey(keys.public_key)
+        peerstore.add_key_pair(peer_id, keys)
+        self._noise = BufferedNoise(keys)
+        upgrader = TransportUpgrader({NOISE: self._noise}, {})
+        upgrader.muxer_multistream = YamuxOnly()
+        self._tcp = TCP()
+        super().__init__(
+            peer_id,
+            peerstore,
+            upgrader,
+            [self._tcp],
+            RetryConfig(max_retries=0),
+            ConnectionConfig(
+                max_connections=max_connections,
+                min_connections=0,
+                low_watermark=0,  # the library dials nobody by itself
+                high_watermark=max_connections,
+                max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
+                inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
+            ),
+        )
+        self._reach = reach
+        self._num_handshakes = 0
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """For the library's own services, such as Kademlia: the same dialling as ours."""
+        try:
+            return [await self._reach(str(peer_id))]
+        except CorollaError as failure:
+            raise SwarmException(str(failure)) from failure
+
+    async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
+        """A new connection to `address`; whoever answers is accepted when `expected` is None."""
+        raw = await self._tcp.dial(address)
+        try:
+            security = self.upgrader.security_multistream
+            secured = await security.secure_outbound(raw, expected)  # type: ignore[arg-type]
+            found = secured.get_remote_peer()
+            if found == self.self_id:
+                raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address")
+            return await self.add_conn(await self.upgrader.upgrade_connection(secured, found), "outbound")
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+                await raw.close()
+            raise
+
+    async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
+        """Serve one inbound connection for as long as it lasts; its socket is closed when this returns."""
+        if self._num_handshakes >= MAX_HANDSHAKES:
+            _log.warning("handshake_refused", waiting=self._num_handshakes)
+            return
+        self._num_handshakes += 1
+        try:
+            raw = RawConnection(read_write_closer, False)
+            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+        except Exception as failure:  # whatever a stranger sends
+            _log.debug("handshake_failed", reason=root_cause(failure))
+            return
+        finally:
+            self._num_handshakes -= 1
+        if isinstance(muxed, Yamux):
+            await muxed.event_closed.wait()
+
+
+class _Notifee(INotifee):
+    """Passes on new connections; endings are known sooner by the muxer itself."""
+
+    def __init__(self, connected: Connected) -> None:
+        self._connected = connected
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        if isinstance(conn, SwarmConn):
+            await self._connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None: ...
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+
+async def _contain(negotiate: Callable[[INetStream], Any], stream: INetStream) -> None:
+    """Serve an inbound stream; an error that escapes would end the library's whole host."""
+    try:
+        await negotiate(stream)
+    except Exception as failure:
+        _log.debug("stream_failed", peer=str(stream.muxed_conn.peer_id), reason=root_cause(failure))
+        await stream.reset()
+
+
+def root_cause(failure: BaseException) -> str:
+    """The text of the first cause, which names what happened; those above it only say that it did."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror.lower()
+    return str(failure) or type(failure).__name__
+
+
+def quieten() -> None:
+    """The library logs strangers' mistakes as errors, with tracebacks; what matters, we log ourselves."""
+    for name in ("libp2p", "multiaddr", "noise"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
