@@ -8,10 +8,15 @@ are not kept. On other devices, and for dtypes that oneDNN does not compute here
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor, nn
+
+# oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
+# float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
+_FEWEST_ROWS: Final = 4
 
 
 class PackedLinear(nn.Module):
@@ -45,8 +50,13 @@ class PackedLinear(nn.Module):
 
 
 def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return product
+    num_rows = rows.numel() // rows.shape[-1]
+    if num_rows >= _FEWEST_ROWS:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        return product
+    filled = F.pad(rows.reshape(num_rows, -1), (0, 0, 0, _FEWEST_ROWS - num_rows))
+    product = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
+    return product[:num_rows].view(*rows.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,10 @@ from . import hub
 from .checkpoint import Checkpoint, open_safetensors
 from .families import Skeleton
 from .linear import is_packable, packed
+
+# More than malloc ever keeps for itself, so that the buffer goes back to the system; memory that no weight
+# touches is never taken.
+_STAGING_BYTES: Final = 1 << 26
 
 
 class _Recipe(NamedTuple):
@@ -204,7 +208,8 @@ class _Placer:
         if tensor.dtype is self._dtype and tensor.is_contiguous():
             return tensor
         if self._staging.numel() < tensor.numel():
-            self._staging = torch.empty(self._largest(tensor), dtype=self._dtype)
+            num_numbers = max(self._largest(tensor), _STAGING_BYTES // self._dtype.itemsize)
+            self._staging = torch.empty(num_numbers, dtype=self._dtype)
         return self._staging[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
     def _largest(self, tensor: Tensor) -> int:
