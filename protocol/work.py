@@ -88,7 +88,11 @@ class Configure(Message):
 
 @dataclass(frozen=True, slots=True)
 class OpenCache(Message):
-    """Admit a session on blocks [start, end) of the span. Answered by `Done`, or `Failed` (BUSY)."""
+    """Admit a session on blocks [start, end) of the span. Answered by `Done`, or `Failed`.
+
+    `BUSY`, with `free_tokens` and `wanted_tokens` in its details, if the cache cannot promise max_tokens to
+    each of max_rows now; `TOO_LONG` if it never could. A session of this id that is open is closed first.
+    """
 
     KIND: ClassVar[str] = "open"
     request: int
@@ -106,10 +110,16 @@ class OpenCache(Message):
 
 @dataclass(frozen=True, slots=True)
 class Compute(Message):
-    """One step of a session. Answered by `Done` with the span's output for *all* tokens.
+    """One step of a session. Answered by `Done` with the span's output for the tokens that `reply` names.
 
-    Steps of one session run in the order in which they were asked. committed, rows: as in `steps.Step`.
-    reply: which tokens' outputs are wanted; the others need not be encoded.
+    A hop that keeps history or sends on asks for all tokens; the payload of `LAST` holds just the last new
+    token of each row that has any, in the order of the rows, and that of `NONE` is empty. Steps of one
+    session run in the order in which they were asked. committed, rows: as in `steps.Step`.
+
+    Fails alone, and leaves the rows as they were before it: `UNKNOWN_SESSION`; `BAD_SHAPE` and `NOT_FINITE`
+    if the payload is wrong (its sender's fault); `HISTORY_GAP`, `TOO_LONG`, `BAD_REQUEST`, `BUSY` of its rows;
+    `OUT_OF_MEMORY`; `INTERNAL` with the detail `not_finite="output"` if the blocks themselves made numbers
+    that are not finite or too large for the encoding.
     """
 
     KIND: ClassVar[str] = "compute"
@@ -141,7 +151,7 @@ class Restore(Message):
 
 @dataclass(frozen=True, slots=True)
 class CloseCache(Message):
-    """Free a session. Not answered."""
+    """Free a session. Not answered; steps of it that are still queued are dropped, as in `Restore`."""
 
     KIND: ClassVar[str] = "close"
     session: bytes
