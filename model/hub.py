@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import httpx  # what huggingface_hub speaks HTTP with, and whose errors it lets through
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
@@ -21,7 +20,8 @@ from ..protocol.errors import Code, CorollaError, error
 _SMALL_FILES: Final = (
     "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.txt", "spiece.model", "README.md",
 )  # fmt: skip
-_UNREACHABLE: Final = (httpx.TransportError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+# The error of the HTTP library below, whichever it is: what the hub itself answered is a child of both.
+_HTTP_ERROR: Final = hub_errors.HfHubHTTPError.__bases__[0]
 _NO_SPACE: Final = 28  # errno of a full disk
 
 
@@ -52,9 +52,9 @@ def look_up(hub_id: str, revision: str | None) -> Origin:
         folder = Path(
             huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=list(_SMALL_FILES))
         )
-    except _UNREACHABLE as problem:
-        return _cached(hub_id, revision, problem)
     except Exception as problem:
+        if _is_unreachable(problem):
+            return _cached(hub_id, revision, problem)
         raise _explained(hub_id, revision, problem) from problem
     files = [file for file in facts.siblings or () if file.rfilename.endswith(".safetensors")]
     card: Any = facts.card_data
@@ -67,6 +67,13 @@ def look_up(hub_id: str, revision: str | None) -> Origin:
         sizes={file.rfilename: int(file.size or 0) for file in files},
         licence=str(licence) if licence else None,
     )
+
+
+def _is_unreachable(problem: Exception) -> bool:
+    """Whether the hub gave no answer at all."""
+    if isinstance(problem, hub_errors.HfHubHTTPError):
+        return False
+    return isinstance(problem, (ConnectionError, TimeoutError, _HTTP_ERROR))
 
 
 def _cached(hub_id: str, revision: str | None, reason: Exception) -> Origin:

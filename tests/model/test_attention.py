@@ -70,7 +70,8 @@ def run(
     cache: Cache | None, segments: list[Segment], states: tuple[Tensor, ...], form: dict[str, Any]
 ) -> Tensor:
     placement = Placement(Batch(tuple(segments)), cache, CPU)
-    output, _ = attend(Module(), *states, None, placement=placement, dropout=0.0, **form)
+    query, key, value = states
+    output, _ = attend(Module(), query, key, value, None, placement=placement, dropout=0.0, **form)
     return output[0]
 
 

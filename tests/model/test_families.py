@@ -70,7 +70,8 @@ def test_a_family_that_is_not_certified_is_refused_by_name() -> None:
 
 
 def test_weights_stored_quantized_are_refused_by_method() -> None:
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "gptq"})
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    config.quantization_config = {"quant_method": "gptq"}
     assert "gptq" in refused(config).message
 
 

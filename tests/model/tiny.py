@@ -27,6 +27,7 @@ from transformers import (
 
 NUM_BLOCKS = 4
 VOCAB_SIZE = 96
+_HEADS: dict[str, Any] = {"head_dim": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -46,7 +47,7 @@ _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atte
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "qwen2": lambda: Qwen2Config(**_COMMON),
-    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**_COMMON, **_HEADS),
     "mistral": lambda: MistralConfig(**_COMMON, sliding_window=8),
     "phi3": lambda: Phi3Config(**_COMMON, sliding_window=None),
     "olmo2": lambda: Olmo2Config(**_COMMON),
@@ -65,7 +66,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_COMMON,
-        head_dim=16,
+        **_HEADS,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=48,
@@ -87,7 +88,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """The whole model in float32, with weights large enough that an error in any of them shows."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,7 +98,8 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     model.tie_weights()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
