@@ -1,0 +1,233 @@
+"""The entrance for asynchronous programs; the same as `client`, with `await`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from ..protocol.control import (
+    CreateSwarm,
+    DaemonEvent,
+    Follow,
+    Join,
+    Joined,
+    ModelView,
+    PeerView,
+    Pulled,
+    PullModel,
+    PullProgress,
+    Serve,
+    SessionOpened,
+    SetConfig,
+    Status,
+    Stop,
+    SwarmView,
+)
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.tensors import Encoding
+from ..protocol.work import ChatMessage
+from .answers import find_model, item, one, session_request, several
+from .async_wire import AsyncWire
+from .generation import RECONNECT_WITHIN_S, RETRY_EVERY_S, GenerateOptions, Generation, OnEvent, request
+from .session import AsyncSession
+from .streams import AsyncStream
+
+
+class AsyncDaemon:
+    """A connected daemon; see `client.Daemon`. Tasks of one event loop may share it."""
+
+    def __init__(self, wire: AsyncWire, socket: str | os.PathLike[str] | None = None) -> None:
+        self._wire = wire
+        self._wanted = socket
+        self._closed = False
+
+    @classmethod
+    async def open(cls, socket: str | os.PathLike[str] | None = None) -> Self:
+        """Connect; see `client.connect`."""
+        return cls(await AsyncWire.open(socket), socket)
+
+    @property
+    def socket(self) -> Path:
+        """The path of the socket in use."""
+        return self._wire.path
+
+    async def status(self) -> Status:
+        """The daemon in one screen."""
+        return one(Status, await self._call("status"))
+
+    async def swarm(self) -> SwarmView:
+        """The swarm as the daemon sees it."""
+        return one(SwarmView, await self._call("swarm"))
+
+    async def models(self) -> tuple[ModelView, ...]:
+        """The models that the swarm serves."""
+        return several(ModelView, await self._call("models"))
+
+    async def peers(self) -> tuple[PeerView, ...]:
+        """The members of the swarm that the daemon knows."""
+        return several(PeerView, await self._call("peers"))
+
+    async def events(self, *, follow: bool = False) -> AsyncIterator[DaemonEvent]:
+        """What happened since the daemon started; with `follow` also what happens from now on."""
+        stream = (await self._connection()).stream("events", Follow(follow))
+        try:
+            async for message in stream:
+                event = item(DaemonEvent, message)
+                if event is not None:
+                    yield event
+        finally:
+            await stream.aclose()
+
+    def model(self, name: str) -> AsyncModel:
+        """A model by name, `NAME@FINGERPRINT_PREFIX`, hub id or folder. Asks nothing yet."""
+        return AsyncModel(self, name)
+
+    async def config(self) -> dict[str, Any]:
+        """The daemon's configuration."""
+        return dict(await self._call("config"))
+
+    async def set_config(self, key: str, value: Any) -> None:
+        """Change one value of the configuration; kept over restarts."""
+        await self._call("config.set", SetConfig(key, value))
+
+    async def create_swarm(self, name: str) -> Joined:
+        """Found an open swarm and enter it."""
+        return one(Joined, await self._call("swarm.create", CreateSwarm(name)))
+
+    async def join(self, token: str) -> Joined:
+        """Enter a swarm by its token, or by the multiaddress of a member."""
+        return one(Joined, await self._call("swarm.join", Join(token)))
+
+    async def leave(self) -> None:
+        """Leave the swarm."""
+        await self._call("swarm.leave")
+
+    async def serve(
+        self, model: str | None = None, *, start: int | None = None, end: int | None = None
+    ) -> Any:
+        """Serve blocks [start, end) of a model, or those that placement chooses."""
+        return await self._call("model.serve", Serve(model, start, end))
+
+    async def pull(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        on_progress: Callable[[PullProgress], object] | None = None,
+    ) -> Pulled:
+        """Fetch a model's files to this machine."""
+        value = None
+        stream = (await self._connection()).stream("model.pull", PullModel(model, revision))
+        try:
+            async for message in stream:
+                progress = item(PullProgress, message)
+                if progress is None:
+                    value = message.value
+                elif on_progress is not None:
+                    on_progress(progress)
+        finally:
+            await stream.aclose()
+        return one(Pulled, value)
+
+    async def stop(self, *, deadline_s: float = 30.0) -> None:
+        """Let running sessions move or finish for at most so long, then exit."""
+        await self._call("stop", Stop(deadline_s))
+
+    async def close(self) -> None:
+        """End the connection. May be called twice."""
+        self._closed = True
+        await self._wire.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: str, arguments: Any = None) -> Any:
+        return (await (await self._connection()).call(method, arguments)).value
+
+    async def _connection(self, restarting: bool = False) -> AsyncWire:
+        if restarting:
+            await self._wire.sleep(RETRY_EVERY_S)
+        deadline = time.monotonic() + RECONNECT_WITHIN_S
+        while not self._wire.is_open:
+            if self._closed:
+                raise error(Code.CANCELLED, "this connection was closed by the program", "connect again")
+            try:
+                new = await AsyncWire.open(self._wanted)
+            except CorollaError as problem:
+                if not restarting or problem.code is not Code.NO_DAEMON or time.monotonic() > deadline:
+                    raise
+                await self._wire.sleep(RETRY_EVERY_S)
+                continue
+            if self._wire.is_open:  # another task was faster
+                await new.close()
+            else:
+                old, self._wire = self._wire, new
+                await old.close()
+        return self._wire
+
+
+class AsyncModel:
+    """A model of the swarm, seen as a whole; see `client.Model`."""
+
+    def __init__(self, daemon: AsyncDaemon, name: str) -> None:
+        self._daemon = daemon
+        self.name = name
+
+    async def view(self) -> ModelView:
+        """What the swarm says of it: blocks, hidden size, replicas."""
+        return find_model(self.name, await self._daemon.models())
+
+    async def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: Iterable[Mapping[str, str] | ChatMessage] | None = None,
+        tokens: Any = None,
+        on_event: OnEvent | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """The whole answer; arguments as in `client.Model.generate`."""
+        asked = request(self.name, prompt, messages, tokens, options)
+        async with AsyncStream(self._daemon._connection, asked, on_event=on_event) as running:
+            return await running.result()
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: Iterable[Mapping[str, str] | ChatMessage] | None = None,
+        tokens: Any = None,
+        events: bool = False,
+        on_event: OnEvent | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncStream:
+        """Pieces as they come: `async with model.stream(…) as pieces: async for piece in pieces`."""
+        asked = request(self.name, prompt, messages, tokens, options)
+        return AsyncStream(self._daemon._connection, asked, events=events, on_event=on_event)
+
+    async def session(
+        self,
+        *,
+        max_length: int = 2048,
+        blocks: tuple[int, int] | None = None,
+        rows: int = 1,
+        encoding: Encoding | str | None = None,
+        wait_s: float = 0.0,
+    ) -> AsyncSession:
+        """Open a session: `async with await model.session(…) as session`; see `client.Model.session`."""
+        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s)
+        wire = await self._daemon._connection()
+        opened = one(SessionOpened, (await wire.call("session.open", asked)).value)
+        return AsyncSession(wire, opened, rows, max_length)
+
+    def __repr__(self) -> str:
+        return f"AsyncModel({self.name!r})"

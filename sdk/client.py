@@ -1,0 +1,277 @@
+"""The entrance: `connect()` to the daemon on this machine, ask it, and take models from it.
+
+Owns the connection of blocking programs and its renewal after the daemon restarted; `async_client` is the
+same for asynchronous ones. What a call means is said in `protocol/control`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+
+from ..protocol.control import (
+    CreateSwarm,
+    DaemonEvent,
+    Follow,
+    Join,
+    Joined,
+    ModelView,
+    PeerView,
+    Pulled,
+    PullModel,
+    PullProgress,
+    Serve,
+    SessionOpened,
+    SetConfig,
+    Status,
+    Stop,
+    SwarmView,
+)
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.tensors import Encoding
+from ..protocol.work import ChatMessage
+from .answers import find_model, item, one, session_request, several
+from .generation import (
+    RECONNECT_WITHIN_S,
+    RETRY_EVERY_S,
+    GenerateOptions,
+    Generation,
+    OnEvent,
+    request,
+)
+from .session import Session
+from .streams import Stream
+from .wire import Wire
+
+if TYPE_CHECKING:
+    from .async_client import AsyncDaemon
+
+
+def connect(socket: str | os.PathLike[str] | None = None) -> Daemon:
+    """Connect to the daemon; use the result as a context manager.
+
+    socket: its path; None looks at `COROLLA_SOCKET`, then at your own daemon, then at the machine's.
+    Raises `CorollaError`: `NO_DAEMON` says what was tried, `PERMISSION_DENIED`.
+    """
+    return Daemon(Wire.open(socket), socket)
+
+
+async def aconnect(socket: str | os.PathLike[str] | None = None) -> AsyncDaemon:
+    """As `connect`, for asyncio, and for trio where anyio is installed: `async with await aconnect() as daemon`."""
+    from .async_client import AsyncDaemon
+
+    return await AsyncDaemon.open(socket)
+
+
+class Daemon:
+    """A connected daemon. Threads may share it; closing it ends all that was opened through it."""
+
+    def __init__(self, wire: Wire, socket: str | os.PathLike[str] | None = None) -> None:
+        self._wire = wire
+        self._wanted = socket
+        self._renewing = RLock()
+        self._closed = False
+
+    @property
+    def socket(self) -> Path:
+        """The path of the socket in use."""
+        return self._wire.path
+
+    def status(self) -> Status:
+        """The daemon in one screen."""
+        return one(Status, self._call("status"))
+
+    def swarm(self) -> SwarmView:
+        """The swarm as the daemon sees it: models, and who serves which blocks."""
+        return one(SwarmView, self._call("swarm"))
+
+    def models(self) -> tuple[ModelView, ...]:
+        """The models that the swarm serves."""
+        return several(ModelView, self._call("models"))
+
+    def peers(self) -> tuple[PeerView, ...]:
+        """The members of the swarm that the daemon knows."""
+        return several(PeerView, self._call("peers"))
+
+    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
+        """What happened since the daemon started; with `follow` also what happens from now on."""
+        for message in self._connection().stream("events", Follow(follow)):
+            event = item(DaemonEvent, message)
+            if event is not None:
+                yield event
+
+    def model(self, name: str) -> Model:
+        """A model by name, `NAME@FINGERPRINT_PREFIX`, hub id or folder. Asks nothing yet."""
+        return Model(self, name)
+
+    def config(self) -> dict[str, Any]:
+        """The daemon's configuration."""
+        return dict(self._call("config"))
+
+    def set_config(self, key: str, value: Any) -> None:
+        """Change one value of the configuration; kept over restarts."""
+        self._call("config.set", SetConfig(key, value))
+
+    def create_swarm(self, name: str) -> Joined:
+        """Found an open swarm and enter it."""
+        return one(Joined, self._call("swarm.create", CreateSwarm(name)))
+
+    def join(self, token: str) -> Joined:
+        """Enter a swarm by its token, or by the multiaddress of a member."""
+        return one(Joined, self._call("swarm.join", Join(token)))
+
+    def leave(self) -> None:
+        """Leave the swarm."""
+        self._call("swarm.leave")
+
+    def serve(self, model: str | None = None, *, start: int | None = None, end: int | None = None) -> Any:
+        """Serve blocks [start, end) of a model, or those that placement chooses."""
+        return self._call("model.serve", Serve(model, start, end))
+
+    def pull(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        on_progress: Callable[[PullProgress], object] | None = None,
+    ) -> Pulled:
+        """Fetch a model's files to this machine."""
+        value = None
+        for message in self._connection().stream("model.pull", PullModel(model, revision)):
+            progress = item(PullProgress, message)
+            if progress is None:
+                value = message.value
+            elif on_progress is not None:
+                on_progress(progress)
+        return one(Pulled, value)
+
+    def stop(self, *, deadline_s: float = 30.0) -> None:
+        """Let running sessions move or finish for at most so long, then exit."""
+        self._call("stop", Stop(deadline_s))
+
+    def close(self) -> None:
+        """End the connection. May be called twice."""
+        with self._renewing:
+            self._closed = True
+            self._wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, arguments: Any = None) -> Any:
+        return self._connection().call(method, arguments).value
+
+    def _connection(self, restarting: bool = False) -> Wire:
+        """The connection, made anew if the daemon ended the last one.
+
+        restarting: wait up to `RECONNECT_WITHIN_S` for a daemon that is just being started again.
+        """
+        if restarting:
+            time.sleep(RETRY_EVERY_S)
+        deadline = time.monotonic() + RECONNECT_WITHIN_S
+        with self._renewing:
+            while not self._wire.is_open:
+                if self._closed:
+                    raise error(Code.CANCELLED, "this connection was closed by the program", "connect again")
+                try:
+                    old, self._wire = self._wire, Wire.open(self._wanted)
+                    old.close()
+                except CorollaError as problem:
+                    if not restarting or problem.code is not Code.NO_DAEMON or time.monotonic() > deadline:
+                        raise
+                    time.sleep(RETRY_EVERY_S)
+            return self._wire
+
+
+class Model:
+    """A model of the swarm, seen as a whole."""
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self._daemon = daemon
+        self.name = name
+
+    def view(self) -> ModelView:
+        """What the swarm says of it: blocks, hidden size, replicas. Raises `UNKNOWN_MODEL`, `AMBIGUOUS_MODEL`."""
+        return find_model(self.name, self._daemon.models())
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        stream: Literal[False] = False,
+        messages: Iterable[Mapping[str, str] | ChatMessage] | None = None,
+        tokens: Any = None,
+        on_event: OnEvent | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        stream: Literal[True],
+        messages: Iterable[Mapping[str, str] | ChatMessage] | None = None,
+        tokens: Any = None,
+        events: bool = False,
+        on_event: OnEvent | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        stream: bool = False,
+        messages: Iterable[Mapping[str, str] | ChatMessage] | None = None,
+        tokens: Any = None,
+        events: bool = False,
+        on_event: OnEvent | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | Stream:
+        """Write on after a prompt (or several: one row each), a chat, or token ids.
+
+        stream: give pieces as they come, each with .text, .row, .token and .finish ("stop", "length" or
+            None); otherwise the whole `Generation` (.text, .texts, .tokens).
+        messages: a chat as {"role": …, "content": …}, for the model's own template.
+        events: let pieces with .event (`repairing`, `repaired`, `waiting`, …) into the stream.
+        on_event: called with each of these.
+        options: see `GenerateOptions`: max_new_tokens, temperature, top_p, seed, stop, ….
+        When the daemon is restarted meanwhile, the text goes on, once. Raises `CorollaError`; its details
+        hold what was generated so far.
+        """
+        asked = request(self.name, prompt, messages, tokens, options)
+        running = Stream(self._daemon._connection, asked, events=events, on_event=on_event)
+        return running if stream else running.result()
+
+    def session(
+        self,
+        *,
+        max_length: int = 2048,
+        blocks: tuple[int, int] | None = None,
+        rows: int = 1,
+        encoding: Encoding | str | None = None,
+        wait_s: float = 0.0,
+    ) -> Session:
+        """Open a session of hidden states; use it as a context manager.
+
+        max_length: tokens of one row. rows: how many at most. blocks: [start, end) of them; None is all.
+        encoding: of hidden states on the wire ("float32", "bfloat16", "float16"); None: the daemon chooses.
+        wait_s: how long to wait for blocks that nobody serves yet.
+        """
+        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s)
+        wire = self._daemon._connection()
+        opened = one(SessionOpened, wire.call("session.open", asked).value)
+        return Session(wire, opened, rows, max_length)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r})"
