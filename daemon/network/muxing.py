@@ -27,7 +27,7 @@ MAX_MESSAGE_BYTES: Final = 65_519
 MAX_FRAME_BODY_BYTES: Final = MAX_MESSAGE_BYTES - HEADER_BYTES
 
 # Windows. The first size is the specification's. A stream whose reader empties half a window within a few
-# round trips gets a window twice as large, until 16 MiB (a gigabit over 130 ms), as long as the extra
+# round trips gets a window four times as large, until 16 MiB (a gigabit over 130 ms), as long as the extra
 # windows of the whole connection stay within the budget.
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
 MAX_WINDOW_BYTES: Final = 16 * 1024 * 1024
@@ -407,15 +407,17 @@ class Mux:
     # bookkeeping
 
     def _grant(self, stream: MuxStream, now: float) -> None:
+        if not stream.granted_at:
+            stream.granted_at = now  # the first read: the window's pace is measured from here
         if stream.consumed_bytes * 2 < stream.window_bytes or stream.remote_end or stream.reset:
             return
-        # Twice the window if half of it lasted less than four round trips: then it, and not the sender or
+        # A larger window if half of it lasted less than four round trips: then it, and not the sender or
         # the wire, sets the pace. The 5 ms keep a loopback from never growing.
         quick = now - stream.granted_at < max(4 * self.rtt_s, 0.005)
         growth = 0
-        if stream.granted_at and quick:
+        if quick:
             room = WINDOW_BUDGET_BYTES - self._extra_window_bytes
-            growth = max(0, min(stream.window_bytes, MAX_WINDOW_BYTES - stream.window_bytes, room))
+            growth = max(0, min(3 * stream.window_bytes, MAX_WINDOW_BYTES - stream.window_bytes, room))
         stream.window_bytes += growth
         self._extra_window_bytes += growth
         delta = stream.consumed_bytes + growth
