@@ -133,7 +133,13 @@ class SessionMachine:
         self._phase = Phase.IDLE
         self._now = 0.0
         self._actions: list[Action] = []
-        self._pipeline = Pipeline(terms.token_bytes, terms.max_rows, terms.max_tokens, settings.history_bytes)
+        self._pipeline = Pipeline(
+            terms.token_bytes,
+            terms.max_rows,
+            terms.max_tokens,
+            settings.history_bytes,
+            settings.part_tokens,
+        )
         self._roster = Roster(terms)
         self._suspicion = Suspicion()
         self._epoch = 0
