@@ -1,0 +1,34 @@
+"""Commands about membership: join, leave."""
+
+from __future__ import annotations
+
+import click
+
+from ..client import Daemon
+from ..output import Output
+from .options import asking, tell_privacy
+
+
+@click.command()
+@click.argument("token")
+@asking
+def join(daemon: Daemon, output: Output, token: str) -> None:
+    """Enter a swarm by TOKEN (`daemonctl status` prints it there), or by a member's multiaddress."""
+    tell_privacy(output, once=False)
+    joined = daemon.join(token)
+    if output.as_json:
+        output.envelope(swarm=joined)
+    else:
+        output.say(f"joined swarm {joined.name} ({joined.swarm_id[:16]}); remembered over restarts")
+
+
+@click.command()
+@asking
+def leave(daemon: Daemon, output: Output) -> None:
+    """Leave the swarm; the daemon goes on idle."""
+    name = daemon.status().swarm
+    daemon.leave()
+    if output.as_json:
+        output.envelope(left=name)
+    else:
+        output.say(f"left swarm {name}" if name else "was in no swarm")

@@ -1,0 +1,68 @@
+"""Commands of whoever runs the daemon: config, stop."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ..client import Daemon, connect
+from ..output import Output
+from .options import asking
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@click.option(
+    "--socket", metavar="PATH", envvar="COROLLA_SOCKET", help="The daemon's socket, if not the usual."
+)
+@click.option("--json", "as_json", is_flag=True, help="Answer as JSON, for programs.")
+def config(context: click.Context, socket: str | None, as_json: bool) -> None:
+    """The daemon's configuration."""
+    if context.invoked_subcommand is not None:
+        return
+    output = Output(as_json)
+    with connect(socket) as daemon:
+        values = daemon.config()
+    if as_json:
+        output.envelope(config=values)
+        return
+    for key, value in sorted(values.items()):
+        output.line(f"{key} = {json.dumps(value, default=str)}")
+
+
+@config.command(name="set")
+@click.argument("key")
+@click.argument("value")
+@asking
+def set_value(daemon: Daemon, output: Output, key: str, value: str) -> None:
+    """Set KEY to VALUE (a JSON value, or else a text); kept over restarts."""
+    parsed = _value(value)
+    daemon.set_config(key, parsed)
+    if output.as_json:
+        output.envelope(key=key, value=parsed)
+    else:
+        output.say(f"{key} = {json.dumps(parsed)}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@click.command()
+@click.option(
+    "--deadline", "deadline_s", default=30.0, show_default=True, help="Seconds for sessions to end."
+)
+@asking
+def stop(daemon: Daemon, output: Output, deadline_s: float) -> None:
+    """Take no new sessions, let running ones move or finish, then stop the daemon."""
+    pid = daemon.status().pid
+    daemon.stop(deadline_s=deadline_s)
+    if output.as_json:
+        output.envelope(stopping=True, pid=pid)
+    else:
+        output.say(f"corollad (pid {pid}) stops within {deadline_s:g} s")

@@ -1,0 +1,73 @@
+"""What commands have in common: `--json`, `--socket`, a connection, the model meant, the words on privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final
+
+import click
+
+from ...protocol.errors import Code, error
+from ...protocol.places import SOCKET_VARIABLE, user_state_folder
+from ..client import Daemon, connect
+from ..output import Output
+
+PRIVACY: Final = (
+    "This swarm is open. Its members can reconstruct your text, and a dishonest one can alter the answer. "
+    "Send nothing you would not publish. Members see your IP address."
+)
+
+
+def asking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that asks the daemon: called as `function(daemon, output, …)`."""
+
+    @click.option(
+        "--socket", metavar="PATH", envvar=SOCKET_VARIABLE, help="The daemon's socket, if not the usual."
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Answer as JSON, for programs.")
+    @wraps(function)
+    def command(*, socket: str | None, as_json: bool, **arguments: Any) -> Any:
+        with connect(socket) as daemon:
+            return function(daemon, Output(as_json), **arguments)
+
+    return command
+
+
+def the_model(daemon: Daemon, name: str | None) -> str:
+    """The model meant: the one named, or the only one that the swarm serves.
+
+    Raises `UNKNOWN_MODEL` if none is served, `AMBIGUOUS_MODEL` if several are.
+    """
+    if name is not None:
+        return name
+    models = daemon.models()
+    if not models:
+        status = daemon.status()
+        if status.swarm is None:
+            raise error(
+                Code.NO_SWARM, "not in a swarm", "daemonctl join TOKEN, or daemonctl swarm create NAME"
+            )
+        raise error(
+            Code.UNKNOWN_MODEL, f"swarm {status.swarm} serves no model", "serve one: corollad --model MODEL"
+        )
+    if len({model.fingerprint for model in models}) > 1:
+        names = ", ".join(model.name for model in models)
+        raise error(
+            Code.AMBIGUOUS_MODEL, f"the swarm serves {len(models)} models", f"choose by --model: {names}"
+        )
+    return models[0].name
+
+
+def tell_privacy(output: Output, once: bool) -> None:
+    """Say who can read what; with `once` only the first time for this user."""
+    marker = user_state_folder() / "told-about-privacy"
+    if once and marker.exists():
+        return
+    output.say(PRIVACY)
+    if once:
+        try:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        except OSError as problem:
+            output.say(f"(cannot remember having said so: {problem.strerror} {marker})")

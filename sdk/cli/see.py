@@ -1,0 +1,159 @@
+"""Commands that only look: status, swarm, peers, events."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from ...protocol.control import ModelView, SpanView, WorkerStatus
+from ..client import Daemon, connect
+from ..output import Output, duration, num_bytes, state
+from ..picture import Bar, picture, short_peer
+from .options import asking, tell_privacy
+
+
+@click.command()
+@asking
+def status(daemon: Daemon, output: Output) -> None:
+    """This machine's daemon in one screen."""
+    view = daemon.status()
+    if output.as_json:
+        output.envelope(status=view)
+        return
+    where = f"in swarm {view.swarm}" if view.swarm else "in no swarm"
+    output.heading(f"corollad {view.version}: {state(view.state)}, {where}")
+    output.facts(
+        [
+            ("peer", view.peer),
+            ("socket", view.socket),
+            ("state folder", view.state_folder),
+            ("addresses", ", ".join(view.addresses) or "none"),
+            ("peers", str(view.num_peers)),
+            ("sessions", str(view.num_sessions)),
+            ("running", f"{duration(view.uptime_s)}, {num_bytes(view.resident_bytes)}, pid {view.pid}"),
+        ]
+    )
+    for worker in view.workers:
+        output.line(f"worker {worker.worker}: {_worker(worker)}")
+    if view.join_command:
+        output.line("to let another machine join, paste there:")
+        output.line(f"  {view.join_command}")
+    if view.hint:
+        output.say(f"hint: {view.hint}")
+
+
+def _worker(worker: WorkerStatus) -> str:
+    what = f"blocks {worker.start}:{worker.end}" if worker.end > worker.start else "no blocks"
+    parts = [
+        f"{worker.model} {what}" + (" and the ends" if worker.ends else ""),
+        state(worker.state) + (f" {worker.progress:.0%}" if worker.state == "loading" else ""),
+        " ".join(filter(None, [worker.dtype, worker.quantization, worker.device])),
+    ]
+    if worker.state == "online":
+        parts.append(f"{worker.sessions} sessions, {worker.free_tokens} of {worker.cache_tokens} tokens free")
+        parts.append(num_bytes(worker.weight_bytes) + " of weights")
+    if worker.restarts:
+        parts.append(f"restarted {worker.restarts} times")
+    if isinstance(worker.error, dict):
+        parts.append(f"{worker.error.get('message')} {worker.error.get('remedy', '')}".strip())
+    return ", ".join(filter(None, parts))
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@click.option(
+    "--socket", metavar="PATH", envvar="COROLLA_SOCKET", help="The daemon's socket, if not the usual."
+)
+@click.option("--json", "as_json", is_flag=True, help="Answer as JSON, for programs.")
+def swarm(context: click.Context, socket: str | None, as_json: bool) -> None:
+    """Who serves which blocks of which model."""
+    if context.invoked_subcommand is not None:
+        return
+    output = Output(as_json)
+    with connect(socket) as daemon:
+        view = daemon.swarm()
+    if as_json:
+        output.envelope(swarm=view)
+        return
+    if view.swarm_id is None:
+        output.say("not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME")
+        return
+    output.heading(f"swarm {view.name} ({view.swarm_id[:16]})")
+    if not view.models:
+        output.say("no model is served yet: corollad --model MODEL")
+    for model in view.models:
+        _show_model(output, model, view.spans)
+
+
+def _show_model(output: Output, model: ModelView, spans: tuple[SpanView, ...]) -> None:
+    output.line()
+    output.heading(f"{model.name}  {model.num_blocks} blocks, fingerprint {model.fingerprint[:12]}")
+    bars = [
+        Bar(
+            ("this daemon" if span.mine else short_peer(span.peer))
+            + (f"/{span.worker}" if span.worker else ""),
+            span.start,
+            span.end,
+            span.state,
+            f"{span.quantization or span.dtype} {span.tokens_per_s:.0f} tokens/s",
+        )
+        for span in spans
+        if span.fingerprint == model.fingerprint
+    ]
+    for line, kind in picture(model.num_blocks, bars):
+        colour = {"online": "green", "loading": "yellow", "gap": "red"}.get(kind)
+        output.line("  " + click.style(line, fg=colour, dim=not kind))
+
+
+@swarm.command()
+@click.argument("name")
+@asking
+def create(daemon: Daemon, output: Output, name: str) -> None:
+    """Found an open swarm called NAME and enter it."""
+    joined = daemon.create_swarm(name)
+    if output.as_json:
+        output.envelope(swarm=joined)
+        return
+    tell_privacy(output, once=False)
+    output.say(f"founded swarm {joined.name}; on other machines paste:")
+    output.line(f"daemonctl join {joined.token}")
+
+
+@click.command()
+@asking
+def peers(daemon: Daemon, output: Output) -> None:
+    """The members of the swarm that the daemon knows."""
+    members = daemon.peers()
+    if output.as_json:
+        output.envelope(peers=members)
+        return
+    if not members:
+        output.say("no peers yet")
+        return
+    output.table(
+        ["peer", "connected", "rtt", "serves", "address"],
+        [
+            [
+                member.peer,
+                "yes" if member.connected else "no",
+                "" if member.rtt_s is None else f"{member.rtt_s * 1000:.1f} ms",
+                ", ".join(member.spans),
+                member.addresses[0] if member.addresses else "",
+            ]
+            for member in members
+        ],
+    )
+
+
+@click.command()
+@click.option("--follow", "-f", is_flag=True, help="Do not end; print what happens from now on.")
+@asking
+def events(daemon: Daemon, output: Output, follow: bool) -> None:
+    """What happened since the daemon started, oldest first."""
+    for event in daemon.events(follow=follow):
+        if output.as_json:
+            output.envelope(event=event)
+        else:
+            clock = time.strftime("%H:%M:%S", time.localtime(event.unix_s))
+            output.line(f"{clock}  {event.kind:<18}  {event.text}".rstrip())
