@@ -30,7 +30,7 @@ class Handlers:
         self._handlers[protocol] = handler
 
     def restrict(self, guard: Guard | None) -> None:
-        """Ask `guard(peer, protocol)` before each stream."""
+        """Ask `guard(peer, protocol)` before a stream is agreed on; see `admits`."""
         self._guard = guard
 
     def speaks(self, protocol: str) -> bool:
@@ -44,8 +44,7 @@ class Handlers:
     async def serve(self, stream: Stream) -> None:
         """Let the stream's handler have it. Raises nothing of the handler's."""
         handler = self._handlers.get(stream.protocol)
-        if handler is None or not self.admits(stream.peer, stream.protocol):
-            _log.info("stream_refused", peer=stream.peer, protocol=stream.protocol)
+        if handler is None:
             stream.reset()
             return
         try:

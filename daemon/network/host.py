@@ -1,8 +1,9 @@
 """py-libp2p's host: TCP, Noise and our Yamux only, with what 0.8.1 does badly replaced.
 
-The library's swarm waits 250 ms before it dials, and remembers failures for a minute; it keeps a slot and a
-task for every connection that ever came in; and an error that escapes a stream's handler ends all of it.
-These are overridden here, in a subclass; nothing of the library is patched for the whole process.
+The library's swarm waits 250 ms before it dials, and remembers failures for a minute; it dials peers of its
+own accord; it keeps a slot and a task for every connection that ever came in; and an error that escapes a
+stream's handler ends all of it. These are overridden here, in subclasses; nothing of the library is patched
+for the whole process.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import structlog
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.ping import ID as PING
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
@@ -29,18 +35,22 @@ from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from ...protocol.errors import Code, CorollaError, error
 from ..identity import Identity
+from .multistream import answer
 from .noise import BufferedNoise
-from .yamux import Yamux, YamuxOnly
+from .seam import Guard
+from .yamux import Yamux, YamuxOnly, YamuxStream
 
 MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
 MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+_EVERYBODYS: Final = (str(IDENTIFY), str(IDENTIFY_PUSH), str(PING))
 
 Connected: TypeAlias = Callable[[SwarmConn], Awaitable[None]]
 
@@ -53,17 +63,18 @@ def make_host(
     reach: Callable[[str], Awaitable[SwarmConn]],
     connected: Connected,
     advertised: Callable[[], Sequence[str]],
+    admits: Guard,
     max_connections: int,
 ) -> tuple[OurSwarm, BasicHost]:
     """A swarm that is not running yet, and the host upon it.
 
     reach: dials a peer for the library's own services. connected: called for each new connection.
-    advertised: the addresses to tell others.
+    advertised: the addresses to tell others. admits: whether a peer may use a protocol; identify and ping
+    are everybody's.
     """
     swarm = OurSwarm(key_pair(identity), reach, max_connections=max_connections)
     host = BasicHost(swarm, addrs_factory=lambda _: [Multiaddr(address) for address in advertised()])
-    negotiate = swarm.common_stream_handler
-    swarm.set_stream_handler(partial(_contain, negotiate))
+    swarm.set_stream_handler(partial(_serve_stream, host, admits))
     swarm.register_notifee(_Notifee(connected))
     return swarm, host
 
@@ -134,12 +145,13 @@ class OurSwarm(Swarm):
             ConnectionConfig(
                 max_connections=max_connections,
                 min_connections=0,
-                low_watermark=0,  # the library dials nobody by itself
+                low_watermark=0,
                 high_watermark=max_connections,
                 max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
                 inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
             ),
         )
+        self.auto_connector = _NoAutoConnector(self, 0.0)
         self._reach = reach
         self._num_handshakes = 0
 
@@ -183,6 +195,14 @@ class OurSwarm(Swarm):
             await muxed.event_closed.wait()
 
 
+class _NoAutoConnector(AutoConnector):
+    """Dials nobody: whom to know is the daemon's business, and who was disconnected stays so."""
+
+    async def maybe_connect(self) -> None: ...
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None: ...
+
+
 class _Notifee(INotifee):
     """Passes on new connections; endings are known sooner by the muxer itself."""
 
@@ -200,12 +220,25 @@ class _Notifee(INotifee):
     async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
 
 
-async def _contain(negotiate: Callable[[INetStream], Any], stream: INetStream) -> None:
-    """Serve an inbound stream; an error that escapes would end the library's whole host."""
+async def _serve_stream(host: BasicHost, admits: Guard, stream: INetStream) -> None:
+    """Agree on an inbound stream's protocol and serve it; an error that escaped would end the whole host."""
+    muxed, peer = getattr(stream, "muxed_stream", None), str(stream.muxed_conn.peer_id)
+    handlers = host.multiselect.handlers
+
+    def serves(protocol: str) -> bool:
+        return TProtocol(protocol) in handlers and (protocol in _EVERYBODYS or admits(peer, protocol))
+
     try:
-        await negotiate(stream)
-    except Exception as failure:
-        _log.debug("stream_failed", peer=str(stream.muxed_conn.peer_id), reason=root_cause(failure))
+        if not isinstance(muxed, YamuxStream):
+            raise MuxedStreamError(f"a stream of type {type(muxed).__name__}")
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            protocol = TProtocol(await answer(muxed, serves))
+        handler = handlers[protocol]
+        if handler is not None:
+            stream.set_protocol(protocol)
+            await handler(stream)
+    except Exception as failure:  # whatever a peer sends
+        _log.debug("stream_failed", peer=peer, reason=root_cause(failure))
         await stream.reset()
 
 

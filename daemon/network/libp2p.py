@@ -159,6 +159,7 @@ class Libp2pNetwork:
             reach=self._reach,
             connected=self._on_connected,
             advertised=self._own_addresses,
+            admits=self._handlers.admits,
             max_connections=max_connections,
         )
 

@@ -216,7 +216,7 @@ class MemoryHub:
         self._ends: dict[str, _End] = {}
         self._connections: dict[tuple[str, str], _Connection] = {}
         self._cuts: dict[tuple[str, str], None] = {}
-        self._num_draws = 0
+        self._num_openings: dict[tuple[str, str], int] = {}
 
     def network(self, peer: str) -> MemoryNetwork:
         """A running network of this peer; after `kill`, a new one under the same name."""
@@ -295,7 +295,9 @@ class MemoryHub:
         if source not in self._networks:
             raise error(Code.PEER_LOST, f"peer {source} is gone")
         await self._ends[source].go()
-        await trio.sleep(self.rtt_s(source, target))
+        if source != target:
+            rng = self._rng(source, target, "reach")
+            await trio.sleep(self._delay(rng, source, target) + self._delay(rng, target, source))
         while target in self._ends and self._ends[target].hung:
             await self._ends[target].lot.park()
         if source not in self._networks or target not in self._networks:
@@ -312,7 +314,7 @@ class MemoryHub:
     def connect_streams(self, source: str, target: str, protocol: str) -> tuple[MemoryStream, MemoryStream]:
         """Both ends of a new stream between connected peers, the opener's first."""
         here, there = self._ends[source], self._ends[target]
-        out_rng, in_rng = self._rng(source, target), self._rng(target, source)
+        out_rng, in_rng = self._rng(source, target, "out"), self._rng(source, target, "in")
         delay = no_delay if source == target else self._delay
         outward = _Direction(here, there, lambda: delay(out_rng, source, target))
         inward = _Direction(there, here, lambda: delay(in_rng, target, source))
@@ -334,13 +336,6 @@ class MemoryHub:
         if _pair(one, other) in self._connections:
             self._disconnect(_pair(one, other), f"peer {one} closed the connection")
 
-    def rtt_s(self, one: str, other: str) -> float:
-        """A round trip between two peers, drawn anew each time."""
-        if one == other:
-            return 0.0
-        rng = self._rng(one, other)
-        return self._delay(rng, one, other) + self._delay(rng, other, one)
-
     def _disconnect(self, pair: tuple[str, str], reason: str) -> None:
         connection = self._connections.pop(pair)
         for stream in connection.streams():
@@ -349,10 +344,11 @@ class MemoryHub:
             if peer in self._networks and peer != other:
                 self._networks[peer].tell(other, connected=False)
 
-    def _rng(self, source: str, target: str) -> random.Random:
-        self._num_draws += 1
+    def _rng(self, opener: str, target: str, purpose: str) -> random.Random:
+        """Randomness for one purpose of one opening, whatever else happens on the hub meanwhile."""
+        number = self._num_openings[opener, target] = self._num_openings.get((opener, target), 0) + 1
         # Seeded by text, not by `hash`, which differs from process to process.
-        return random.Random(f"{self._seed} {source} {target} {self._num_draws}")  # noqa: S311
+        return random.Random(f"{self._seed} {opener} {target} {purpose} {number}")  # noqa: S311
 
 
 class _Connection:
@@ -424,7 +420,7 @@ class MemoryNetwork:
     async def open(self, peer: str, protocol: str, *, timeout_s: float) -> MemoryStream:
         await self._reach(peer, timeout_s)
         there = self._hub.find(peer)
-        if there is None or not there.speaks(protocol):
+        if there is None or not there.serves(self._peer, protocol):
             raise error(Code.UNSUPPORTED, f"peer {peer} does not speak {protocol}")
         near, far = self._hub.connect_streams(self._peer, peer, protocol)
         there.serve(far)
@@ -446,9 +442,10 @@ class MemoryNetwork:
 
     # what the hub does to it
 
-    def speaks(self, protocol: str) -> bool:
-        """Whether a protocol is served here."""
-        return self._handlers.speaks(protocol)
+    def serves(self, peer: str, protocol: str) -> bool:
+        """Whether a protocol is served here, to this peer."""
+        own = peer == self._peer
+        return self._handlers.speaks(protocol) and (own or self._handlers.admits(peer, protocol))
 
     def serve(self, stream: MemoryStream) -> None:
         """Serve an inbound stream, in a task of its own."""

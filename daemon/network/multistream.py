@@ -7,6 +7,7 @@ Source: https://github.com/multiformats/multistream-select
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from libp2p.stream_muxer.exceptions import MuxedStreamError
@@ -17,6 +18,7 @@ from .yamux import YamuxStream
 _MULTISTREAM: Final = "/multistream/1.0.0"
 _NOT_AVAILABLE: Final = "na"
 _MAX_TOKEN_BYTES: Final = 1024
+_MAX_PROPOSALS: Final = 16
 
 
 async def agree(stream: YamuxStream, peer: str, protocol: str) -> None:
@@ -33,6 +35,27 @@ async def agree(stream: YamuxStream, peer: str, protocol: str) -> None:
             raise error(
                 Code.PROTOCOL_VIOLATION, f"peer {peer} answered {answer[:80]!r} to the proposal {expected!r}"
             )
+
+
+async def answer(stream: YamuxStream, serves: Callable[[str], bool]) -> str:
+    """Agree with the opener of a stream on the first protocol it proposes that `serves` it.
+
+    Raises `UNSUPPORTED` when none was, `PROTOCOL_VIOLATION`, and the muxer's `MuxedStreamError`. The caller
+    bounds the time.
+    """
+    await stream.write(_token(_MULTISTREAM))
+    greeting = await _read_token(stream)
+    if greeting != _MULTISTREAM:
+        raise error(
+            Code.PROTOCOL_VIOLATION, f"a stream began with {greeting[:80]!r}, expected {_MULTISTREAM!r}"
+        )
+    for _ in range(_MAX_PROPOSALS):
+        protocol = await _read_token(stream)
+        if serves(protocol):
+            await stream.write(_token(protocol))
+            return protocol
+        await stream.write(_token(_NOT_AVAILABLE))
+    raise error(Code.UNSUPPORTED, f"none of {_MAX_PROPOSALS} proposed protocols is served")
 
 
 def _token(text: str) -> bytes:

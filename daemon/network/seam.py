@@ -73,7 +73,10 @@ class Network(Protocol):
         """
 
     def restrict(self, guard: Guard | None) -> None:
-        """Ask `guard(peer, protocol)` before each inbound stream; refused ones are reset. None: serve all."""
+        """Ask `guard(peer, protocol)` before each inbound stream. None: serve everybody.
+
+        What is refused looks `UNSUPPORTED` to the far side.
+        """
 
     async def open(self, peer: str, protocol: str, *, timeout_s: float) -> Stream:
         """A new stream, over the live connection or a new one to any of the peer's known addresses.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from corolla.daemon.network import muxing
 from corolla.daemon.network.muxing import (
     INITIAL_WINDOW_BYTES,
@@ -24,8 +29,6 @@ from corolla.daemon.network.muxing import (
     ViolationError,
     Writable,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 DATA, UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -90,7 +93,7 @@ def test_bytes_may_be_cut_anywhere(data: bytes, cuts: list[int]) -> None:
     wire = frame(UPDATE, SYN, 1, 0) + frame(DATA, FIN, 1, len(data), data)
     mux, events = Mux(initiator=False), []
     places = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         events += mux.receive(wire[start:end])
     assert isinstance(events[0], Opened)
     stream = events[0].stream
@@ -323,10 +326,8 @@ def test_violations_are_named(wire: bytes, complaint: str) -> None:
 @given(st.binary(max_size=400))
 def test_garbage_is_a_violation_or_nothing(wire: bytes) -> None:
     mux = Mux(initiator=False)
-    try:
+    with contextlib.suppress(ViolationError):
         mux.receive(wire)
-    except ViolationError as violation:
-        assert str(violation)
     assert mux.queued_bytes <= len(wire)
 
 
