@@ -1,0 +1,151 @@
+"""Which steps run next: the scheduler of one worker.
+
+Owns the queue of steps that wait and how far each has come. It decides and returns plain values; it knows
+no tensors, no device and no clock (age is counted in passes), and never fails.
+
+A pass is one run through a range of blocks, with tokens of many sessions side by side. Steps of one session
+run one after the other, in order. Decodes go first and a long prefill runs in parts: beside decodes in
+small ones, so that nobody's next token waits for somebody's prompt. Whoever was passed over too often
+leads the next pass.
+
+Source: Yu et al. 2022, Orca, for batching by iteration; Agrawal et al. 2024, Sarathi-Serve, for prefills
+in parts beside decodes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How large passes get.
+
+    decode_tokens: of decodes in one pass. prefill_tokens: of prefills in a pass without decodes; enough to
+    keep the device busy. mixed_tokens: of prefills beside decodes; each decode waits for them.
+    patience: passes that a step may be passed over before it leads one.
+    """
+
+    decode_tokens: int = 512
+    prefill_tokens: int = 512
+    mixed_tokens: int = 128
+    patience: int = 4
+
+
+class Job(NamedTuple):
+    """A step as the scheduler sees it. blocks: the range that it runs through; num_tokens: of all rows."""
+
+    request: int
+    session: bytes
+    blocks: tuple[int, int]
+    num_tokens: int
+    is_decode: bool  # few new tokens in each row, and somebody waits for each of them
+
+
+class Part(NamedTuple):
+    """Tokens [first, first + num) of a job, which run in one pass."""
+
+    job: Job
+    first: int
+    num: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the job is through after this part."""
+        return self.first + self.num == self.job.num_tokens
+
+
+class Pass(NamedTuple):
+    """What runs together: parts of jobs of different sessions, all through the same blocks."""
+
+    blocks: tuple[int, int]
+    parts: tuple[Part, ...]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    job: Job
+    arrival: int
+    num_done: int = 0
+    num_passed_over: int = 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The queue of one worker, in lanes: one for each session."""
+
+    policy: Policy = field(default_factory=Policy)
+    _lanes: dict[bytes, deque[_Waiting]] = field(default_factory=dict)
+    _num_arrived: int = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that are not through yet."""
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def add(self, job: Job) -> None:
+        """Queue a job behind those of its session."""
+        self._lanes.setdefault(job.session, deque()).append(_Waiting(job, self._num_arrived))
+        self._num_arrived += 1
+
+    def next(self) -> Pass | None:
+        """The pass to run now; None if nothing waits. What it holds counts as done."""
+        heads = [lane[0] for lane in self._lanes.values()]
+        if not heads:
+            return None
+        leader = min(heads, key=self._rank)
+        mates = [head for head in heads if head.job.blocks == leader.job.blocks]
+        parts = self._fill(sorted(mates, key=self._rank))
+        taken = {part.job.request for part in parts}
+        for head in heads:
+            head.num_passed_over = 0 if head.job.request in taken else head.num_passed_over + 1
+        for part in parts:
+            self._advance(part)
+        return Pass(leader.job.blocks, tuple(parts))
+
+    def cancel(self, job: Job) -> None:
+        """Forget what is left of a job, if anything is."""
+        lane = self._lanes.get(job.session)
+        if lane and lane[0].job.request == job.request:
+            self._pop(job.session)
+
+    def drop(self, session: bytes) -> tuple[Job, ...]:
+        """Forget a session's jobs; returns those that were not through, in order."""
+        return tuple(waiting.job for waiting in self._lanes.pop(session, ()))
+
+    def _rank(self, head: _Waiting) -> tuple[int, int]:
+        """Smaller goes first."""
+        if head.num_passed_over >= self.policy.patience:
+            return 0, head.arrival
+        return (1 if head.job.is_decode else 2), head.arrival
+
+    def _fill(self, mates: list[_Waiting]) -> list[Part]:
+        """Parts of these jobs, best first, within what the policy allows. The first always gets something."""
+        has_decodes = any(head.job.is_decode for head in mates)
+        decode_room = self.policy.decode_tokens
+        prefill_room = self.policy.mixed_tokens if has_decodes else self.policy.prefill_tokens
+        parts = []
+        for head in mates:
+            rest = head.job.num_tokens - head.num_done
+            num = min(rest, decode_room if head.job.is_decode else prefill_room)
+            if rest and not num:
+                continue
+            if head.job.is_decode:
+                decode_room -= num
+            else:
+                prefill_room -= num
+            parts.append(Part(head.job, head.num_done, num))
+        return parts
+
+    def _advance(self, part: Part) -> None:
+        self._lanes[part.job.session][0].num_done += part.num
+        if part.is_last:
+            self._pop(part.job.session)
+
+    def _pop(self, session: bytes) -> None:
+        lane = self._lanes[session]
+        lane.popleft()
+        if not lane:
+            del self._lanes[session]

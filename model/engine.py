@@ -1,0 +1,360 @@
+"""The loop's body: one worker's requests in, passes through the blocks, answers out.
+
+Owns the device: everything that computes runs in the one thread that calls it (torch keeps a team of
+threads for each caller). What runs next is decided by `batch`, what a session may hold by `sessions`, text
+and samples by `generation`; this file carries steps between them and answers each request once.
+
+An error of one request fails that request alone, and leaves its session as it was before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import singledispatchmethod
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.messages import Message
+from ..protocol.steps import Reply, Row, check_payload
+from ..protocol.work import (
+    Beat,
+    BeginGeneration,
+    CloseCache,
+    Compute,
+    Done,
+    EndGeneration,
+    Failed,
+    OpenCache,
+    Restore,
+    Restored,
+    Sample,
+)
+from .attention import Batch, Segment
+from .batch import Job, Part, Pass, Policy, Scheduler
+from .encodings import check_finite, decode, encode
+from .generation import Generations
+from .pages import PageCopy
+from .sessions import Begun, Session, Sessions, begin, restore, undo
+
+logger = logging.getLogger(__name__)
+
+# A row that brings so few tokens is being written on: one, or a guess of a few that is to be confirmed.
+_DECODE_TOKENS: Final = 8
+
+
+class Blocks(Protocol):
+    """What the engine needs of `span.Span`."""
+
+    start: int
+    end: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    num_blocks_computed: int
+
+    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
+        """Carry out a step's copies."""
+
+    def forward(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None = None) -> Tensor:
+        """(num_tokens, hidden_size) after these blocks."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that has begun: its input, and what is computed of its answer."""
+
+    begun: Begun
+    hidden: Tensor  # (num_tokens, hidden_size)
+    wanted: tuple[int, ...] | None  # tokens whose output is asked for; None is all of them
+    answer: list[bytes] = field(default_factory=list)
+
+
+class Engine:
+    """One worker's device, behind messages.
+
+    `handle` takes a request, `run` does some of what waits. Answers go to `send`, some of them later.
+    """
+
+    def __init__(
+        self,
+        span: Blocks | None,
+        generations: Generations | None,
+        num_pages: int,
+        send: Callable[[Message], None],
+        policy: Policy | None = None,
+    ) -> None:
+        self._span = span
+        self._generations = generations
+        self._send = send
+        self._sessions = Sessions((span.start, span.end) if span else (0, 0), num_pages)
+        self._scheduler = Scheduler(policy or Policy())
+        self._asked: dict[int, Compute] = {}  # steps that wait, by request
+        self._steps: dict[int, _Step] = {}  # those of them that have begun
+        self._samples: list[Sample] = []
+        self._num_loops = 0
+        self._num_tokens = 0
+        self._last_beat = (time.monotonic(), 0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return not self._samples and not self._scheduler.num_waiting
+
+    def beat(self, num_unread: int = 0) -> Beat:
+        """A sign of life, for another thread to send. num_unread: requests not handed over yet.
+
+        Progress counts blocks computed and rounds of the loop; in a block that hangs, both stand still.
+        """
+        now, num_tokens = time.monotonic(), self._num_tokens
+        then, num_before = self._last_beat
+        self._last_beat = (now, num_tokens)
+        return Beat(
+            progress=self._num_loops + (self._span.num_blocks_computed if self._span else 0),
+            queue=num_unread + self._scheduler.num_waiting + len(self._samples),
+            free_tokens=self._sessions.free_tokens,
+            tokens_per_s=(num_tokens - num_before) / max(now - then, 1e-3),
+        )
+
+    def handle(self, message: Message) -> None:
+        """Take a request: answer it at once, or queue it for `run`."""
+        request: int = getattr(message, "request", 0)
+        try:
+            self._handle(message)
+        except Exception as problem:
+            self._fail(request, problem)
+
+    def run(self) -> None:
+        """Sample what is to be sampled, then one pass of what waits longest or matters most."""
+        self._num_loops += 1
+        if self._samples:
+            self._sample()
+        chosen = self._scheduler.next()
+        if chosen is not None:
+            self._run_pass(chosen)
+
+    @singledispatchmethod
+    def _handle(self, message: Message) -> None:
+        raise error(Code.UNSUPPORTED, f"a worker does not know the message {message.KIND!r} here")
+
+    @_handle.register
+    def _open(self, ask: OpenCache) -> None:
+        self._close(CloseCache(ask.session))
+        self._sessions.open(ask)
+        self._send(Done(ask.request))
+
+    @_handle.register
+    def _compute(self, ask: Compute) -> None:
+        session, span = self._sessions.get(ask.session), self._blocks()
+        check_payload(ask.rows, ask.payload, session.encoding.token_bytes(span.hidden_size))
+        job = Job(
+            request=ask.request,
+            session=ask.session,
+            blocks=session.blocks,
+            num_tokens=sum(row.n for row in ask.rows),
+            is_decode=all(row.n <= _DECODE_TOKENS for row in ask.rows),
+        )
+        self._asked[ask.request] = ask
+        self._scheduler.add(job)
+
+    @_handle.register
+    def _restore(self, ask: Restore) -> None:
+        session = self._sessions.get(ask.session)
+        self._drop_steps(ask.session)
+        self._send(Restored(ask.request, restore(session, ask)))
+
+    @_handle.register
+    def _close(self, ask: CloseCache) -> None:
+        self._drop_steps(ask.session)
+        self._sessions.close(ask.session)
+
+    @_handle.register
+    def _begin(self, ask: BeginGeneration) -> None:
+        self._send(self._ends().begin(ask))
+
+    @_handle.register
+    def _take_sample(self, ask: Sample) -> None:
+        self._ends()
+        self._samples.append(ask)
+
+    @_handle.register
+    def _end(self, ask: EndGeneration) -> None:
+        if self._generations is not None:
+            self._generations.end(ask.generation)
+
+    def _blocks(self) -> Blocks:
+        if self._span is None:
+            raise error(Code.BLOCKS_OUT_OF_RANGE, "this worker serves no blocks")
+        return self._span
+
+    def _ends(self) -> Generations:
+        if self._generations is None:
+            raise error(
+                Code.NOT_READY, "this worker holds no ends of the model", "ask a worker configured with ends"
+            )
+        return self._generations
+
+    def _drop_steps(self, session: bytes) -> None:
+        for job in self._scheduler.drop(session):
+            self._asked.pop(job.request)
+            step = self._steps.pop(job.request, None)
+            if step is not None:
+                undo(step.begun)
+
+    def _sample(self) -> None:
+        asks, self._samples = self._samples, []
+        try:
+            answers = self._ends().sample(asks)
+        except Exception as problem:
+            for ask in asks:
+                self._fail(ask.request, problem)
+            return
+        for ask, answer in zip(asks, answers, strict=True):
+            self._send(Failed.of(ask.request, answer) if isinstance(answer, CorollaError) else answer)
+
+    def _run_pass(self, chosen: Pass) -> None:
+        running: list[tuple[Part, _Step]] = []
+        for part in chosen.parts:
+            try:
+                running.append((part, self._begun(part)))
+            except Exception as problem:
+                self._fail_step(part, problem)
+        if not running:
+            return
+        try:
+            self._advance(running, chosen.blocks)
+        except Exception as problem:
+            if len(running) == 1:
+                self._fail_step(running[0][0], problem)
+                return
+            logger.warning("a batch of %d steps failed, each runs again alone: %s", len(running), problem)
+            for part, step in running:
+                self._advance_alone(part, step, chosen.blocks)
+
+    def _advance_alone(self, part: Part, step: _Step, blocks: tuple[int, int]) -> None:
+        """Run one of a failed batch; what the batch wrote already is written again with the same values."""
+        try:
+            self._advance([(part, step)], blocks)
+        except Exception as problem:
+            self._fail_step(part, problem)
+
+    def _begun(self, part: Part) -> _Step:
+        """The step of a part; its first part begins it."""
+        request = part.job.request
+        if request not in self._steps:
+            ask, span = self._asked[request], self._blocks()
+            session = self._sessions.get(ask.session)
+            hidden = decode(ask.payload, session.encoding, span.hidden_size, span.dtype, span.device)
+            begun = begin(session, ask)
+            self._steps[request] = _Step(begun, hidden, _wanted(ask.reply, ask.rows))
+            span.copy_pages(begun.applied.copies)
+        return self._steps[request]
+
+    def _advance(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> None:
+        """One pass with these parts side by side, and the answers to those that are through."""
+        segments: list[Segment] = []
+        for part, step in running:
+            segments.extend(cut(step.begun.applied.segments, part.first, part.num))
+        inputs = [step.hidden[part.first : part.first + part.num] for part, step in running]
+        batch = Batch(tuple(segments))
+        output = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+        if batch.num_tokens:
+            output = self._blocks().forward(output, batch, blocks)
+        self._num_tokens += batch.num_tokens
+        for (part, step), states in zip(
+            running, torch.split(output, [part.num for part, _ in running]), strict=True
+        ):
+            try:
+                step.answer.append(_encoded(states, part, step))
+            except CorollaError as problem:
+                self._fail_step(part, problem)
+                continue
+            if part.is_last:
+                request = part.job.request
+                del self._steps[request], self._asked[request]
+                self._send(Done(request, b"".join(step.answer)))
+
+    def _fail_step(self, part: Part, problem: Exception) -> None:
+        """Answer that a step failed, and leave its session as it was before."""
+        self._scheduler.cancel(part.job)
+        self._asked.pop(part.job.request, None)
+        step = self._steps.pop(part.job.request, None)
+        if step is not None:
+            undo(step.begun)
+        self._fail(part.job.request, problem)
+
+    def _fail(self, request: int, problem: Exception) -> None:
+        explained = explain(problem)
+        if explained is not problem:
+            logger.error("request %d failed", request, exc_info=problem)
+        self._send(Failed.of(request, explained))
+
+
+def cut(segments: tuple[Segment, ...], first: int, num: int) -> tuple[Segment, ...]:
+    """Tokens [first, first + num) of a step, counted over its segments; those left empty are left out."""
+    parts = []
+    offset = 0
+    for segment in segments:
+        start, end = max(first - offset, 0), min(first + num - offset, segment.n)
+        if start < end:
+            parts.append(Segment(segment.pages, segment.start + start, end - start))
+        offset += segment.n
+    return tuple(parts)
+
+
+def _wanted(reply: Reply, rows: tuple[Row, ...]) -> tuple[int, ...] | None:
+    """Indexes of the tokens that an answer holds; None is all of them."""
+    if reply is Reply.ALL:
+        return None
+    indexes = []
+    end = 0
+    for row in rows:
+        end += row.n
+        if row.n and reply is Reply.LAST:
+            indexes.append(end - 1)
+    return tuple(indexes)
+
+
+def _encoded(states: Tensor, part: Part, step: _Step) -> bytes:
+    """What the answer holds of a part's output (part.num, hidden_size).
+
+    Raises `INTERNAL`, not `NOT_FINITE`, for what the blocks themselves made: the sender is innocent.
+    """
+    session: Session = step.begun.session
+    wanted = states
+    if step.wanted is not None:
+        indexes = [i - part.first for i in step.wanted if part.first <= i < part.first + part.num]
+        wanted = states[indexes]
+    try:
+        if wanted is not states:
+            check_finite(states)
+        return encode(wanted, session.encoding)
+    except CorollaError as problem:
+        start, end = session.blocks
+        raise error(
+            Code.INTERNAL,
+            f"blocks {start}:{end} made numbers that are not finite or too large for {session.encoding}:"
+            f" {problem.message}",
+            "use a wider encoding or dtype; if it stays, this worker's weights or memory are damaged",
+            not_finite="output",
+        ) from problem
+
+
+def explain(problem: Exception) -> CorollaError:
+    """Any failure as one of ours: memory that ran out by name, a defect as `INTERNAL`."""
+    if isinstance(problem, CorollaError):
+        return problem
+    text = (str(problem).splitlines() or [""])[0][:400]
+    no_memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    if no_memory:
+        return error(
+            Code.OUT_OF_MEMORY,
+            f"the device has no memory left: {text}",
+            "serve fewer blocks or a smaller cache",
+        )
+    return error(Code.INTERNAL, f"{type(problem).__name__}: {text}", "this is a defect; please report it")

@@ -1,0 +1,267 @@
+"""A user's text: prompts to tokens, tokens to samples, samples to text that may be given out.
+
+Owns what is remembered of each generation under way: its rows' tokens, the text not yet given out, and
+when a row ends. It knows neither blocks nor sessions: hidden states come in as they left the last block,
+and embeddings go out. `Ends` computes, `sampling` chooses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.limits import MAX_LOCAL_PAYLOAD_BYTES, MAX_ROWS
+from ..protocol.tensors import Encoding
+from ..protocol.work import BeginGeneration, Begun, Chosen, Sample, Sampled, Sampling, TokenRow
+from .encodings import check_finite, decode, encode
+from .sampling import check, choose, noise_of
+from .text import BlindReader, Reader, TextReader
+
+
+class EndsOfModel(Protocol):
+    """What a generation needs of `ends.Ends`."""
+
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """Raises `UNREADABLE` if the model came without one."""
+
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, ready for the answer."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(num_tokens,) → (num_tokens, hidden_size)."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(num_rows, hidden_size) → (num_rows, vocab_size), float32."""
+
+
+class Generations:
+    """All generations under way in one worker."""
+
+    def __init__(self, ends: EndsOfModel, end_tokens: Iterable[int]) -> None:
+        """end_tokens: those that end a text, as the model's generation config says."""
+        self._ends = ends
+        self._end_tokens = frozenset(end_tokens)
+        self._under_way: dict[int, _Generation] = {}
+
+    def begin(self, ask: BeginGeneration) -> Begun:
+        """Tokenize and remember; a generation of the same number is forgotten.
+
+        Raises `BAD_REQUEST`, `TOO_LONG` for a prompt that leaves no room for a token, `UNREADABLE` without a
+        tokenizer.
+        """
+        check(ask.sampling)
+        prompts = self._prompts(ask)
+        generated = [row.ids for row in ask.generated] or [()] * len(prompts)
+        if len(generated) != len(prompts):
+            raise error(
+                Code.BAD_REQUEST, f"generated tokens of {len(generated)} rows for {len(prompts)} prompts"
+            )
+        rows = []
+        for index, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
+            _check_length(index, len(prompt), ask.max_tokens)
+            reader = self._reader(prompt, ask.sampling.stop, bool(ask.prompts or ask.messages))
+            rows.append(_RowText(tuple(prompt), list(tokens), reader))
+            for token in tokens:  # their text was given out before; what was held back still is
+                reader.push(token)
+            rows[-1].is_finished = len(prompt) + len(tokens) >= ask.max_tokens
+        everything = [TokenRow((*row.prompt, *row.generated)) for row in rows]
+        ids = [token for row in everything for token in row.ids]
+        size = len(ids) * ask.encoding.token_bytes(self._ends.hidden_size)
+        if size > MAX_LOCAL_PAYLOAD_BYTES:
+            raise error(
+                Code.TOO_LONG,
+                f"the embeddings of {len(ids)} tokens take {size} bytes, limit {MAX_LOCAL_PAYLOAD_BYTES}",
+                "shorten the prompts, or ask for fewer rows",
+            )
+        payload = self._embedded(ids, ask.encoding)
+        self._under_way[ask.generation] = _Generation(ask.sampling, ask.encoding, ask.max_tokens, rows)
+        return Begun(ask.request, tuple(everything), payload)
+
+    def sample(self, asks: Sequence[Sample]) -> list[Sampled | CorollaError]:
+        """Next tokens for several requests, with one product by the head; an answer for each, in order.
+
+        An answer may be `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`, or `INTERNAL` if the logits are not finite.
+        """
+        answers: list[Sampled | CorollaError | None] = []
+        hidden: list[Tensor] = []
+        for ask in asks:
+            try:
+                hidden.append(self._hidden_of(ask))
+                answers.append(None)
+            except CorollaError as problem:
+                answers.append(problem)
+        if not hidden:
+            return [answer for answer in answers if answer is not None]
+        logits = iter(torch.split(self._ends.head(torch.cat(hidden)).cpu(), [len(part) for part in hidden]))
+        return [
+            self._answer(ask, next(logits)) if answer is None else answer
+            for ask, answer in zip(asks, answers, strict=True)
+        ]
+
+    def end(self, generation: int) -> None:
+        """Forget a generation; one that is unknown is forgotten already."""
+        self._under_way.pop(generation, None)
+
+    def _prompts(self, ask: BeginGeneration) -> list[list[int]]:
+        if sum(map(bool, (ask.prompts, ask.messages, ask.tokens))) != 1:
+            raise error(Code.BAD_REQUEST, "give exactly one of prompts, messages and tokens")
+        num_rows = max(len(ask.prompts), len(ask.tokens), 1)
+        if num_rows > MAX_ROWS:
+            raise error(Code.BAD_REQUEST, f"{num_rows} prompts at once, at most {MAX_ROWS} work")
+        if ask.messages:
+            turns = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
+            prompts = [self._ends.chat_tokens(turns)]
+        elif ask.prompts:
+            prompts = [self._tokenize(text) for text in ask.prompts]
+        else:
+            prompts = [list(row.ids) for row in ask.tokens]
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise error(Code.BAD_REQUEST, f"prompt {index} has no tokens", "give at least one word")
+        return prompts
+
+    def _tokenize(self, text: str) -> list[int]:
+        tokenizer = self._ends.tokenizer
+        ids = [int(token) for token in tokenizer(text)["input_ids"]]
+        if not ids and tokenizer.bos_token_id is not None:
+            return [int(tokenizer.bos_token_id)]
+        return ids
+
+    def _reader(self, prompt: Sequence[int], stop: tuple[str, ...], is_text: bool) -> Reader:
+        """What reads a row. Given tokens need no tokenizer, unless a stop string has to be read."""
+        if is_text or stop:
+            return TextReader(self._ends.tokenizer, prompt, stop)
+        try:
+            return TextReader(self._ends.tokenizer, prompt, stop)
+        except CorollaError:
+            return BlindReader()
+
+    def _hidden_of(self, ask: Sample) -> Tensor:
+        """(len(rows), hidden_size), checked."""
+        generation = self._under_way.get(ask.generation)
+        if generation is None:
+            raise error(
+                Code.UNKNOWN_SESSION,
+                f"this worker has no generation {ask.generation}",
+                "begin it again with the tokens generated so far",
+            )
+        generation.check_rows(ask.rows)
+        ends = self._ends
+        hidden = decode(ask.payload, generation.encoding, ends.hidden_size, ends.dtype, ends.device)
+        if len(hidden) != len(ask.rows):
+            raise error(
+                Code.BAD_SHAPE, f"{len(hidden)} hidden states to sample from for {len(ask.rows)} rows"
+            )
+        return hidden
+
+    def _answer(self, ask: Sample, logits: Tensor) -> Sampled | CorollaError:
+        generation = self._under_way[ask.generation]
+        try:
+            check_finite(logits)
+        except CorollaError as problem:
+            return error(
+                Code.INTERNAL,
+                f"the head made logits that are not finite: {problem.message}",
+                not_finite="output",
+            )
+        chosen = [
+            self._advance(generation, row, scores) for row, scores in zip(ask.rows, logits, strict=True)
+        ]
+        going_on = [choice.token for choice in chosen if choice.finish is None]
+        return Sampled(ask.request, tuple(chosen), self._embedded(going_on, generation.encoding))
+
+    def _advance(self, generation: _Generation, index: int, logits: Tensor) -> Chosen:
+        """One row's next token. logits: (vocab_size,)."""
+        row, sampling = generation.rows[index], generation.sampling
+        noise = noise_of(sampling.seed, index, len(row.prompt) + len(row.generated))
+        choice = choose(logits, sampling, row.prompt, row.generated, noise)
+        row.generated.append(choice.token)
+        finish: str | None = None
+        if choice.token in sampling.stop_token_ids or (
+            choice.token in self._end_tokens and not sampling.ignore_eos
+        ):
+            text, finish = row.reader.finish(), "stop"
+        else:
+            text, is_stopped = row.reader.push(choice.token)
+            if is_stopped:
+                finish = "stop"
+            elif len(row.prompt) + len(row.generated) >= generation.max_tokens:
+                text, finish = text + row.reader.finish(), "length"
+        row.is_finished = finish is not None
+        return Chosen(index, choice.token, text, finish, choice.logprob, choice.top)
+
+    def _embedded(self, ids: Sequence[int], encoding: Encoding) -> bytes:
+        if not ids:
+            return b""
+        return encode(self._ends.embed(torch.tensor(ids, dtype=torch.int64)), encoding)
+
+
+@dataclass(slots=True)
+class _RowText:
+    """One row: its tokens, and what reads them."""
+
+    prompt: tuple[int, ...]
+    generated: list[int]
+    reader: Reader
+    is_finished: bool = False
+
+
+@dataclass(slots=True)
+class _Generation:
+    sampling: Sampling
+    encoding: Encoding
+    max_tokens: int
+    rows: list[_RowText] = field(default_factory=list)
+
+    def check_rows(self, rows: tuple[int, ...]) -> None:
+        """Raise `BAD_REQUEST` unless these are different rows that have not ended."""
+        if len(set(rows)) != len(rows):
+            raise error(Code.BAD_REQUEST, f"rows {rows} to sample, one of them twice")
+        for row in rows:
+            if not 0 <= row < len(self.rows):
+                raise error(
+                    Code.BAD_REQUEST, f"row {row} to sample of a generation with {len(self.rows)} rows"
+                )
+            if self.rows[row].is_finished:
+                raise error(Code.BAD_REQUEST, f"row {row} has ended already")
+
+
+def _check_length(index: int, num_tokens: int, max_tokens: int) -> None:
+    if num_tokens >= max_tokens:
+        raise error(
+            Code.TOO_LONG,
+            f"prompt {index} has {num_tokens} tokens, which leaves no room below a length of {max_tokens}",
+            "shorten the prompt, or ask for a larger max_length",
+        )
+
+
+def end_tokens(folder: Path, config: Any) -> frozenset[int]:
+    """The tokens that end a text: of the generation config, else of the model's configuration.
+
+    Raises `UNREADABLE` if there is a generation config that cannot be read.
+    """
+    path = folder / "generation_config.json"
+    named: Any = None
+    if path.exists():
+        try:
+            named = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as problem:
+            raise error(
+                Code.UNREADABLE, f"{path} is unreadable: {problem}", "fetch the model again"
+            ) from problem
+    if named is None:
+        named = getattr(config, "eos_token_id", None)
+    return frozenset(named if isinstance(named, list) else () if named is None else (named,))

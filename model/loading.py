@@ -1,0 +1,229 @@
+"""From `Configure` to blocks, ends and a cache on a device: how much fits, and what is loaded.
+
+Owns the worker's memory plan. Weights come first, then the cache; what is asked for explicitly either fits
+or is refused with what would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from ..protocol.errors import Code, error
+from ..protocol.tensors import DType
+from ..protocol.work import Configure, ModelFacts, Ready
+from .cache import page_bytes
+from .checkpoint import Checkpoint, open_checkpoint
+from .encodings import torch_dtype
+from .ends import Ends
+from .families import Skeleton
+from .generation import end_tokens
+from .pages import PAGE_TOKENS
+from .profile import Speed, measure
+from .span import Span
+
+Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+
+_SHARE_OF_FREE: Final = 0.8  # the rest is for activations, and for whatever else runs there
+# A cache nobody gave a size: eight sessions of 8192 tokens. Memory of a CPU is touched as they grow.
+_DEFAULT_CACHE_TOKENS: Final = 65536
+_LEAST_CACHE_TOKENS: Final = 2048  # blocks without room for one conversation serve nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker computes with. end_tokens: those that end a text."""
+
+    facts: ModelFacts
+    dtype: DType
+    device: torch.device
+    span: Span | None
+    ends: Ends | None
+    end_tokens: frozenset[int]
+    num_pages: int
+    speed: Speed
+
+    def ready(self) -> Ready:
+        """What the daemon is told."""
+        span, ends = self.span, self.ends
+        return Ready(
+            facts=self.facts,
+            start=span.start if span else 0,
+            end=span.end if span else 0,
+            dtype=self.dtype,
+            quantization=None,
+            device=str(self.device),
+            weight_bytes=(span.bytes if span else 0) + (ends.bytes if ends else 0),
+            cache_tokens=self.num_pages * PAGE_TOKENS,
+            decode_tokens_per_s=self.speed.decode_tokens_per_s,
+            prefill_tokens_per_s=self.speed.prefill_tokens_per_s,
+        )
+
+
+def load(ask: Configure, report: Report) -> Loaded:
+    """Load what was asked for.
+
+    Raises `BAD_CONFIG`, `UNSUPPORTED`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
+    `open_checkpoint` and `Span.load` raise.
+    """
+    if ask.quantization is not None:
+        raise error(
+            Code.UNSUPPORTED,
+            f"quantization {ask.quantization!r} is not available in this version",
+            "leave it out, or choose --dtype bfloat16",
+        )
+    device = choose_device(ask.device)
+    dtype = ask.dtype or (DType.BFLOAT16 if device.type == "cuda" else DType.FLOAT32)
+    checkpoint = open_checkpoint(ask.source, Path(ask.cache_folder), report)
+    facts = checkpoint.facts()
+    plan = make_plan(ask, checkpoint, torch_dtype(dtype), device)
+    ends = None
+    if ask.ends:
+        ends = Ends.load(checkpoint, torch_dtype(dtype), device, memory_bytes=plan.memory_bytes)
+    span, speed = None, Speed()
+    if plan.end > plan.start:
+
+        def report_blocks(done: int, total: int) -> None:
+            report("loading", done, total)
+
+        span = Span.load(checkpoint, plan.start, plan.end, torch_dtype(dtype), device, report=report_blocks)
+        span.allocate(plan.num_pages)
+        speed = measure(span)
+    return Loaded(
+        facts=facts,
+        dtype=dtype,
+        device=device,
+        span=span,
+        ends=ends,
+        end_tokens=end_tokens(checkpoint.folder, checkpoint.config),
+        num_pages=plan.num_pages,
+        speed=speed,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; `auto` is the first GPU, or the CPU. Raises `BAD_CONFIG`."""
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if num_gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise error(
+            Code.BAD_CONFIG, f"unknown device {name!r}", "choose auto, cpu, cuda or cuda:N"
+        ) from problem
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise error(
+            Code.BAD_CONFIG,
+            f"device {name}, but torch sees {num_gpus} GPUs here",
+            "choose cpu, or install a torch built for your GPU",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise error(Code.BAD_CONFIG, f"device {name} is not supported", "choose auto, cpu, cuda or cuda:N")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be had now: of the device, or of this machine within its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # no Linux: half of what is built in is a guess on the safe side
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:  # the root group has neither file: no limit but the machine's
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Blocks [start, end) to load, and pages of cache beside them. memory_bytes: for all of it."""
+
+    start: int
+    end: int
+    num_pages: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Bytes of each block's weights, of one page in each block, and of the ends if they are wanted."""
+
+    weights: tuple[int, ...]
+    pages: tuple[int, ...]
+    ends: int
+
+
+def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Which blocks, and how large a cache. Raises `BLOCKS_OUT_OF_RANGE` and `DOES_NOT_FIT`."""
+    skeleton = Skeleton(checkpoint.config)
+    num_blocks = skeleton.num_blocks
+    is_open = (ask.start, ask.end) == (0, -1)
+    if not is_open and not (0 <= ask.start <= ask.end <= num_blocks):
+        raise error(
+            Code.BLOCKS_OUT_OF_RANGE,
+            f"blocks {ask.start}:{ask.end} of a model with {num_blocks}",
+            f"choose a range within 0:{num_blocks}",
+        )
+    memory = ask.memory_bytes or int(_SHARE_OF_FREE * free_bytes(device))
+    costs = _Costs(
+        weights=tuple(skeleton.block_bytes(block, dtype) for block in range(num_blocks)),
+        pages=tuple(
+            page_bytes([skeleton.cache_shape(skeleton.take_block(block))], dtype)
+            for block in range(num_blocks)
+        ),
+        ends=skeleton.ends_bytes(dtype) if ask.ends else 0,
+    )
+    least_pages = -(-(ask.cache_tokens or _LEAST_CACHE_TOKENS) // PAGE_TOKENS)
+    start = ask.start
+    num_fitting = fitting(costs.weights[start:], costs.pages[start:], least_pages, memory - costs.ends)
+    end = start + num_fitting if is_open else ask.end
+    if (is_open and not num_fitting) or end - start > num_fitting or costs.ends > memory:
+        raise _does_not_fit(start, max(end, start + 1), costs, least_pages, memory, num_fitting)
+    if start == end:
+        return Plan(start, end, 0, memory)
+    room = memory - costs.ends - sum(costs.weights[start:end])
+    num_pages = least_pages
+    if not ask.cache_tokens:
+        most = -(-_DEFAULT_CACHE_TOKENS // PAGE_TOKENS)
+        num_pages = min(room // sum(costs.pages[start:end]), most)
+    return Plan(start, end, num_pages, memory)
+
+
+def fitting(weights: tuple[int, ...], pages: tuple[int, ...], num_pages: int, memory: int) -> int:
+    """How many of these blocks, from the first, fit with `num_pages` pages of cache each."""
+    count = 0
+    for weight, page in zip(weights, pages, strict=True):
+        memory -= weight + num_pages * page
+        if memory < 0:
+            break
+        count += 1
+    return count
+
+
+def _does_not_fit(
+    start: int, end: int, costs: _Costs, num_pages: int, memory: int, num_fitting: int
+) -> Exception:
+    weights, cache = sum(costs.weights[start:end]), num_pages * sum(costs.pages[start:end])
+    ends = f", the ends {costs.ends:,}" if costs.ends else ""
+    remedy = "choose a smaller model, a smaller dtype or a smaller cache, or allow more memory"
+    if num_fitting:
+        remedy = f"choose blocks {start}:{start + num_fitting}, a smaller dtype or a smaller cache"
+    return error(
+        Code.DOES_NOT_FIT,
+        f"blocks {start}:{end} take {weights:,} bytes{ends}, and {num_pages * PAGE_TOKENS} tokens of cache"
+        f" {cache:,}; {memory:,} bytes are there",
+        remedy,
+        num_fitting=num_fitting,
+    )
