@@ -257,6 +257,7 @@ class Yamux(IMuxedConn):
                     self.event_started.set()
         finally:
             self._break("the connection was closed")
+            await self._close_below()
 
     async def close(self) -> None:
         """Send what is queued and a farewell, in bounded time, then close. Idempotent."""
@@ -267,16 +268,19 @@ class Yamux(IMuxedConn):
                 while self._broken is None and (self.mux.queued_bytes or self._writing):
                     await self._drained.park()
             self._break("the connection was closed here")
+        await self._close_below()
+        if self.on_close is not None:
+            await self.on_close()
+
+    async def _close_below(self) -> None:
         if self.event_closed.is_set():
             return
         self.event_closed.set()
         try:
-            with trio.move_on_after(FLUSH_TIMEOUT_S):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH_TIMEOUT_S):
                 await self.secured_conn.close()
         except Exception as failure:  # whatever layer below: the connection is gone either way
             _log.debug("close_failed", peer=str(self.peer_id), reason=repr(failure))
-        if self.on_close is not None:
-            await self.on_close()
 
     # the three tasks
 
