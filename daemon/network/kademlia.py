@@ -47,7 +47,7 @@ class SwarmRouting:
         self.protocol = protocol
         self._host = host
         self._may_enter = may_enter
-        translated = cast(IHost, _TranslatingHost(host, protocol))
+        translated = cast(IHost, _TranslatingHost(host, protocol, may_enter))
         self._table = RoutingTable(host.get_id(), translated)
         self._routing = PeerRouting(translated, self._table)
         host.set_stream_handler(TProtocol(protocol), self._serve)
@@ -64,10 +64,14 @@ class SwarmRouting:
                 await trio.sleep(REFRESH_EVERY_S)
 
     async def add(self, peer: str, addresses: Sequence[str]) -> None:
-        """Consider a connected peer for the table."""
-        if self._may_enter(peer) and addresses:
+        """Consider a connected peer for the table. Addresses that nobody can read leave it out."""
+        if not self._may_enter(peer) or not addresses:
+            return
+        try:
             info = PeerInfo(ID.from_string(peer), [Multiaddr(address) for address in addresses])
             await self._table.add_peer(info, skip_server_mode_check=True)
+        except Exception as failure:  # of foreign libraries, about what another machine says of itself
+            _log.info("not_entered", peer=peer, reason=repr(failure))
 
     def remove(self, peer: str) -> None:
         """A peer is gone."""
@@ -119,11 +123,16 @@ class SwarmRouting:
 
 
 class _TranslatingHost:
-    """A host towards the library's routing, for which the swarm's protocol id is the standard one."""
+    """A host towards the library's routing, for which the swarm's protocol id is the standard one.
 
-    def __init__(self, host: IHost, protocol: str) -> None:
+    While its table is nearly empty the library starts from whoever is connected, or ever was heard of, and
+    enters them: here these are members only, and nobody.
+    """
+
+    def __init__(self, host: IHost, protocol: str, may_enter: Callable[[str], bool]) -> None:
         self._host = host
         self._protocol = TProtocol(protocol)
+        self._may_enter = may_enter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
@@ -131,6 +140,9 @@ class _TranslatingHost:
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
         ours = [self._protocol if protocol == PROTOCOL_ID else protocol for protocol in protocol_ids]
         return await self._host.new_stream(peer_id, ours)
+
+    def get_connected_peers(self) -> list[ID]:
+        return [peer for peer in self._host.get_connected_peers() if self._may_enter(str(peer))]
 
     def get_peerstore(self) -> Any:
         return _TranslatingPeerstore(self._host.get_peerstore(), str(self._protocol))
@@ -143,6 +155,9 @@ class _TranslatingPeerstore:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+    def peer_ids(self) -> list[ID]:
+        return []
 
     def get_protocols(self, peer_id: ID) -> list[str]:
         ours = self._store.get_protocols(peer_id)

@@ -183,8 +183,11 @@ class Libp2pNetwork:
         self._listeners.append(listener)
 
     def learn(self, peer: str, addresses: Sequence[str]) -> None:
-        if peer != self._peer:
-            self._book.learn(peer, addresses)
+        if peer == self._peer:
+            return
+        self._book.learn(peer, addresses)
+        if self._routing is not None and self._live(peer) is not None:
+            self._nursery.start_soon(self._routing.add, peer, self._known(peer))  # the guard may admit it now
 
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(_view(peer, connections) for peer, connections in self._connections.items())

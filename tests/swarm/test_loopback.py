@@ -17,6 +17,7 @@ from corolla.daemon.network.registry import Registry
 from corolla.daemon.routes import Routes
 from corolla.daemon.session.wiring import RouteRequest, covers
 from corolla.daemon.swarm.blame import Ledger
+from corolla.protocol.errors import CorollaError
 from corolla.protocol.records import SpanState
 from corolla.protocol.tensors import DType, Encoding
 from corolla.protocol.work import ModelFacts
@@ -117,5 +118,22 @@ async def test_a_swarm_is_discovered_and_a_stranger_is_turned_away() -> None:
         assert eve.membership.members() == ()
         assert await ada.membership.wait_member(bob.network.peer, timeout_s=30)
         assert [member.peer for member in ada.membership.members()] == [bob.network.peer]
+
+    await within(story)
+
+
+async def test_members_and_no_strangers_enter_the_routing_table() -> None:
+    async def story(s: Swarmlet) -> None:
+        ada = await s.node()
+        door = ada.network.addresses()[0]
+        bob = await s.node(door)
+        eve = await s.node(door, TULIPS)
+        await bob.membership.wait_joined(timeout_s=30)
+        await ada.membership.wait_member(bob.network.peer, timeout_s=30)
+        with pytest.raises(CorollaError, match="belongs to another swarm"):
+            await eve.membership.wait_joined(timeout_s=0.5)
+        assert await ada.network.closest_peers(bytes(32), 8) == (bob.network.peer,)
+        assert await bob.network.closest_peers(bytes(32), 8) == (ada.network.peer,)
+        assert await eve.network.closest_peers(bytes(32), 8) == ()
 
     await within(story)
