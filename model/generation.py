@@ -73,10 +73,10 @@ class Generations:
         for index, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
             _check_length(index, len(prompt), ask.max_tokens)
             reader = self._reader(prompt, ask.sampling.stop, bool(ask.prompts or ask.messages))
-            rows.append(_RowText(tuple(prompt), list(tokens), reader))
+            rows.append(_RowText(tuple(prompt), list(tokens), reader, _limit(len(prompt), ask)))
             for token in tokens:  # their text was given out before; what was held back still is
                 reader.push(token)
-            rows[-1].is_finished = len(prompt) + len(tokens) >= ask.max_tokens
+            rows[-1].is_finished = len(prompt) + len(tokens) >= rows[-1].max_tokens
         everything = [TokenRow((*row.prompt, *row.generated)) for row in rows]
         ids = [token for row in everything for token in row.ids]
         size = len(ids) * ask.encoding.token_bytes(self._ends.hidden_size)
@@ -87,7 +87,7 @@ class Generations:
                 "shorten the prompts, or ask for fewer rows",
             )
         payload = self._embedded(ids, ask.encoding)
-        self._under_way[ask.generation] = _Generation(ask.sampling, ask.encoding, ask.max_tokens, rows)
+        self._under_way[ask.generation] = _Generation(ask.sampling, ask.encoding, rows)
         return Begun(ask.request, tuple(everything), payload)
 
     def sample(self, asks: Sequence[Sample]) -> list[Sampled | CorollaError]:
@@ -198,7 +198,7 @@ class Generations:
             text, is_stopped = row.reader.push(choice.token)
             if is_stopped:
                 finish = "stop"
-            elif len(row.prompt) + len(row.generated) >= generation.max_tokens:
+            elif len(row.prompt) + len(row.generated) >= row.max_tokens:
                 text, finish = text + row.reader.finish(), "length"
         row.is_finished = finish is not None
         return Chosen(index, choice.token, text, finish, choice.logprob, choice.top)
@@ -211,11 +211,12 @@ class Generations:
 
 @dataclass(slots=True)
 class _RowText:
-    """One row: its tokens, and what reads them."""
+    """One row: its tokens, what reads them, and how many it may have at most."""
 
     prompt: tuple[int, ...]
     generated: list[int]
     reader: Reader
+    max_tokens: int
     is_finished: bool = False
 
 
@@ -223,7 +224,6 @@ class _RowText:
 class _Generation:
     sampling: Sampling
     encoding: Encoding
-    max_tokens: int
     rows: list[_RowText] = field(default_factory=list)
 
     def check_rows(self, rows: tuple[int, ...]) -> None:
@@ -237,6 +237,12 @@ class _Generation:
                 )
             if self.rows[row].is_finished:
                 raise error(Code.BAD_REQUEST, f"row {row} has ended already")
+
+
+def _limit(num_prompt_tokens: int, ask: BeginGeneration) -> int:
+    if not ask.max_new_tokens:
+        return ask.max_tokens
+    return min(ask.max_tokens, num_prompt_tokens + ask.max_new_tokens)
 
 
 def _check_length(index: int, num_tokens: int, max_tokens: int) -> None:

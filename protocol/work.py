@@ -211,6 +211,7 @@ class BeginGeneration(Message):
     sampling: Sampling
     encoding: Encoding
     max_tokens: int  # prompt and new tokens of one row; longer prompts are `TOO_LONG`
+    max_new_tokens: int = 0  # of one row, those in `generated` included; 0 is no limit of its own
     prompts: tuple[str, ...] = ()
     messages: tuple[ChatMessage, ...] = ()
     tokens: tuple[TokenRow, ...] = ()
