@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _MAX_COLUMNS: Final = 60  # of the bar: fits a terminal of 100 together with names and states
-_FILL: Final = {"online": "█", "loading": "░", "draining": "▒"}
+_FILL: Final = {"online": "█", "loading": "░", "draining": "▒", "ready": "▒"}
 _GAP: Final = "·"
 
 
@@ -28,8 +28,13 @@ class Bar:
     note: str = ""
 
 
-def picture(num_blocks: int, bars: Sequence[Bar]) -> list[tuple[str, str]]:
-    """Lines of the picture, each with the state that may give it a colour ("" for the scale, "gap")."""
+def picture(
+    num_blocks: int, bars: Sequence[Bar], missing: Sequence[tuple[int, int]] = ()
+) -> list[tuple[str, str]]:
+    """Lines of the picture, each with the state that may give it a colour ("" for the scale, "gap").
+
+    missing: runs of blocks that nobody serves; see `gaps`.
+    """
     if num_blocks < 1:
         return []
     columns = min(_MAX_COLUMNS, num_blocks if num_blocks > 20 else num_blocks * max(1, 40 // num_blocks))
@@ -40,7 +45,7 @@ def picture(num_blocks: int, bars: Sequence[Bar]) -> list[tuple[str, str]]:
         drawn = _bar(bar.start, bar.end, num_blocks, columns, fill)
         tail = f"{bar.start}:{bar.end}".ljust(7) + f" {bar.state} {bar.note}".rstrip()
         lines.append((f"{bar.name:<{width}}  {drawn}  {tail}", bar.state))
-    for start, end in gaps(num_blocks, [(bar.start, bar.end) for bar in bars if bar.state == "online"]):
+    for start, end in missing:
         drawn = _bar(start, end, num_blocks, columns, _GAP)
         lines.append((f"{'':<{width}}  {drawn}  {f'{start}:{end}':<7} nobody", "gap"))
     return lines

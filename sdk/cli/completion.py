@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Final
+
 import click
-from click.shell_completion import ShellComplete, get_completion_class
+from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from ...protocol.errors import Code, error
-
-_HINTS = {
+_CLASSES: Final[dict[str, type[ShellComplete]]] = {
+    "bash": BashComplete,
+    "fish": FishComplete,
+    "zsh": ZshComplete,
+}
+_HINTS: Final = {
     "bash": 'eval "$(daemonctl completion bash)"    in ~/.bashrc',
     "zsh": 'eval "$(daemonctl completion zsh)"    in ~/.zshrc',
     "fish": "daemonctl completion fish | source    in ~/.config/fish/config.fish",
@@ -15,7 +21,7 @@ _HINTS = {
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(sorted(_HINTS)))
+@click.argument("shell", type=click.Choice(sorted(_CLASSES)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion script for SHELL.
@@ -25,9 +31,7 @@ def completion(context: click.Context, shell: str) -> None:
     zsh:  eval "$(daemonctl completion zsh)"      in ~/.zshrc
     fish: daemonctl completion fish | source      in ~/.config/fish/config.fish
     """
-    cls: type[ShellComplete] | None = get_completion_class(shell)
-    if cls is None:
-        raise error(Code.UNSUPPORTED, f"no completion for {shell}")
-    click.echo(cls(context.find_root().command, {}, "daemonctl", "_DAEMONCTL_COMPLETE").source())
-    if click.get_text_stream("stdout").isatty():
+    script = _CLASSES[shell](context.find_root().command, {}, "daemonctl", "_DAEMONCTL_COMPLETE").source()
+    click.echo(script)
+    if sys.stdout.isatty():
         click.echo(f"put this line where your shell starts:  {_HINTS[shell]}", err=True)

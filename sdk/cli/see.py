@@ -9,7 +9,7 @@ import click
 from ...protocol.control import ModelView, SpanView, WorkerStatus
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
-from ..picture import Bar, picture, short_peer
+from ..picture import Bar, gaps, picture, short_peer
 from .options import asking, tell_privacy
 
 
@@ -101,7 +101,8 @@ def _show_model(output: Output, model: ModelView, spans: tuple[SpanView, ...]) -
         for span in spans
         if span.fingerprint == model.fingerprint
     ]
-    for line, kind in picture(model.num_blocks, bars):
+    served = [(bar.start, bar.end) for bar in bars if bar.state == "online"]
+    for line, kind in picture(model.num_blocks, bars, gaps(model.num_blocks, served)):
         colour = {"online": "green", "loading": "yellow", "gap": "red"}.get(kind)
         output.line("  " + click.style(line, fg=colour, dim=not kind))
 
