@@ -53,7 +53,10 @@ class Reply(StrEnum):
 
 
 class Stage(StrEnum):
-    """How far a hop got with a step."""
+    """How far a hop got with a step since it was last linked: a link makes every step unknown again.
+
+    A replay is one step, `base_step`, of several parts: received with its first part, sent with its last.
+    """
 
     UNKNOWN = "unknown"  # never seen
     RECEIVED = "received"
