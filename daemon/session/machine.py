@@ -221,6 +221,7 @@ class SessionMachine:
             self._do(CloseHop(member.wire, CloseSession(self._terms.session)))
             self._roster.remove(member)
         self._phase = Phase.ENDED
+        self._ask = self._probe = None
         self._pipeline.close()
 
     def _fail(self, problem: CorollaError) -> None:
@@ -342,6 +343,7 @@ class SessionMachine:
 
     def _ask_again(self) -> None:
         self._roster.forgive()
+        self._suspicion.forgive()
         self._link_failures.clear()
         self._ask = None
         self._advance()
@@ -642,7 +644,7 @@ class SessionMachine:
             self._replace(decision, problem.message)
 
     def _replace(self, decision: Replace, reason: str) -> None:
-        member = self._roster.at(decision.remove)
+        member = self._roster.of(decision.remove.hop)
         leaving = [] if member is None else [member]
         if member is not None:
             self._roster.remove(member)

@@ -89,9 +89,9 @@ class Roster:
         """Who is on a wire; None for one that is no longer used."""
         return next((member for member in self._members if member.wire == wire), None)
 
-    def at(self, place: RouteHop) -> Member | None:
-        """The member at a place."""
-        return next((member for member in self._members if member.place == place), None)
+    def of(self, hop: Hop) -> Member | None:
+        """The member that is a hop."""
+        return next((member for member in self._members if member.place.hop == hop), None)
 
     def index(self, member: Member) -> int:
         """Its place in the order, from 0."""

@@ -13,7 +13,7 @@ from typing import Final
 from ...protocol.steps import Hop
 from .wiring import RouteHop
 
-MAX_TRIALS: Final = 4  # of one step; then the values themselves must be at fault
+MAX_TRIALS: Final = 8  # of one step; then the values themselves must be at fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Suspicion:
         self._trial: _Trial | None = None
         self._num_trials = 0
         self._banned: set[Hop] = set()
+        self._guilty: set[Hop] = set()
 
     @property
     def banned(self) -> frozenset[Hop]:
@@ -60,7 +61,7 @@ class Suspicion:
     def accuse(self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int) -> Replace | None:
         """What to do about an accusation; None to give up. None for a party is the client."""
         trial = self._trial
-        if trial is not None and not trial.swapped and trial.accuser == accuser:
+        if trial is not None and not trial.swapped and _hop(trial.accuser) == _hop(accuser):
             return self._swap(trial)
         self._num_trials += 1
         if self._num_trials > MAX_TRIALS:
@@ -83,12 +84,19 @@ class Suspicion:
             return None
         self._trial = None
         self._num_trials = 0
+        if trial.away is not None:
+            self._guilty.add(trial.away.hop)
         return trial.away
 
     def left(self, place: RouteHop) -> None:
         """A hop left the route for another reason; a trial that needs it proves nothing any more."""
-        if self._trial is not None and self._trial.witness == place:
+        if self._trial is not None and _hop(self._trial.witness) == place.hop:
             self._trial = None
+
+    def forgive(self) -> None:
+        """There is nobody else: those against whom nothing is proved, and no trial goes on, may come back."""
+        away = _hop(self._trial.away) if self._trial is not None else None
+        self._banned = {hop for hop in self._banned if hop in self._guilty or hop == away}
 
     def _try(self, trial: _Trial) -> Replace | None:
         self._trial = trial
@@ -104,3 +112,7 @@ class Suspicion:
         self._banned.add(trial.accuser.hop)
         self._trial = _Trial(trial.accused, trial.accuser, trial.step_id, swapped=True)
         return Replace(trial.accuser, restore=trial.accused)
+
+
+def _hop(place: RouteHop | None) -> Hop | None:
+    return place.hop if place is not None else None

@@ -188,7 +188,7 @@ class SimPeer:
         session.working = False
         session.last_step = message.base_step
         session.last_result = None
-        session.stages = {message.base_step: Stage.SENT}
+        session.stages = {}
         self._restore(session, message)
         if session.downstream is None:
             self._linked(session)
@@ -282,7 +282,7 @@ class SimPeer:
             if step.step_id <= session.last_step:
                 return
             session.last_step = step.step_id
-            session.stages[step.step_id] = Stage.RECEIVED
+        session.stages.setdefault(step.step_id, Stage.RECEIVED)
         session.queue.append(step)
         self._work(session)
 
@@ -293,8 +293,8 @@ class SimPeer:
         step = session.queue.popleft()
         compute_s = self._world.compute_s(self)
         session.stages[step.step_id] = Stage.WORKING
+        receipt = Receipt(step.session, step.epoch, step.step_id, Stage.WORKING)
         for second in range(1, int(compute_s) + 1):
-            receipt = Receipt(step.session, step.epoch, step.step_id, Stage.WORKING)
             self.later(second, lambda: self._if_current(session, step, lambda: session.say(receipt)))
         self.later(compute_s, lambda: self._if_current(session, step, lambda: self._done(session, step)))
 
@@ -320,7 +320,8 @@ class SimPeer:
             del session.snapshots[old]
         session.snapshots[step.step_id] = session.blocks.rows
         session.history.apply(step.step_id, step.committed, step.rows, payload_of(out))
-        session.stages[step.step_id] = Stage.SENT
+        if step.final:
+            session.stages[step.step_id] = Stage.SENT
         self._pass_on(session, step, out)
         self._work(session)
 
