@@ -135,6 +135,9 @@ class Calls:
             raise
         if not isinstance(message, (Item, Return, Refused)):
             return
+        if message.id == 0 and isinstance(message, Refused):  # of the connection as a whole
+            self.end(message.problem())
+            return
         state = self._open.get(message.id)
         if state is None:
             return

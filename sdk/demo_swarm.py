@@ -21,6 +21,7 @@ from typing import Final, Self
 
 from ..protocol.control import Status
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.places import user_cache_folder
 from .client import Daemon, connect
 
 START_WITHIN_S: Final = 240.0  # four workers loading side by side on a small machine
@@ -169,7 +170,7 @@ class DemoSwarm:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us, who stop them in order
-                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+                env=_environment(),
             )
 
     def _check(self, member: Member) -> None:
@@ -180,6 +181,12 @@ class DemoSwarm:
             f"the daemon {member.name!r} ended with exit code {member.process.returncode}:\n{member.last_words()}",
             "pip install 'corolla[daemon,worker]' brings what it needs",
         )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without the user's wishes for the user's own daemon; converted models are shared with it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("COROLLA_")}
+    return {**kept, "COROLLA_CACHE_DIR": str(user_cache_folder())}
 
 
 def _end_group(group: int) -> None:

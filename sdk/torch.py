@@ -1,0 +1,160 @@
+"""A transformers model whose blocks run in the swarm: `DistributedModelForCausalLM`.
+
+The ends (embeddings, final norm, head) are loaded here by transformers itself; the blocks are a session. So it
+is a real `PreTrainedModel` of its family, usable with transformers' `generate()` in all its ways. How a cache
+becomes rows is `swarm_cache`'s, what stands in for the layers `remote_blocks`'.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ..protocol.control import ModelView
+from ..protocol.errors import Code, error
+from .client import Daemon, connect
+from .remote_blocks import RemoteBlocks, pass_padding
+from .swarm_cache import DEFAULT_LENGTH, Sessions, SwarmCache
+
+
+class DistributedModelForCausalLM:
+    """Made by `from_pretrained`, which gives an instance of this and of the family's own class."""
+
+    config: Any
+    _sessions: Sessions
+    _own_daemon: Daemon | None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        ends: str | os.PathLike[str] | None = None,
+        daemon: Daemon | None = None,
+        encoding: str | None = None,
+        wait_s: float = 0.0,
+        **options: Any,
+    ) -> Any:
+        """The swarm's model of this name, with its ends loaded here.
+
+        model: as `Daemon.model` takes it. ends: a Hugging Face folder to load the ends from; None takes the
+            model's own files, fetched if need be. daemon: a connection to use; None makes one.
+        encoding, wait_s: as `Model.session` takes them. options: for transformers' `from_pretrained`, such
+            as dtype and device_map.
+        Raises `CorollaError`: `UNKNOWN_MODEL`, `BAD_SHAPE` when the ends belong to another model.
+        """
+        own = connect() if daemon is None else None
+        asked = own or daemon
+        if asked is None:
+            raise error(Code.NO_DAEMON, "no connection to a daemon")
+        try:
+            name = Path(model).resolve().name if Path(model).is_dir() else model
+            view = asked.model(name).view()
+            where = _ends(model, ends, view, asked)
+            config = AutoConfig.from_pretrained(where)
+            _check(config, view, where)
+            distributed = _load_ends(cls, where, config, options)
+            _attach(distributed, Sessions(asked.model(name), encoding, wait_s), config.num_hidden_layers)
+            distributed._own_daemon = own
+        except BaseException:
+            if own is not None:
+                own.close()
+            raise
+        return distributed
+
+    def new_cache(self, *, rows: int = 1, max_length: int = DEFAULT_LENGTH) -> SwarmCache:
+        """A cache to pass as `past_key_values`, for rows of at most so many tokens."""
+        return SwarmCache(self._sessions, rows=rows, max_length=max_length)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate`; its session is closed at the end unless the cache is given out."""
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]  # of the family's class
+        finally:
+            self._sessions.sweep()
+
+    def close(self) -> None:
+        """Close forgotten sessions, and the connection if it was made for this model."""
+        self._sessions.sweep()
+        if self._own_daemon is not None:
+            self._own_daemon.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *rest: Any,
+    ) -> None:
+        """Where transformers would make its own cache, make ours, as long and as wide as it will get."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_cache(
+                rows=batch_size * copies, max_length=max_cache_length + 1
+            )
+
+
+def _ends(model: str, ends: str | os.PathLike[str] | None, view: ModelView, daemon: Daemon) -> str:
+    """Where the ends are loaded from: a folder or a hub id."""
+    if ends is not None:
+        return os.fspath(ends)
+    if Path(model).is_dir():
+        return model
+    return view.hub_id or daemon.pull(model).folder
+
+
+def _check(config: PretrainedConfig, view: ModelView, where: str) -> None:
+    found = (int(config.hidden_size), int(config.num_hidden_layers))
+    if found != (view.hidden_size, view.num_blocks):
+        raise error(
+            Code.BAD_SHAPE,
+            f"{where} has hidden_size {found[0]} and {found[1]} blocks,"
+            f" the swarm's {view.name} has {view.hidden_size} and {view.num_blocks}",
+            "give the folder of the same model as ends=…",
+        )
+
+
+def _load_ends(
+    cls: type[DistributedModelForCausalLM], where: str, config: PretrainedConfig, options: dict[str, Any]
+) -> Any:
+    """An instance of the family's class without layers, and of `cls`."""
+    try:
+        family: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise error(
+            Code.UNSUPPORTED_FAMILY, f"transformers has no causal language model for {config.model_type}"
+        ) from None
+    ignored = [*(family._keys_to_ignore_on_load_unexpected or []), r"\blayers\.\d+\."]
+    made = type(
+        f"Distributed{family.__name__}",
+        (cls, family),
+        {"_keys_to_ignore_on_load_unexpected": ignored, "__module__": __name__},
+    )
+    return super(DistributedModelForCausalLM, made).from_pretrained(  # type: ignore[misc]
+        where, num_hidden_layers=0, **options
+    )
+
+
+def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
+    """Put the swarm where the layers were."""
+
+    def make_cache(max_length: int) -> SwarmCache:
+        return SwarmCache(sessions, max_length=max_length or DEFAULT_LENGTH)
+
+    decoder = model.get_decoder()
+    decoder.layers = nn.ModuleList([RemoteBlocks(make_cache)])
+    decoder.register_forward_pre_hook(pass_padding(make_cache), with_kwargs=True)
+    model.config.num_hidden_layers = num_blocks  # what the model is, not what is loaded of it
+    model._sessions = sessions

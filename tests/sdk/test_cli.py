@@ -1,0 +1,242 @@
+"""`daemonctl`: data on stdout, talk on stderr, JSON, exit codes; against the daemon in miniature."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from corolla.protocol.control import Call, DaemonEvent, Item, Return, SpanView, SwarmView
+from corolla.protocol.errors import Code, Exit, error
+from corolla.protocol.messages import to_plain
+from corolla.protocol.tensors import DType
+from corolla.sdk.cli import main
+from corolla.sdk.cli.options import PRIVACY
+from corolla.sdk.cli.program import COMMANDS
+
+from .fake import MODEL, Connection, FakeDaemon
+
+
+class Said(NamedTuple):
+    code: object
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self.out)
+        return answer
+
+
+Ctl = Callable[..., Said]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    monkeypatch.setenv("COROLLA_SOCKET", str(tmp_path / "control.sock"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with FakeDaemon(tmp_path / "control.sock") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def ctl(capsys: pytest.CaptureFixture[str]) -> Ctl:
+    def run(*words: str) -> Said:
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        captured = capsys.readouterr()
+        return Said(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+def test_help_lists_every_command_in_its_group(ctl: Ctl) -> None:
+    said = ctl("--help")
+    assert said.code == 0
+    for row in COMMANDS:
+        assert f"  {row.name}" in said.out
+        assert ctl(row.name, "--help").code == 0
+    assert said.out.index("See:") < said.out.index("Use:") < said.out.index("Belong:")
+
+
+def test_status_prints_the_line_to_paste_on_another_machine(ctl: Ctl, fake: FakeDaemon) -> None:
+    said = ctl("status")
+    assert said.code == 0
+    assert "  daemonctl join token-of-home\n" in said.out
+    assert str(fake.path) in said.out
+    assert ctl("status", "--json").json["status"]["num_peers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (("status",), "status"),
+        (("swarm",), "swarm"),
+        (("swarm", "create", "home"), "swarm"),
+        (("model", "list"), "models"),
+        (("peers",), "peers"),
+        (("config",), "config"),
+        (("config", "set", "blocks", "none"), "key"),
+        (("join", "abc"), "swarm"),
+        (("leave",), "left"),
+        (("stop",), "stopping"),
+        (("generate", "one", "-n", "2"), "generation"),
+    ],
+    ids=str,
+)
+def test_every_command_answers_in_a_versioned_envelope(
+    ctl: Ctl, fake: FakeDaemon, words: tuple[str, ...], field: str
+) -> None:
+    said = ctl(*words, "--json")
+    assert said.code == 0
+    assert said.json["version"] == 1
+    assert field in said.json
+    assert ctl(*words).code == 0  # and in words
+
+
+def test_swarm_shows_who_serves_what_and_what_nobody_serves(ctl: Ctl, fake: FakeDaemon) -> None:
+    def span(peer: str, start: int, end: int, state: str) -> SpanView:
+        return SpanView(peer, 0, "tiny", MODEL.fingerprint, start, end, state, DType.FLOAT32, None, 9.0, 50.0)
+
+    spans = (span("12D3KooWaaaaaaaaaabbbbbb", 0, 2, "online"), span("short", 3, 4, "loading"))
+    fake.handlers["swarm"] = lambda connection, call: SwarmView("home", "ab", (MODEL,), spans)
+    out = ctl("swarm").out
+    assert "12D3…bbbbbb" in out
+    assert "0:2     online" in out
+    assert "2:4     nobody" in out
+
+
+def test_generate_streams_text_to_stdout_and_events_to_stderr(ctl: Ctl, fake: FakeDaemon) -> None:
+    said = ctl("generate", "one", "--max-new-tokens", "3", "--seed", "5")
+    assert said.out == " 0 1 2\n"
+    assert "repairing" in said.err
+    assert fake.calls[-1].arguments["prompts"] == ["one"]
+    assert fake.calls[-1].arguments["model"] == "tiny"
+
+
+def test_generate_reads_a_pipe(ctl: Ctl, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert ctl("generate", "-n", "1").out == " 0\n"
+    assert fake.calls[-1].arguments["prompts"] == ["from a pipe"]
+
+
+def test_chat_keeps_the_turns(ctl: Ctl, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nagain\n"))
+    said = ctl("chat", "-n", "2", "--system", "Be brief.")
+    assert said.out == " 0 1\n 0 1\n"
+    assert [turn["role"] for turn in fake.calls[-1].arguments["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+
+
+def test_privacy_is_told_at_the_first_generate_and_at_each_join(ctl: Ctl, fake: FakeDaemon) -> None:
+    assert PRIVACY in ctl("generate", "one", "-n", "1").err
+    assert PRIVACY not in ctl("generate", "one", "-n", "1").err
+    assert PRIVACY in ctl("join", "abc").err
+    assert PRIVACY in ctl("join", "abc").err
+
+
+def test_several_models_want_a_choice(ctl: Ctl, fake: FakeDaemon) -> None:
+    other = MODEL.__class__("large", "ef" * 32, "LlamaForCausalLM", 4, 8, None, None, (1, 1, 1, 1))
+    fake.handlers["models"] = lambda connection, call: [MODEL, other]
+    said = ctl("generate", "one")
+    assert said.code == Exit.ERROR
+    assert "tiny, large" in said.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_daemon_is_one_line_with_the_remedy_and_exit_code_3(
+    ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setenv("COROLLA_SOCKET", str(tmp_path / "none"))
+    said = ctl("status", *(["--json"] if as_json else []))
+    assert said.code == Exit.NO_DAEMON
+    if as_json:
+        assert said.json["error"]["code"] == "no_daemon"
+    else:
+        assert said.err.count("\n") == 1
+        assert "corollad" in said.err
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        (Code.PERMISSION_DENIED, Exit.PERMISSION),
+        (Code.TIMEOUT, Exit.TIMEOUT),
+        (Code.NO_SWARM, Exit.NOT_READY),
+        (Code.BAD_TOKEN, Exit.USAGE),
+        (Code.INTERNAL, Exit.ERROR),
+    ],
+)
+def test_an_error_of_the_daemon_sets_the_exit_code(
+    ctl: Ctl, fake: FakeDaemon, code: Code, exit_code: int
+) -> None:
+    def refuse(connection: Connection, call: Call) -> None:
+        raise error(code, "it did not work", "do this")
+
+    fake.handlers["peers"] = refuse
+    said = ctl("peers")
+    assert said.code == exit_code
+    assert said.err == "error: it did not work (do this)\n"
+
+
+def test_wrong_usage_is_exit_code_2(ctl: Ctl, fake: FakeDaemon) -> None:
+    assert ctl("nonsense").code == Exit.USAGE
+    assert ctl("join").code == Exit.USAGE
+
+
+def test_no_model_and_no_swarm_are_told_apart(ctl: Ctl, fake: FakeDaemon) -> None:
+    fake.handlers["models"] = lambda connection, call: []
+    assert "serves no model" in ctl("generate", "one").err
+
+
+def test_events_are_lines(ctl: Ctl, fake: FakeDaemon) -> None:
+    def events(connection: Connection, call: Call) -> Return:
+        for text in ("one", "two"):
+            connection.send(Item(call.id, to_plain(DaemonEvent("joined", 0.0, text))))
+        return Return(call.id)
+
+    fake.handlers["events"] = events
+    assert [line.split()[-2:] for line in ctl("events").out.splitlines()] == [
+        ["joined", "one"],
+        ["joined", "two"],
+    ]
+    lines = ctl("events", "--json").out.splitlines()
+    assert [json.loads(line)["event"]["text"] for line in lines] == ["one", "two"]
+
+
+def test_pull_prints_the_folder(ctl: Ctl, fake: FakeDaemon) -> None:
+    def pull(connection: Connection, call: Call) -> Any:
+        connection.send(Item(call.id, {"stage": "fetching", "done_bytes": 5, "total_bytes": 10}))
+        return {"folder": "/models/tiny"}
+
+    fake.handlers["model.pull"] = pull
+    said = ctl("model", "pull", "someone/tiny")
+    assert said.out == "/models/tiny\n"
+    assert "fetching 5 B of 10 B" in said.err
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_prints_a_script(ctl: Ctl, shell: str) -> None:
+    assert "_DAEMONCTL_COMPLETE" in ctl("completion", shell).out
+
+
+def test_asking_for_status_imports_neither_rich_nor_an_event_loop(fake: FakeDaemon) -> None:
+    program = (
+        "import sys, corolla.sdk.cli as cli\n"
+        "try: cli.main(['status', '--json'])\n"
+        "except SystemExit as ended: code = ended.code\n"
+        "heavy = {'rich', 'asyncio', 'anyio', 'trio', 'numpy', 'torch', 'cryptography'} & set(sys.modules)\n"
+        "print(sorted(heavy)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

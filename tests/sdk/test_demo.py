@@ -1,0 +1,81 @@
+"""The demo's parts that need no daemons: spans, the picture, the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from corolla.protocol.errors import Code, CorollaError
+from corolla.sdk.cli.demo import drawing
+from corolla.sdk.demo import Outcome, split
+from corolla.sdk.demo_swarm import DemoSwarm, Member
+from corolla.sdk.picture import gaps
+
+OUTCOME = Outcome("tiny", "why", " so", " so", (1, 2), (1, 2), 10.0, 5.0, 1.5, "middle")
+
+
+def test_spans_cover_all_blocks_evenly() -> None:
+    assert split(30, 3) == [(0, 10), (10, 20), (20, 30)]
+    assert split(5, 2) == [(0, 2), (2, 5)]
+    for num_blocks in range(1, 12):
+        for hops in range(1, num_blocks + 1):
+            spans = split(num_blocks, hops)
+            assert gaps(num_blocks, spans) == []
+            assert len(spans) == hops
+            assert all(start < end for start, end in spans)
+
+
+@pytest.mark.parametrize("hops", [0, 5])
+def test_more_hops_than_blocks_are_refused(hops: int) -> None:
+    with pytest.raises(CorollaError, match=f"--hops {hops}") as caught:
+        split(4, hops)
+    assert caught.value.code is Code.BAD_REQUEST
+
+
+def test_the_picture_shows_the_gap_from_the_kill_to_the_repair() -> None:
+    folder = Path("/nowhere")
+    first, middle, last, spare = members = [
+        Member("first", (0, 2), folder, is_ready=True, in_use=True),
+        Member("middle", (2, 4), folder, is_ready=True, in_use=True),
+        Member("last", (4, 6), folder, is_ready=True, in_use=True),
+        Member("spare", (2, 4), folder, is_ready=True),
+    ]
+    client = Member("client", None, folder)
+
+    def lines() -> list[str]:
+        return [line for line, _ in drawing(6, [*members, client])]
+
+    assert not any("nobody" in line for line in lines())
+    assert any("spare" in line and "ready" in line for line in lines())
+    middle.is_killed, middle.in_use = True, False
+    assert any("2:4" in line and "nobody" in line for line in lines())
+    assert any("middle" in line and "killed" in line for line in lines())
+    spare.in_use = True
+    assert not any("nobody" in line for line in lines())
+    assert not any("client" in line for line in lines())
+    assert len({line.index(str(first.blocks[0])) for line in lines()[:1] if first.blocks}) == 1
+    assert last.blocks == (4, 6)
+
+
+def test_the_verdict_is_about_tokens() -> None:
+    assert OUTCOME.equal
+    assert OUTCOME.envelope()["results"][1]["ratio"] == 2.0
+    different = replace(OUTCOME, local_tokens=(1, 3))
+    assert not different.equal
+    assert different.envelope()["results"][0]["holds"] is False
+
+
+def test_a_daemon_that_ends_early_is_reported_with_its_log_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")  # a daemon that ends at once
+    with (
+        pytest.raises(CorollaError, match="'first' ended with exit code 1") as caught,
+        DemoSwarm("m") as swarm,
+    ):
+        folder = swarm.folder
+        swarm.start([("first", (0, 1))], lambda: None)
+    assert caught.value.code is Code.NOT_READY
+    assert not folder.exists()
