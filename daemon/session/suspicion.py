@@ -26,12 +26,16 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """accuser: None is the client itself. swapped: the accuser has been replaced, the accused is back."""
+    """accuser: None is the client itself. swapped: the accuser has been replaced, the accused is back.
+
+    second: who took the place of the accused, and was accused of the same.
+    """
 
     accused: RouteHop | None
     accuser: RouteHop | None
     step_id: int
-    swapped: bool
+    swapped: bool = False
+    second: Hop | None = None
 
     @property
     def away(self) -> RouteHop | None:
@@ -55,14 +59,14 @@ class Suspicion:
 
     @property
     def banned(self) -> frozenset[Hop]:
-        """Hops that are guilty, or whose absence is being tried."""
-        return frozenset(self._banned)
+        """Hops that are guilty, or under suspicion."""
+        return frozenset(self._banned | self._guilty)
 
     def accuse(self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int) -> Replace | None:
         """What to do about an accusation; None to give up. None for a party is the client."""
         trial = self._trial
         if trial is not None and not trial.swapped and _hop(trial.accuser) == _hop(accuser):
-            return self._swap(trial)
+            return self._swap(trial, _hop(accused))
         self._num_trials += 1
         if self._num_trials > MAX_TRIALS:
             return None
@@ -70,12 +74,23 @@ class Suspicion:
             if accuser is None or (trial is not None and trial.swapped and trial.accused is None):
                 return None
             return self._try(_Trial(None, accuser, step_id, swapped=True))
-        return self._try(_Trial(accused, accuser, step_id, swapped=False))
+        if trial is not None and trial.swapped and _hop(trial.accused) == accused.hop:
+            self._believe(trial)  # two who know nothing of each other say the same
+        return self._try(_Trial(accused, accuser, step_id))
 
     def nobody_replaces(self) -> Replace | None:
         """No replacement exists for the one who is away: try it the other way round, if that is left."""
         trial = self._trial
-        return self._swap(trial) if trial is not None and not trial.swapped else None
+        if trial is None or trial.accused is None or trial.accuser is None:
+            return None
+        if not trial.swapped:
+            return self._swap(trial, None)
+        if trial.second is None:
+            return None
+        self._believe(trial)  # it has to do with the accuser, then; perhaps without those it accused
+        self._banned.add(trial.accused.hop)
+        self._trial = None
+        return Replace(trial.accused, restore=trial.accuser)
 
     def committed(self, step_id: int) -> RouteHop | None:
         """The route let a step through: the guilty one, if a trial of it is decided by that."""
@@ -94,9 +109,9 @@ class Suspicion:
             self._trial = None
 
     def forgive(self) -> None:
-        """There is nobody else: those against whom nothing is proved, and no trial goes on, may come back."""
-        away = _hop(self._trial.away) if self._trial is not None else None
-        self._banned = {hop for hop in self._banned if hop in self._guilty or hop == away}
+        """There is nobody else: those against whom nothing is proved may come back."""
+        self._trial = None
+        self._banned.clear()
 
     def _try(self, trial: _Trial) -> Replace | None:
         self._trial = trial
@@ -105,13 +120,20 @@ class Suspicion:
         self._banned.add(trial.away.hop)
         return Replace(trial.away)
 
-    def _swap(self, trial: _Trial) -> Replace | None:
+    def _swap(self, trial: _Trial, second: Hop | None) -> Replace | None:
         if trial.accuser is None or trial.accused is None:
             return None
         self._banned.discard(trial.accused.hop)
         self._banned.add(trial.accuser.hop)
-        self._trial = _Trial(trial.accused, trial.accuser, trial.step_id, swapped=True)
+        self._trial = _Trial(trial.accused, trial.accuser, trial.step_id, True, second)
         return Replace(trial.accuser, restore=trial.accused)
+
+    def _believe(self, trial: _Trial) -> None:
+        """The accuser may come back, and whoever it accused second may not."""
+        if trial.accuser is not None:
+            self._banned.discard(trial.accuser.hop)
+        if trial.second is not None:
+            self._banned.add(trial.second)
 
 
 def _hop(place: RouteHop | None) -> Hop | None:

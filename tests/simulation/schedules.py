@@ -29,44 +29,52 @@ def build(seed: int, *, verbose: bool = False) -> World:
 
 
 def _misfortune(world: World) -> None:
+    """One thing that befalls a peer that is no rock; mostly one that is on the route at that moment."""
     rng = world.rng
     names = [name for name in world.peers if name.startswith("peer")]
-    name = rng.choice(names)
-    peer = world.peers[name]
     at_s = rng.choice((0.0, rng.uniform(0, 0.5), rng.uniform(0, 3), rng.uniform(0, 20)))
+    kind = rng.randrange(12)
+    choice, aim = rng.random(), rng.random()
 
-    def later(what: object) -> None:
-        world.clock.after(at_s, what)  # type: ignore[arg-type]
+    def strike() -> None:
+        used = [place.hop.peer for place in world.machine.statistics().hops]
+        targets = [name for name in used if name in names] if aim < 0.7 else []
+        targets = targets or names
+        _befall(world, targets[int(choice * len(targets))], kind)
 
-    match rng.randrange(12):
+    world.clock.after(at_s, strike)
+
+
+def _befall(world: World, name: str, kind: int) -> None:
+    rng = world.rng
+    peer = world.peers[name]
+    match kind:
         case 0 | 1:
-            later(lambda: world.kill(name))
+            world.kill(name)
         case 2:
-            later(lambda: world.kill(name, back_after_s=rng.uniform(0, 90)))
+            world.kill(name, back_after_s=rng.uniform(0, 90))
         case 3:
-            later(lambda: world.hang(name, rng.choice((1.0, 15.0, 100.0))))
+            world.hang(name, rng.choice((1.0, 15.0, 100.0)))
         case 4:
             world.guilty.add(name)
-            later(lambda: setattr(peer.habits, "stuck", True))
+            peer.habits.stuck = True
         case 5:
             world.guilty.add(name)
-            later(peer.crash_worker)
+            peer.crash_worker()
         case 6:
             world.liars.add(name)
-            kind = rng.choice(("nan", "shape", "short"))
-            later(lambda: setattr(peer.habits, "garbage", kind))
+            peer.habits.garbage = rng.choice(("nan", "shape", "short"))
         case 7:
             world.liars.add(name)
-            later(lambda: setattr(peer.habits, "slanders", True))
+            peer.habits.slanders = True
         case 8:
             peer.habits.history_bytes = rng.choice((0, 40, 100))
         case 9:
-            later(lambda: setattr(peer.habits, "busy", True))
-            peer.habits.repeats = True
+            peer.habits.busy = peer.habits.repeats = True
         case 10:
             other = rng.choice([other for other in world.peers if other != name])
-            silent, for_s = rng.random() < 0.4, rng.choice((1.0, 30.0, 10000.0))
-            later(lambda: world.cut(name, other, silent=silent, for_s=for_s))
+            world.cut(name, other, silent=rng.random() < 0.4, for_s=rng.choice((1.0, 30.0, 10000.0)))
         case 11:
             world.guilty.add(name)
-            later(lambda: [world.break_stream(stream) for stream in world.streams_of(name)])
+            for stream in world.streams_of(name):
+                world.break_stream(stream)

@@ -34,6 +34,7 @@ class Stream:
     peer: SimPeer
     life: int
     open: bool = True
+    was_reset: bool = False
     due_there: float = 0.0
     due_back: float = 0.0
 
@@ -81,6 +82,8 @@ class World:
         self._steps: list[UserStep] = []
         self._asked = 0
         self._tick_at: float | None = None
+        self._last_tick = -1.0
+        self._num_ticks_now = 0
         settings = Settings(part_tokens=self.rng.choice((2, 5, 512)), open_wait_s=60.0)
         terms = Terms(SESSION, "f", 0, num_blocks, Encoding.FLOAT32, TOKEN_BYTES, 8, MAX_TOKENS)
         self.machine = SessionMachine(terms, settings)
@@ -139,7 +142,7 @@ class World:
             self._asked += 1
             self.feed(ev.StepRequested(self._asked, step.rows, step.payload, step.reply))
         if not self.is_over:
-            pause_s = self.rng.choice((0.01, 0.1, 1.0))
+            pause_s = self.rng.choice((0.01, 0.1, 1.0, 3.0))
             self.clock.after(pause_s, lambda: self._ask(ahead))
 
     # the client around the machine
@@ -162,9 +165,14 @@ class World:
         self.clock.at(deadline, lambda: self._tick(deadline))
 
     def _tick(self, at: float) -> None:
-        if self._tick_at == at:
-            self._tick_at = None
-            self.feed(ev.Tick())
+        if self._tick_at != at:
+            return
+        self._tick_at = None
+        self._num_ticks_now = self._num_ticks_now + 1 if self.clock.now == self._last_tick else 0
+        self._last_tick = self.clock.now
+        if self._num_ticks_now > 100:
+            raise AssertionError(f"it asks for a tick at {at} again and again")
+        self.feed(ev.Tick())
 
     def _act(self, action: ev.Action) -> None:
         match action:
@@ -178,7 +186,7 @@ class World:
             case ev.CloseHop():
                 if action.message is not None:
                     self._to_peer(action.wire, action.message)
-                self._close(action.wire)
+                self._close(action.wire, was_reset=action.message is None)
             case ev.Deliver():
                 if action.ticket in self.outcome.delivered:
                     raise AssertionError(f"step {action.ticket} was delivered twice")
@@ -216,6 +224,8 @@ class World:
                 stream.peer.later(0.0, hear)
 
         def hear() -> None:
+            if stream.was_reset:
+                return
             stream.peer.hear(message, say, stream.wire)
             if not stream.open:  # it comes late to a peer that hung, which now finds the stream ended
                 self._start_grace(stream.peer, stream.wire)
@@ -241,10 +251,11 @@ class World:
             self._close(stream.wire)
             self.feed(ev.HopLost(stream.wire, error(Code.PEER_LOST, f"{stream.peer.name} is gone")))
 
-    def _close(self, wire: int) -> None:
+    def _close(self, wire: int, *, was_reset: bool = False) -> None:
         stream = self._streams.pop(wire, None)
         if stream is not None:
             stream.open = False
+            stream.was_reset = was_reset
             self._start_grace(stream.peer, wire)
 
     def _start_grace(self, peer: SimPeer, wire: int) -> None:
