@@ -37,9 +37,10 @@ _LEAST_CACHE_TOKENS: Final = 2048  # blocks without room for one conversation se
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a worker computes with. end_tokens: those that end a text."""
+    """What a worker computes with. end_tokens: those that end a text. folder: where the weights lie."""
 
     facts: ModelFacts
+    folder: Path
     dtype: DType
     device: torch.device
     span: Span | None
@@ -62,6 +63,7 @@ class Loaded:
             cache_tokens=self.num_pages * PAGE_TOKENS,
             decode_tokens_per_s=self.speed.decode_tokens_per_s,
             prefill_tokens_per_s=self.speed.prefill_tokens_per_s,
+            folder=str(self.folder),
         )
 
 
@@ -101,6 +103,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         span=span,
         ends=ends,
         end_tokens=end_tokens(checkpoint.folder, checkpoint.config),
+        folder=checkpoint.folder,
         num_pages=plan.num_pages,
         speed=speed,
     )

@@ -295,7 +295,10 @@ class Loading(Message):
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
-    """The worker serves. tokens_per_s: decode and prefill speed measured on its own blocks at start."""
+    """The worker serves. tokens_per_s: decode and prefill speed measured on its own blocks at start.
+
+    folder: where the weights lie on this machine, as a Hugging Face folder.
+    """
 
     KIND: ClassVar[str] = "ready"
     facts: ModelFacts
@@ -308,6 +311,7 @@ class Ready(Message):
     cache_tokens: int
     decode_tokens_per_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""Our place in one swarm: its network, members, registry and routes, for as long as we belong to it.
+
+It joins the parts and owns none of their decisions. Leaving withdraws our records before the network closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import structlog
+
+from .. import __version__
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.records import SwarmToken, encode_token
+from .identity import Identity
+from .network.libp2p import open_network
+from .network.membership import Membership, Swarm, discover_swarm
+from .network.registry import Registry
+from .network.seam import Network
+from .routes import Routes
+from .serving.peers import HopService
+from .swarm.blame import Ledger
+
+FAREWELL_S: Final = 2.0  # for withdrawing our records; who misses it sees them expire
+MAX_TOKEN_ADDRESSES: Final = 4
+
+_log = structlog.get_logger("corolla.belonging")
+
+
+@dataclass(frozen=True, slots=True)
+class Belonging:
+    """The parts of one membership."""
+
+    swarm: Swarm
+    network: Network
+    membership: Membership
+    registry: Registry
+    routes: Routes
+    ledger: Ledger
+    hops: HopService
+
+    def token(self) -> str:
+        """What others need to join."""
+        addresses = self.network.addresses()[:MAX_TOKEN_ADDRESSES]
+        return encode_token(SwarmToken(self.swarm.swarm_id, self.swarm.name, addresses))
+
+    def known_addresses(self) -> tuple[str, ...]:
+        """Where members are, worth remembering for the next start."""
+        told = [address for known in self.membership.known() for address in known.addresses[:2]]
+        return tuple(dict.fromkeys(told))[:64]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How to enter a swarm: which, and whom to ask first."""
+
+    swarm: Swarm
+    bootstrap: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What belonging needs of the daemon. admits, on_charge: as `HopService` and `Ledger` say."""
+
+    identity: Identity
+    listen: Sequence[str]
+    announce: Sequence[str]
+    stored_seq: int
+    save_seq: Callable[[int], None]
+    session_grace_s: float
+    admits: Callable[[str], None]
+    on_charge: Callable[[str, float, str], None]
+
+
+@asynccontextmanager
+async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
+    """Enter a swarm; leave it, withdrawing our records, at the end. Raises what `open_network` raises."""
+    kad_protocol = f"/corolla/kad/{entry.swarm.swarm_id[:32]}/1"
+    async with (
+        open_network(
+            terms.identity, listen=terms.listen, announce=terms.announce, kad_protocol=kad_protocol
+        ) as network,
+        anyio.create_task_group() as tasks,
+    ):
+        membership = Membership(network, entry.swarm, bootstrap=entry.bootstrap, version=__version__)
+        registry = Registry(
+            network,
+            membership,
+            terms.identity.private_key,
+            stored_seq=terms.stored_seq,
+            save_seq=terms.save_seq,
+        )
+        ledger = Ledger(terms.on_charge)
+        hops = HopService(network, grace_s=terms.session_grace_s, admits=terms.admits)
+        routes = Routes(network, membership, registry, ledger)
+        await tasks.start(membership.run)
+        await tasks.start(registry.run)
+        await tasks.start(hops.run)
+        try:
+            yield Belonging(entry.swarm, network, membership, registry, routes, ledger, hops)
+        finally:
+            with anyio.move_on_after(FAREWELL_S, shield=True):
+                await _say_farewell(registry)
+            tasks.cancel_scope.cancel()
+
+
+async def _say_farewell(registry: Registry) -> None:
+    for seen in registry.all_spans_now():
+        if seen.mine:
+            registry.withdraw(seen.record.worker)
+    for model in {manifest.facts.fingerprint for manifest in registry.manifests_now()}:
+        registry.withdraw_model(model)  # ours only; others' are not ours to withdraw
+    try:
+        await registry.publish()
+    except CorollaError as problem:
+        _log.info("farewell_failed", problem=str(problem))
+
+
+async def discover(terms: Terms, address: str) -> Swarm:
+    """The swarm of the member at a multiaddress. Raises what `discover_swarm` raises."""
+    if not address.startswith("/"):
+        raise error(
+            Code.BAD_TOKEN,
+            f"{address[:40]!r} is neither a join token nor a multiaddress",
+            "paste the whole line that `daemonctl status` prints on a member's machine",
+        )
+    async with open_network(terms.identity, listen=()) as network:
+        return await discover_swarm(network, address)

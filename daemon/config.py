@@ -1,0 +1,149 @@
+"""What the owner of this daemon wants: a TOML file, then environment variables, then flags; later ones win.
+
+One frozen value, checked as a whole. It reads files and decides nothing else; keys are those of `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..protocol.errors import Code, error
+from ..protocol.limits import REPLACEMENT_WAIT_S, SESSION_GRACE_S
+from ..protocol.tensors import DType
+
+VARIABLE_PREFIX: Final = "COROLLA_"
+DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
+_LISTS: Final = ("listen", "announce", "device", "operators")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be set. Empty strings and zeros mean: as the daemon thinks best.
+
+    model: folder, hub id or GGUF file. blocks: `auto`, `START:END` or `none`. listen, announce: multiaddresses.
+    join: a token or multiaddress, taken up at start. device: one worker each. memory_bytes, cache_tokens,
+    threads: of each worker. operators: users who may manage this daemon, besides root and its own.
+    """
+
+    model: str = ""
+    blocks: str = "auto"
+    listen: tuple[str, ...] = DEFAULT_LISTEN
+    announce: tuple[str, ...] = ()
+    join: str = ""
+    device: tuple[str, ...] = ("auto",)
+    dtype: str = ""
+    quantization: str = ""
+    threads: int = 0
+    memory_bytes: int = 0
+    cache_tokens: int = 0
+    cache_dir: str = ""
+    operators: tuple[str, ...] = ()
+    replacement_wait_s: float = REPLACEMENT_WAIT_S
+    session_grace_s: float = SESSION_GRACE_S
+    log_level: str = "info"
+    log_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.span()
+        if self.dtype and self.dtype not in list(DType):
+            raise _bad("dtype", self.dtype, f"one of {', '.join(DType)}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise _bad("log_level", self.log_level, "debug, info, warning or error")
+        if self.log_format not in ("auto", "text", "json"):
+            raise _bad("log_format", self.log_format, "auto, text or json")
+        for name in ("threads", "memory_bytes", "cache_tokens", "replacement_wait_s", "session_grace_s"):
+            if getattr(self, name) < 0:
+                raise _bad(name, getattr(self, name), "0 or more")
+        if self.quantization:
+            raise _bad("quantization", self.quantization, "nothing: this version serves weights as they are")
+
+    def span(self) -> tuple[int, int] | None:
+        """The blocks of `START:END`; None for `auto`, and (0, 0) for `none`."""
+        if self.blocks == "auto":
+            return None
+        if self.blocks == "none":
+            return (0, 0)
+        start, colon, end = self.blocks.partition(":")
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+            raise _bad("blocks", self.blocks, "auto, none, or START:END such as 0:15")
+        return int(start), int(end)
+
+
+KEYS: Final = tuple(field.name for field in dataclasses.fields(Config))
+
+
+def load_config(
+    path: Path | None,
+    environment: Mapping[str, str],
+    flags: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration from all its sources.
+
+    path: of the TOML file; None is none. settings: what `config.set` kept, between the file and the environment.
+    flags: given ones only. Raises `BAD_CONFIG` naming key and value, `UNREADABLE` for the file.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values |= _from_file(path)
+    values |= {key: check_value(key, value) for key, value in (settings or {}).items()}
+    for key in KEYS:
+        text = environment.get(VARIABLE_PREFIX + key.upper())
+        if text is not None:
+            values[key] = _from_text(key, text)
+    values |= {key: check_value(key, value) for key, value in flags.items()}
+    return Config(**values)
+
+
+def check_value(key: str, value: Any) -> Any:
+    """A value of the key's type. Raises `BAD_CONFIG`, with the closest known key for an unknown one."""
+    if key not in KEYS:
+        close = difflib.get_close_matches(key, KEYS, 1)
+        meant = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(KEYS)}"
+        raise error(Code.BAD_CONFIG, f"unknown key {key!r} in the configuration", meant)
+    expected = typing.get_type_hints(Config)[key]
+    if key in _LISTS:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            raise _bad(key, value, "a list of strings")
+        return tuple(items)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise _bad(key, value, {int: "a whole number", float: "a number"}.get(expected, "a string"))
+    return value
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as problem:
+        raise error(
+            Code.UNREADABLE, f"cannot read {path}: {problem.strerror}", "let the daemon's user read it"
+        ) from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise error(Code.BAD_CONFIG, f"{path}: {problem}", "correct that line") from problem
+    return {key: check_value(key, value) for key, value in table.items()}
+
+
+def _from_text(key: str, text: str) -> Any:
+    expected = typing.get_type_hints(Config)[key]
+    if key in _LISTS:
+        return tuple(item for item in text.split(",") if item)
+    try:
+        return expected(text)
+    except ValueError as problem:
+        kind = {int: "a whole number", float: "a number"}[expected]
+        raise _bad(VARIABLE_PREFIX + key.upper(), text, kind) from problem
+
+
+def _bad(key: str, value: Any, expected: str) -> Exception:
+    return error(Code.BAD_CONFIG, f"{key} is {value!r}, expected {expected}")

@@ -1,0 +1,247 @@
+"""What this daemon lends: its worker processes, for spans and for the ends, and what is announced of them.
+
+It owns the workers. Which blocks a worker of `--blocks auto` serves, `swarm/placement` decides, once the worker
+has told how many fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+import structlog
+import trio
+
+from ..protocol.control import PullProgress, WorkerStatus
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.records import SpanState
+from ..protocol.tensors import DType, Encoding
+from ..protocol.work import Configure, Loading, ModelFacts, ModelSource
+from .belonging import Belonging
+from .config import Config
+from .network.announcements import Offer
+from .serving.workers import Worker, WorkerState
+from .sources import source_of, source_of_facts
+from .swarm.placement import choose_span
+
+PULL_WORKER: Final = 199  # fetches a model and goes
+PROGRESS_EVERY_S: Final = 0.3
+ENDS_WORKER: Final = 200  # the first number of workers that hold ends; they serve no peer
+SETTLE_S: Final = 1.0  # after joining, before placement looks at who is there
+
+_log = structlog.get_logger("corolla.lending")
+
+
+class Lending:
+    """The workers of one daemon. nursery: where their processes' tasks live.
+
+    on_event: told of what people may want to know: kind, text.
+    """
+
+    def __init__(
+        self, config: Config, cache_folder: str, nursery: trio.Nursery, on_event: Callable[[str, str], None]
+    ) -> None:
+        self._config = config
+        self._cache_folder = cache_folder
+        self._nursery = nursery
+        self._on_event = on_event
+        self._spans: list[Worker] = []
+        self._ends: dict[str, Worker] = {}  # by fingerprint
+        self._making_ends = trio.Lock()
+        self._belonging: Belonging | None = None
+        self._told: dict[int, str] = {}
+        self._placed: set[int] = set()
+        self.is_stopping = False
+
+    def start(self) -> None:
+        """Start the workers that the configuration asks for. Raises `UNKNOWN_MODEL` for a model it misnames."""
+        span = self._config.span()
+        if not self._config.model:
+            return
+        source = source_of(self._config.model)
+        if span == (0, 0):
+            return
+        start, end = span if span is not None else (0, -1)
+        for number, device in enumerate(self._config.device):
+            self._start_span(number, self._configure(source, start, end, device))
+
+    def enter(self, belonging: Belonging) -> None:
+        """We are in a swarm: offer our spans there."""
+        self._belonging = belonging
+        for worker in self._spans:
+            belonging.hops.add_worker(worker)
+            self._announce(worker)
+
+    def leave(self) -> None:
+        """We are in no swarm any more."""
+        self._belonging = None
+
+    def stop(self) -> None:
+        """End all workers."""
+        self.is_stopping = True
+        for worker in (*self._spans, *self._ends.values()):
+            worker.stop()
+
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """Every worker, for people."""
+        hops = self._belonging.hops if self._belonging is not None else None
+        return tuple(
+            replace(worker.status(), sessions=hops.num_sessions(worker.number) if hops is not None else 0)
+            for worker in (*self._spans, *self._ends.values())
+        )
+
+    async def ends_of(self, facts: ModelFacts) -> Worker:
+        """A worker with this model's ends, ready; started at first use.
+
+        Raises `UNKNOWN_MODEL` if this machine knows no source of it, and whatever keeps it from loading.
+        """
+        async with self._making_ends:
+            worker = self._ends.get(facts.fingerprint)
+            if worker is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
+                worker = await self._make_ends(facts)
+        await worker.wait_ready()
+        return worker
+
+    async def pull(self, source: ModelSource, emit: Callable[[PullProgress], Awaitable[None]]) -> str:
+        """Fetch a model by a worker that loads just its ends; the folder where it lies then.
+
+        Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `DISK_FULL`, `DAMAGED_WEIGHTS`, `UNREADABLE`.
+        """
+        worker = Worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
+        self._nursery.start_soon(worker.run)
+        told: Loading | None = None
+        try:
+            while (ready := worker.ready) is None:
+                with trio.move_on_after(PROGRESS_EVERY_S):
+                    ready = await worker.wait_ready()
+                    break
+                loading = worker.loading
+                if loading is not None and loading != told:
+                    told = loading
+                    await emit(PullProgress(loading.stage, loading.done_bytes, loading.total_bytes))
+            return ready.folder
+        finally:
+            worker.stop()
+
+    async def _make_ends(self, facts: ModelFacts) -> Worker:
+        mismatch = ""
+        for source in self._sources(facts):
+            number = ENDS_WORKER + len(self._ends)
+            worker = Worker(
+                number, replace(self._configure(source, 0, 0, "cpu"), ends=True), model=facts.name
+            )
+            self._on_event("ends_loading", f"loading the ends of {facts.name} from {source.location}")
+            self._nursery.start_soon(worker.run)
+            try:
+                ready = await worker.wait_ready()
+            except BaseException:
+                worker.stop()
+                raise
+            if ready.facts.fingerprint == facts.fingerprint:
+                self._ends[facts.fingerprint] = worker
+                return worker
+            worker.stop()
+            mismatch = f"; {source.location} is {ready.facts.fingerprint[:8]}, another version"
+        raise error(
+            Code.UNKNOWN_MODEL,
+            f"the weights of {facts.name}@{facts.fingerprint[:8]} are not on this machine{mismatch}",
+            "name their folder, GGUF file or hub id: corollad --blocks none --model …",
+        )
+
+    def _sources(self, facts: ModelFacts) -> list[ModelSource]:
+        found = [source_of(self._config.model)] if self._config.model else []
+        elsewhere = source_of_facts(facts)
+        if elsewhere is not None and elsewhere not in found:
+            found.append(elsewhere)
+        return found
+
+    def _configure(self, source: ModelSource, start: int, end: int, device: str) -> Configure:
+        config = self._config
+        return Configure(
+            source,
+            self._cache_folder,
+            start,
+            end,
+            device=device,
+            dtype=DType(config.dtype) if config.dtype else None,
+            quantization=config.quantization or None,
+            threads=config.threads,
+            memory_bytes=config.memory_bytes,
+            cache_tokens=config.cache_tokens,
+        )
+
+    def _start_span(self, number: int, configure: Configure) -> None:
+        worker = Worker(number, configure, model=self._config.model)
+        self._spans = [other for other in self._spans if other.number != number] + [worker]
+        worker.on_change(lambda: self._changed(worker))
+        self._nursery.start_soon(worker.run)
+        if self._belonging is not None:
+            self._belonging.hops.add_worker(worker)
+
+    # what others are told
+
+    def _changed(self, worker: Worker) -> None:
+        if worker not in self._spans:
+            return
+        if worker.problem is not None and worker.state is WorkerState.FAILED:
+            self._on_event("worker_failed", f"worker {worker.number}: {worker.problem}")
+        elif self._told.get(worker.number) != worker.state.value:
+            self._on_event(f"worker_{worker.state.value}", self._describe(worker))
+        self._told[worker.number] = worker.state.value
+        self._announce(worker)
+
+    def _describe(self, worker: Worker) -> str:
+        status = worker.status()
+        return f"worker {worker.number}: {status.model} {status.start}:{status.end} {status.state}"
+
+    def _announce(self, worker: Worker) -> None:
+        belonging = self._belonging
+        if belonging is None or self.is_stopping:
+            return
+        ready = worker.ready
+        if ready is None:
+            belonging.registry.withdraw(worker.number)
+            return
+        if self._config.blocks == "auto" and worker.number not in self._placed:
+            self._placed.add(worker.number)
+            self._nursery.start_soon(self._place, worker)
+        try:
+            belonging.registry.announce_model(ready.facts)
+            belonging.registry.announce(
+                Offer(
+                    worker=worker.number,
+                    fingerprint=ready.facts.fingerprint,
+                    start=ready.start,
+                    end=ready.end,
+                    state=SpanState.ONLINE,
+                    dtype=ready.dtype,
+                    quantization=ready.quantization,
+                    encodings=tuple(Encoding),
+                    tokens_per_s=ready.decode_tokens_per_s,
+                    cache_tokens=ready.cache_tokens,
+                )
+            )
+        except CorollaError as problem:
+            self._on_event("announce_failed", str(problem))
+
+    async def _place(self, worker: Worker) -> None:
+        """Move a worker of `auto` to where it helps most, if that is elsewhere than where it began."""
+        await trio.sleep(SETTLE_S)
+        belonging, ready = self._belonging, worker.ready
+        if belonging is None or ready is None:
+            return
+        facts = ready.facts
+        await belonging.registry.spans(facts.fingerprint, facts.num_blocks)
+        view = belonging.routes.view(facts.fingerprint, facts.num_blocks)
+        others = replace(
+            view, spans=tuple(s for s in view.spans if not (s.mine and s.worker == worker.number))
+        )
+        start, end = choose_span(others, ready.end - ready.start)
+        if (start, end) == (ready.start, ready.end):
+            return
+        self._on_event("placed", f"worker {worker.number} moves to blocks {start}:{end} of {facts.name}")
+        belonging.hops.remove_worker(worker)
+        belonging.registry.withdraw(worker.number)
+        worker.stop()
+        self._start_span(worker.number, replace(worker.configure, start=start, end=end))

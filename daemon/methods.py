@@ -1,0 +1,193 @@
+"""What each method of the control protocol does, one handler a row. They ask the node and hold nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..protocol.control import (
+    CreateSwarm,
+    Follow,
+    Generate,
+    Join,
+    Joined,
+    PeerView,
+    Piece,
+    Pulled,
+    PullModel,
+    SetConfig,
+    Stop,
+    SwarmView,
+)
+from ..protocol.errors import Code, error
+from ..protocol.work import SourceKind
+from .config import check_value
+from .control import Ask, Handler, Reply
+from .generation import Generation
+from .sessions import close_for_program, open_for_program, step_for_program
+from .sources import source_of
+
+if TYPE_CHECKING:
+    from .node import Node
+
+
+def handlers(node: Node) -> Mapping[str, Handler]:
+    """The table of handlers; its names are those of `protocol.control.METHODS`."""
+    methods = Methods(node)
+    return {
+        "status": methods.status,
+        "swarm": methods.swarm,
+        "models": methods.models,
+        "peers": methods.peers,
+        "events": methods.events,
+        "config": methods.config,
+        "config.set": methods.set_config,
+        "generate": methods.generate,
+        "session.open": methods.open_session,
+        "session.step": step_for_program,
+        "session.close": close_for_program,
+        "model.pull": methods.pull,
+        "swarm.create": methods.create_swarm,
+        "swarm.join": methods.join,
+        "swarm.leave": methods.leave,
+        "stop": methods.stop,
+    }
+
+
+class Methods:
+    """Handlers that need the node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def status(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        return Reply(self._node.status())
+
+    async def swarm(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        belonging = self._node.belonging
+        return Reply(SwarmView(None, None, (), ()) if belonging is None else belonging.routes.describe())
+
+    async def models(self, ask: Ask) -> Reply:
+        belonging = self._node.belonging
+        if belonging is None:
+            return Reply(())
+        await belonging.registry.models()
+        return Reply(belonging.routes.describe().models)
+
+    async def peers(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        return Reply(self._peers())
+
+    def _peers(self) -> tuple[PeerView, ...]:
+        belonging = self._node.belonging
+        if belonging is None:
+            return ()
+        spans: dict[str, list[str]] = {}
+        for span in belonging.routes.describe().spans:
+            spans.setdefault(span.peer, []).append(f"{span.model} {span.start}:{span.end} {span.state}")
+        live = {view.peer: view for view in belonging.network.peers()}
+        members = {member.peer: member for member in belonging.membership.members()}
+        known = {told.peer: told.addresses for told in belonging.membership.known()}
+        views = []
+        for peer in dict.fromkeys((*members, *known)):
+            member, view = members.get(peer), live.get(peer)
+            views.append(
+                PeerView(
+                    peer=peer,
+                    addresses=member.addresses if member is not None else tuple(known[peer]),
+                    connected=member is not None,
+                    rtt_s=view.rtt_s if view is not None else None,
+                    version=member.version if member is not None else "",
+                    spans=tuple(spans.get(peer, ())),
+                )
+            )
+        return tuple(views)
+
+    async def events(self, ask: Ask) -> Reply:
+        arguments: Follow = ask.arguments
+        async for event in self._node.events.read(follow=arguments.follow):
+            await ask.item(event)
+        return Reply()
+
+    async def config(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        return Reply(dataclasses.asdict(self._node.config))
+
+    async def set_config(self, ask: Ask) -> Reply:
+        arguments: SetConfig = ask.arguments
+        await trio.lowlevel.checkpoint()
+        value = check_value(arguments.key, arguments.value)
+        dataclasses.replace(self._node.config, **{arguments.key: value})  # checks the whole
+        settings = {**self._node.store.state.settings, arguments.key: value}
+        self._node.store.update(settings=settings)
+        self._node.events.emit("config", f"{arguments.key} is {value!r} from the next start on")
+        return Reply({"restart_needed": True})
+
+    async def generate(self, ask: Ask) -> Reply:
+        arguments: Generate = ask.arguments
+        node = self._node
+
+        async def emit(piece: Piece) -> None:
+            await ask.item(piece)
+
+        generation = Generation(
+            node.the_belonging(),
+            node.lending,
+            arguments,
+            emit,
+            ask.post,
+            replacement_wait_s=node.config.replacement_wait_s,
+        )
+        with node.session_open():
+            return Reply(await generation.run())
+
+    async def open_session(self, ask: Ask) -> Reply:
+        node = self._node
+        return await open_for_program(
+            ask,
+            node.the_belonging(),
+            replacement_wait_s=node.config.replacement_wait_s,
+            on_event=lambda event: node.events.emit(f"session_{event.kind}", event.text, **event.detail),
+        )
+
+    async def pull(self, ask: Ask) -> Reply:
+        """Fetch by a worker that loads no blocks, which is how any worker fetches."""
+        arguments: PullModel = ask.arguments
+        source = source_of(arguments.model)
+        if arguments.revision:
+            if source.kind is not SourceKind.HUB:
+                raise error(
+                    Code.BAD_REQUEST,
+                    f"{arguments.model} is on this machine and has no revisions",
+                    "leave it out",
+                )
+            source = dataclasses.replace(source, revision=arguments.revision)
+        folder = await self._node.lending.pull(source, ask.item)
+        return Reply(Pulled(folder))
+
+    async def create_swarm(self, ask: Ask) -> Reply:
+        arguments: CreateSwarm = ask.arguments
+        return self._joined(await self._node.create_swarm(arguments.name))
+
+    async def join(self, ask: Ask) -> Reply:
+        arguments: Join = ask.arguments
+        return self._joined(await self._node.join(arguments.token))
+
+    def _joined(self, token: str) -> Reply:
+        swarm = self._node.the_belonging().swarm
+        return Reply(Joined(swarm.name, swarm.swarm_id, token))
+
+    async def leave(self, ask: Ask) -> Reply:
+        await self._node.leave()
+        return Reply()
+
+    async def stop(self, ask: Ask) -> Reply:
+        arguments: Stop = ask.arguments
+        await trio.lowlevel.checkpoint()
+        self._node.stop(max(0.0, arguments.deadline_s))
+        return Reply()

@@ -1,0 +1,324 @@
+"""The daemon as a whole: starts everything, holds it together, stops it in order.
+
+One task group holds the workers, the control socket and the place in a swarm. Entering or leaving a swarm ends
+the old place and begins a new one; workers and the control socket stay.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from .. import __version__
+from ..protocol.control import Status
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.limits import MAX_NAME_CHARS
+from ..protocol.records import TOKEN_PREFIX, decode_token
+from .belonging import Belonging, Entry, Terms, belong, discover
+from .config import Config
+from .control import ControlServer, listen, uids_of
+from .events import EventLog
+from .identity import load_identity
+from .lending import Lending
+from .methods import handlers
+from .network.host import check_port
+from .network.membership import Swarm, found_swarm
+from .routes import no_swarm
+from .store import Store
+
+JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
+REMEMBER_EVERY_S: Final = 60.0  # where members are, for the next start
+STOP_TIMEOUT_S: Final = 10.0  # of everything that is left when the daemon stops
+HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
+
+_log = structlog.get_logger("corolla.node")
+
+
+class Node:
+    """One daemon. `run` is its life; the rest is what calls ask of it."""
+
+    def __init__(self, config: Config, store: Store, socket: Path, cache_folder: Path) -> None:
+        self.config: Final = config
+        self.store: Final = store
+        self.events: Final = EventLog()
+        self.belonging: Belonging | None = None
+        self.lending: Lending
+        self._socket = socket
+        self._cache_folder = cache_folder
+        self._identity = load_identity(store.folder)
+        self._began = time.monotonic()
+        self._num_sessions = 0
+        self._no_sessions = trio.Event()
+        self._entry = self._remembered()
+        self._entry_changed = trio.Event()
+        self._place_changed = trio.Event()
+        self._place_problem: CorollaError | None = None
+        self._leaving = trio.CancelScope()
+        self._moving = trio.Lock()
+        self._is_stopping = False
+        self._stop_asked = trio.Event()
+        self._stop_deadline_s = 0.0
+
+    # its life
+
+    async def run(self) -> None:
+        """Serve until stopped. Raises what keeps it from starting: `PORT_TAKEN`, `STATE_IN_USE`, …"""
+        for address in self.config.listen:
+            check_port(address)
+        operators = uids_of(self.config.operators)
+        failure: CorollaError | None = None
+        with listen(self._socket) as listener:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await self._start(nursery, listener, operators)
+                    await self._stop_asked.wait()
+                    await self._stop()
+                except CorollaError as problem:  # raised again outside, so that the nursery does not wrap it
+                    failure = problem
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        _log.info("stopped")
+
+    async def _start(
+        self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
+    ) -> None:
+        self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit)
+        self.lending.start()
+        nursery.start_soon(self._watch_signals)
+        nursery.start_soon(self._keep_place)
+        await nursery.start(ControlServer(handlers(self), operators).serve, listener)
+        self.events.emit("started", f"corollad {__version__} answers on {self._socket}")
+        if self.config.join:
+            nursery.start_soon(self._join_configured)
+        elif self._entry is None:
+            self.events.emit("idle", HINT)
+
+    async def _stop(self) -> None:
+        """Drain for as long as asked, then leave the swarm and end the workers."""
+        self._is_stopping = True
+        self.events.emit("stopping", f"stopping, at most {self._stop_deadline_s:g} s for running sessions")
+        with trio.move_on_after(self._stop_deadline_s):
+            while self._num_sessions:
+                self._no_sessions = trio.Event()
+                await self._no_sessions.wait()
+        with trio.move_on_after(STOP_TIMEOUT_S):
+            await self._change_place(None)
+        self.lending.stop()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                self.events.emit("signal", f"received {signal.Signals(number).name}")
+                self.stop(0.0)
+
+    async def _keep_place(self) -> None:
+        """Belong to the swarm of `_entry`, whichever that is at the time."""
+        while True:
+            entry = self._entry
+            if entry is None or self._is_stopping:
+                self._tell_place(None)
+                await self._entry_changed.wait()
+                self._entry_changed = trio.Event()
+                continue
+            self._entry_changed = trio.Event()
+            with trio.CancelScope() as self._leaving:
+                try:
+                    await self._belong(entry)
+                except CorollaError as problem:
+                    self.events.emit("swarm_failed", str(problem))
+                    self._entry = None
+                    self._tell_place(problem)
+
+    async def _belong(self, entry: Entry) -> None:
+        async with belong(self._terms(), entry) as belonging:
+            try:
+                self.belonging = belonging
+                self.lending.enter(belonging)
+                self.events.emit("joined", f"in swarm {entry.swarm.name}", swarm_id=entry.swarm.swarm_id)
+                self._tell_place(None)
+                while True:
+                    await trio.sleep(REMEMBER_EVERY_S)
+                    self._remember(belonging)
+            finally:
+                self._remember(belonging)
+                self.lending.leave()
+                self.belonging = None
+
+    def _tell_place(self, problem: CorollaError | None) -> None:
+        self._place_problem = problem
+        self._place_changed.set()
+        self._place_changed = trio.Event()
+
+    def _terms(self) -> Terms:
+        return Terms(
+            identity=self._identity,
+            listen=self.config.listen,
+            announce=self.config.announce,
+            stored_seq=self.store.load_seq(),
+            save_seq=self.store.save_seq,
+            session_grace_s=self.config.session_grace_s,
+            admits=self._admit,
+            on_charge=lambda peer, weight, reason: self.events.emit(
+                "charged", f"{peer}: {reason}", peer=peer, weight=weight
+            ),
+        )
+
+    def _admit(self, client: str) -> None:
+        if self._is_stopping:
+            raise error(Code.BUSY, "this daemon is stopping", "use another peer")
+
+    # swarms
+
+    async def create_swarm(self, name: str) -> str:
+        """Found a swarm and enter it; its token. Raises `BAD_REQUEST` for a bad name or if we are in one."""
+        if not 0 < len(name.strip()) <= MAX_NAME_CHARS // 4:
+            raise error(
+                Code.BAD_REQUEST,
+                f"a swarm's name of {len(name)} characters",
+                "give one of 1 to 64 characters",
+            )
+        swarm = found_swarm(name.strip(), self._identity.public_key, os.urandom(16))
+        return await self._enter(Entry(swarm), wait_for_member=False)
+
+    async def join(self, token: str) -> str:
+        """Enter a swarm by a token or a multiaddress; a token of it. Raises `BAD_TOKEN`, `NO_PEERS`, …"""
+        text = token.strip()
+        if text.startswith(TOKEN_PREFIX):
+            decoded = decode_token(text)
+            entry = Entry(Swarm(decoded.swarm_id, decoded.name), decoded.addresses)
+        else:
+            entry = Entry(await discover(self._terms(), text), (text,))
+        return await self._enter(entry, wait_for_member=True)
+
+    async def leave(self) -> None:
+        """Leave the swarm; leaving none is no error."""
+        async with self._moving:
+            await self._change_place(None)
+            self.store.update(swarm_id="", swarm="", bootstrap=())
+        self.events.emit("left", HINT)
+
+    def the_belonging(self) -> Belonging:
+        """Our place in a swarm. Raises `NO_SWARM`."""
+        if self.belonging is None:
+            raise no_swarm()
+        return self.belonging
+
+    async def _enter(self, entry: Entry, *, wait_for_member: bool) -> str:
+        async with self._moving:
+            old = self._entry
+            if old is not None and old.swarm.swarm_id != entry.swarm.swarm_id:
+                raise error(
+                    Code.BAD_REQUEST,
+                    f"this daemon is in swarm {old.swarm.name} already",
+                    "leave it first: daemonctl leave",
+                )
+            try:
+                if self.belonging is None or entry.bootstrap:
+                    await self._change_place(entry)
+                belonging = self.the_belonging()
+                if wait_for_member:
+                    await belonging.membership.wait_joined(timeout_s=JOIN_TIMEOUT_S)
+            except CorollaError:
+                await self._change_place(old)
+                raise
+            self.store.update(
+                swarm_id=entry.swarm.swarm_id,
+                swarm=entry.swarm.name,
+                bootstrap=tuple(dict.fromkeys((*entry.bootstrap, *belonging.known_addresses()))),
+            )
+            return belonging.token()
+
+    async def _change_place(self, entry: Entry | None) -> None:
+        """Leave where we are, enter what is given, and wait until that is done. Raises why it is not."""
+        self._entry = entry
+        changed = self._place_changed
+        self._entry_changed.set()
+        self._leaving.cancel()
+        await changed.wait()
+        if self._place_problem is not None:
+            raise self._place_problem
+
+    async def _join_configured(self) -> None:
+        """Take up the `join` of the configuration, unless we are in its swarm already."""
+        token = self.config.join
+        try:
+            if self._entry is not None and token.startswith(TOKEN_PREFIX):
+                decoded = decode_token(token)
+                if decoded.swarm_id == self._entry.swarm.swarm_id:
+                    return
+            await self.join(token)
+        except CorollaError as problem:
+            self.events.emit("join_failed", str(problem))
+
+    def _remembered(self) -> Entry | None:
+        state = self.store.state
+        if not state.swarm_id:
+            return None
+        return Entry(Swarm(state.swarm_id, state.swarm), state.bootstrap)
+
+    def _remember(self, belonging: Belonging) -> None:
+        known = belonging.known_addresses()
+        if known and self.store.state.swarm_id == belonging.swarm.swarm_id:
+            try:
+                self.store.update(bootstrap=known)
+            except CorollaError as problem:
+                self.events.emit("store_failed", str(problem))
+
+    # what calls ask
+
+    def stop(self, deadline_s: float) -> None:
+        """Begin to stop; running sessions of this machine's users may finish within the deadline."""
+        self._stop_deadline_s = deadline_s
+        self._is_stopping = True
+        self._stop_asked.set()
+
+    @contextmanager
+    def session_open(self) -> Iterator[None]:
+        """Count a user's session while it runs. Raises `NOT_READY` when the daemon is stopping."""
+        if self._is_stopping:
+            raise error(Code.NOT_READY, "this daemon is stopping", "start it again: corollad")
+        self._num_sessions += 1
+        try:
+            yield
+        finally:
+            self._num_sessions -= 1
+            if not self._num_sessions:
+                self._no_sessions.set()
+
+    def status(self) -> Status:
+        """The daemon in one screen."""
+        belonging = self.belonging
+        state = "idle" if self._entry is None else "joining" if belonging is None else "online"
+        return Status(
+            version=__version__,
+            state="stopping" if self._is_stopping else state,
+            peer=self._identity.peer,
+            socket=str(self._socket),
+            state_folder=str(self.store.folder),
+            uptime_s=time.monotonic() - self._began,
+            swarm=belonging.swarm.name if belonging is not None else None,
+            swarm_id=belonging.swarm.swarm_id if belonging is not None else None,
+            join_command=f"daemonctl join {belonging.token()}" if belonging is not None else None,
+            num_peers=len(belonging.membership.members()) if belonging is not None else 0,
+            addresses=belonging.network.addresses() if belonging is not None else (),
+            workers=self.lending.statuses(),
+            num_sessions=self._num_sessions,
+            resident_bytes=_resident_bytes(),
+            pid=os.getpid(),
+            hint=HINT if self._entry is None else None,
+        )
+
+
+def _resident_bytes() -> int:
+    """Memory of this process in RAM."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

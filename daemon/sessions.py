@@ -1,0 +1,211 @@
+"""Sessions of this machine's users over the swarm: their terms, and the hidden-state ones that stay open.
+
+`opened` is what `generation.py` and the calls of a program share: it finds the model and opens the session.
+A program's own session lives in a task of its connection, and ends with it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import trio
+
+from ..protocol.control import OpenModelSession, SessionHandle, SessionOpened, SessionStep
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.limits import SESSION_ID_BYTES
+from ..protocol.steps import check_payload
+from ..protocol.tensors import Encoding
+from ..protocol.work import ModelFacts
+from .belonging import Belonging
+from .control import Ask, Connection, Reply
+from .session.client import Events, Session, open_session
+from .session.deadlines import Settings
+from .session.events import SessionEvent
+from .session.roster import Terms
+
+MAX_SESSIONS_PER_PROGRAM: Final = 64
+MODEL_RETRY_S: Final = 0.5  # between two looks for a model that nobody serves yet
+DEFAULT_ENCODING: Final = Encoding.FLOAT32  # the one in which every promise of equality holds
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a user asks of a session. end -1 is the last block."""
+
+    model: str
+    start: int = 0
+    end: int = -1
+    max_rows: int = 1
+    max_tokens: int = 2048
+    encoding: Encoding | None = None
+    wait_s: float = 0.0
+
+
+async def find_model(belonging: Belonging, name: str, wait_s: float) -> ModelFacts:
+    """The model that a user names, waiting for somebody to serve it if asked to. Raises `UNKNOWN_MODEL`, …"""
+    deadline = trio.current_time() + wait_s
+    while True:
+        try:
+            return await belonging.routes.find_model(name)
+        except CorollaError as problem:
+            if problem.code is not Code.UNKNOWN_MODEL or trio.current_time() >= deadline:
+                raise
+        await trio.sleep(MODEL_RETRY_S)
+
+
+@asynccontextmanager
+async def opened(
+    belonging: Belonging,
+    facts: ModelFacts,
+    wanted: Wanted,
+    *,
+    replacement_wait_s: float,
+    on_event: Callable[[SessionEvent], None],
+) -> AsyncIterator[Session]:
+    """An open session. Raises `BLOCKS_OUT_OF_RANGE`, `BLOCKS_UNSERVED`, `NO_PEERS`, `TOO_LONG`, `BUSY`."""
+    end = facts.num_blocks if wanted.end == -1 else wanted.end
+    if not 0 <= wanted.start < end <= facts.num_blocks:
+        raise error(
+            Code.BLOCKS_OUT_OF_RANGE,
+            f"blocks {wanted.start}:{end} of {facts.name}, which has {facts.num_blocks}",
+            f"choose a range within 0:{facts.num_blocks}",
+        )
+    if wanted.max_tokens > facts.max_position:
+        raise error(
+            Code.TOO_LONG,
+            f"a length of {wanted.max_tokens} tokens; {facts.name} reaches to {facts.max_position}",
+            "ask for a smaller max_length",
+        )
+    encoding = wanted.encoding or DEFAULT_ENCODING
+    terms = Terms(
+        session=secrets.token_bytes(SESSION_ID_BYTES),
+        fingerprint=facts.fingerprint,
+        start=wanted.start,
+        end=end,
+        encoding=encoding,
+        token_bytes=encoding.token_bytes(facts.hidden_size),
+        max_rows=wanted.max_rows,
+        max_tokens=wanted.max_tokens,
+    )
+    settings = Settings(open_wait_s=wanted.wait_s, replacement_wait_s=replacement_wait_s)
+
+    def charge(peer: str, weight: float, reason: str) -> None:
+        belonging.ledger.charge(peer, weight, reason, trio.current_time())
+
+    async def tell(events: Events) -> None:
+        async for event in events:
+            on_event(event)
+
+    async with (
+        open_session(belonging.network, belonging.routes, terms, settings, charge=charge) as session,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(tell, session.events())
+        yield session
+        tasks.cancel_scope.cancel()
+
+
+class ProgramSession:
+    """One session that a program holds by its handle."""
+
+    def __init__(self, session: Session, facts: ModelFacts, encoding: Encoding) -> None:
+        self.session: Final = session
+        self.token_bytes: Final = encoding.token_bytes(facts.hidden_size)
+        self.closing: Final = trio.Event()
+
+
+async def open_for_program(
+    ask: Ask,
+    belonging: Belonging,
+    *,
+    replacement_wait_s: float,
+    on_event: Callable[[SessionEvent], None],
+) -> Reply:
+    """Answer `session.open`: the session stays open in a task of the connection."""
+    arguments: OpenModelSession = ask.arguments
+    connection = ask.connection
+    if len(connection.opened) >= MAX_SESSIONS_PER_PROGRAM:
+        raise error(
+            Code.LIMIT_EXCEEDED,
+            f"this program has {len(connection.opened)} sessions open",
+            "close some of them, or connect once more",
+        )
+    facts = await find_model(belonging, arguments.model, arguments.wait_s)
+    wanted = Wanted(
+        arguments.model,
+        arguments.start,
+        arguments.end,
+        arguments.max_rows,
+        arguments.max_length,
+        arguments.encoding,
+        arguments.wait_s,
+    )
+    encoding = wanted.encoding or DEFAULT_ENCODING
+    handle = max(connection.opened, default=0) + 1
+    context = opened(belonging, facts, wanted, replacement_wait_s=replacement_wait_s, on_event=on_event)
+    end = facts.num_blocks if wanted.end == -1 else wanted.end
+    ready: trio.MemorySendChannel[CorollaError | None]
+    ready, outcome = trio.open_memory_channel(1)
+
+    async def hold() -> None:
+        try:
+            async with context as session:
+                held = ProgramSession(session, facts, encoding)
+                connection.opened[handle] = held
+                ready.send_nowait(None)
+                await held.closing.wait()
+        except CorollaError as problem:
+            if handle not in connection.opened:
+                ready.send_nowait(problem)
+        finally:
+            connection.opened.pop(handle, None)
+
+    scope = trio.CancelScope()
+
+    async def hold_scoped() -> None:
+        with scope:
+            await hold()
+
+    connection.nursery.start_soon(hold_scoped)
+    try:
+        problem = await outcome.receive()
+    except trio.Cancelled:
+        scope.cancel()
+        raise
+    if problem is not None:
+        raise problem
+    return Reply(SessionOpened(handle, facts.hidden_size, encoding, wanted.start, end))
+
+
+async def step_for_program(ask: Ask) -> Reply:
+    """Answer `session.step`. Raises `BAD_SHAPE`, and what the session ends with."""
+    arguments: SessionStep = ask.arguments
+    held = _held(ask.connection, arguments.handle)
+    check_payload(arguments.rows, ask.payload, held.token_bytes)
+    return Reply(payload=await held.session.step(arguments.rows, ask.payload, arguments.reply))
+
+
+async def close_for_program(ask: Ask) -> Reply:
+    """Answer `session.close`; a session that is gone already is closed."""
+    arguments: SessionHandle = ask.arguments
+    held = ask.connection.opened.get(arguments.handle)
+    if isinstance(held, ProgramSession):
+        held.closing.set()
+    await trio.lowlevel.checkpoint()
+    return Reply()
+
+
+def _held(connection: Connection, handle: int) -> ProgramSession:
+    held = connection.opened.get(handle)
+    if not isinstance(held, ProgramSession):
+        raise error(
+            Code.UNKNOWN_SESSION,
+            f"this program has no session {handle} open",
+            "open another: model.session(…)",
+        )
+    return held

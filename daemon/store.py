@@ -1,0 +1,148 @@
+"""The state folder: one daemon's lock, and what it remembers between runs.
+
+Files are replaced whole, so that a crash leaves the old or the new one. The key of the identity is
+`identity.py`'s own file in the same folder; weights lie in the cache, not here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ..protocol.errors import Code, CorollaError, error
+
+STATE_FILE: Final = "state.json"
+SEQ_FILE: Final = "seq"
+LOCK_FILE: Final = "lock"
+STATE_VERSION: Final = 1
+_MAX_STATE_BYTES: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is remembered. swarm_id and swarm are empty outside a swarm; bootstrap: where its members were."""
+
+    swarm_id: str = ""
+    swarm: str = ""
+    bootstrap: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Store:
+    """A state folder that this process has locked. Made by `open_store`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = self._load()
+
+    def update(self, **changes: Any) -> None:
+        """Change what is remembered, on disk first. Raises `DISK_FULL`, `UNREADABLE`."""
+        state = replace(self.state, **changes)
+        content = {
+            "version": STATE_VERSION,
+            "swarm_id": state.swarm_id,
+            "swarm": state.swarm,
+            "bootstrap": list(state.bootstrap),
+            "settings": state.settings,
+        }
+        self._write(STATE_FILE, json.dumps(content, indent=2) + "\n")
+        self.state = state
+
+    def load_seq(self) -> int:
+        """The highest sequence number of records that earlier runs used; 0 if that is lost."""
+        try:
+            return int((self.folder / SEQ_FILE).read_text("ascii"))
+        except (OSError, ValueError):
+            return 0  # the registry's holders tell the right one: see `Announcements.outbid`
+
+    def save_seq(self, seq: int) -> None:
+        """Remember a sequence number before it is used."""
+        self._write(SEQ_FILE, f"{seq}\n")
+
+    def _load(self) -> State:
+        path = self.folder / STATE_FILE
+        try:
+            with path.open("rb") as file:
+                content = json.loads(file.read(_MAX_STATE_BYTES))
+            if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
+                raise ValueError(f"version {STATE_VERSION} expected")
+            return State(
+                swarm_id=str(content.get("swarm_id", "")),
+                swarm=str(content.get("swarm", "")),
+                bootstrap=tuple(str(address) for address in content.get("bootstrap", ())),
+                settings=dict(content.get("settings", {})),
+            )
+        except FileNotFoundError:
+            return State()
+        except OSError as problem:
+            raise unusable(path, problem) from problem
+        except (ValueError, TypeError) as problem:
+            raise error(
+                Code.UNREADABLE,
+                f"{path} is damaged: {problem}",
+                "move it away; the daemon then forgets its swarm and settings, and you join again",
+            ) from problem
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        scratch = path.with_suffix(".new")
+        try:
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except OSError as problem:
+            scratch.unlink(missing_ok=True)
+            raise unusable(path, problem) from problem
+
+
+@contextmanager
+def open_store(folder: Path) -> Iterator[Store]:
+    """The state folder, made if need be, for this process alone.
+
+    Raises `STATE_IN_USE` naming the process that has it, `UNREADABLE`, `DISK_FULL`.
+    """
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.open("a+", encoding="ascii")
+    except OSError as problem:
+        raise unusable(folder, problem) from problem
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            lock.seek(0)
+            owner = lock.read(32).strip() or "unknown"
+            raise error(
+                Code.STATE_IN_USE,
+                f"another daemon (process {owner}) uses the state folder {folder}",
+                "stop it with `daemonctl stop`, or give this one its own with --state-dir",
+            ) from problem
+        try:
+            lock.seek(0)
+            lock.truncate()
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as problem:
+            raise unusable(path, problem) from problem
+        yield Store(folder)
+
+
+def unusable(path: Path, problem: OSError) -> CorollaError:
+    """The error for a file of ours that the system refuses."""
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error(Code.DISK_FULL, f"no room on the disk for {path}", "free some space and start again")
+    return error(
+        Code.UNREADABLE,
+        f"cannot use {path}: {problem.strerror or problem}",
+        "give the daemon's user this folder, or choose another with --state-dir",
+    )
