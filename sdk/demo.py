@@ -20,6 +20,7 @@ from ..protocol.control import Piece
 from ..protocol.errors import Code, error, error_from_wire
 from .demo_swarm import DemoSwarm, Member
 from .generation import GenerateOptions
+from .output import event_text
 
 FOUNDER: Final = "first"
 SPARE: Final = "spare"
@@ -238,8 +239,7 @@ class _Story:
         self._show()
 
     def _event(self, piece: Piece) -> None:
-        detail = f": {piece.detail}" if isinstance(piece.detail, str) else ""
-        self._view.stage(f"{piece.event}{detail}")
+        self._view.stage(event_text(piece))
         if self._killed_at_s is not None and self._repaired_by is None:
             self._repairing = True
         self._show()

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from ..protocol.control import Piece
 from ..protocol.errors import CorollaError
 from ..protocol.messages import to_plain
 
@@ -98,6 +99,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def state(name: str) -> str:
     """The name of a state in its colour; click drops the colour in a pipe."""
     return click.style(name, fg=_STATE_COLOURS.get(name))
+
+
+def event_text(piece: Piece) -> str:
+    """What an event among the pieces says, in one line."""
+    detail = piece.detail.get("text") if isinstance(piece.detail, dict) else piece.detail
+    return f"{piece.event}: {detail}" if detail else str(piece.event)
 
 
 def num_bytes(count: int) -> str:

@@ -41,8 +41,8 @@ class DistributedModelForCausalLM:
     ) -> Any:
         """The swarm's model of this name, with its ends loaded here.
 
-        model: as `Daemon.model` takes it. ends: a Hugging Face folder to load the ends from; None takes the
-            model's own files, fetched if need be. daemon: a connection to use; None makes one.
+        model: as `Daemon.model` takes it. ends: a Hugging Face folder, GGUF file or hub id to load the ends
+            from; None takes what the swarm says. daemon: a connection to use; None makes one.
         encoding, wait_s: as `Model.session` takes them. options: for transformers' `from_pretrained`, such
             as dtype and device_map.
         Raises `CorollaError`: `UNKNOWN_MODEL`, `BAD_SHAPE` when the ends belong to another model.
@@ -52,7 +52,7 @@ class DistributedModelForCausalLM:
         if asked is None:
             raise error(Code.NO_DAEMON, "no connection to a daemon")
         try:
-            name = Path(model).resolve().name if Path(model).is_dir() else model
+            name = _name(model)
             view = asked.model(name).view()
             where = _ends(model, ends, view, asked)
             config = AutoConfig.from_pretrained(where)
@@ -106,13 +106,28 @@ class DistributedModelForCausalLM:
             )
 
 
+def _name(model: str) -> str:
+    """What the swarm calls a model whose folder or file is named."""
+    path = Path(model)
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem.partition(".")[0] if path.is_file() else model
+
+
 def _ends(model: str, ends: str | os.PathLike[str] | None, view: ModelView, daemon: Daemon) -> str:
-    """Where the ends are loaded from: a folder or a hub id."""
-    if ends is not None:
-        return os.fspath(ends)
-    if Path(model).is_dir():
-        return model
-    return view.hub_id or daemon.pull(model).folder
+    """Where the ends are loaded from: a folder or a hub id. The daemon converts a GGUF file."""
+    where = os.fspath(ends) if ends is not None else model
+    if Path(where).is_file():
+        return daemon.pull(str(Path(where).resolve())).folder
+    if ends is not None or Path(where).is_dir():
+        return where
+    if view.hub_id is not None:
+        return view.hub_id
+    raise error(
+        Code.UNKNOWN_MODEL,
+        f"nobody says where the files of {view.name} come from",
+        "give the folder or GGUF file of the same model as ends=…",
+    )
 
 
 def _check(config: PretrainedConfig, view: ModelView, where: str) -> None:

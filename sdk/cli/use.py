@@ -12,7 +12,7 @@ from ...protocol.control import Piece
 from ...protocol.errors import Code, error
 from ..client import Daemon, Model
 from ..generation import GenerateOptions, Generation
-from ..output import Output
+from ..output import Output, event_text
 from .options import asking, tell_privacy, the_model
 
 
@@ -89,8 +89,7 @@ def _write(model: Model, output: Output, given: dict[str, Any], options: Generat
     """Stream to stdout (unless JSON is wanted), events to stderr."""
 
     def tell(piece: Piece) -> None:
-        detail = f": {piece.detail}" if isinstance(piece.detail, str) else ""
-        output.say(click.style(f"\n[{piece.event}{detail}]", dim=True))
+        output.say(click.style(f"\n[{event_text(piece)}]", dim=True))
 
     with model.generate(stream=True, on_event=tell, **given, **options) as pieces:
         for piece in pieces:

@@ -36,12 +36,13 @@ def test_more_hops_than_blocks_are_refused(hops: int) -> None:
 
 def test_the_picture_shows_the_gap_from_the_kill_to_the_repair() -> None:
     folder = Path("/nowhere")
-    first, middle, last, spare = members = [
+    members = [
         Member("first", (0, 2), folder, is_ready=True, in_use=True),
         Member("middle", (2, 4), folder, is_ready=True, in_use=True),
         Member("last", (4, 6), folder, is_ready=True, in_use=True),
         Member("spare", (2, 4), folder, is_ready=True),
     ]
+    middle, spare = members[1], members[3]
     client = Member("client", None, folder)
 
     def lines() -> list[str]:
@@ -55,8 +56,6 @@ def test_the_picture_shows_the_gap_from_the_kill_to_the_repair() -> None:
     spare.in_use = True
     assert not any("nobody" in line for line in lines())
     assert not any("client" in line for line in lines())
-    assert len({line.index(str(first.blocks[0])) for line in lines()[:1] if first.blocks}) == 1
-    assert last.blocks == (4, 6)
 
 
 def test_the_verdict_is_about_tokens() -> None:
@@ -71,11 +70,9 @@ def test_a_daemon_that_ends_early_is_reported_with_its_log_and_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")  # a daemon that ends at once
-    with (
-        pytest.raises(CorollaError, match="'first' ended with exit code 1") as caught,
-        DemoSwarm("m") as swarm,
-    ):
-        folder = swarm.folder
-        swarm.start([("first", (0, 1))], lambda: None)
+    with DemoSwarm("m") as swarm:
+        with pytest.raises(CorollaError, match="'first' ended with exit code 1") as caught:
+            swarm.start([("first", (0, 1))], lambda: None)
+        assert swarm.folder.exists()
     assert caught.value.code is Code.NOT_READY
-    assert not folder.exists()
+    assert not swarm.folder.exists()
