@@ -638,7 +638,15 @@ class SessionMachine:
         self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int, problem: CorollaError
     ) -> None:
         decision = self._suspicion.accuse(accuser, accused, step_id)
-        if decision is None:
+        if decision is None and accuser is not None and accused is not None:
+            self._fail(
+                error(
+                    Code.SESSION_LOST,
+                    f"hops go on accusing each other of wrong values: {problem.message}",
+                    "try again later, with other peers",
+                )
+            )
+        elif decision is None:
             self._fail(problem)
         else:
             self._replace(decision, problem.message)

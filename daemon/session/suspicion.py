@@ -13,7 +13,7 @@ from typing import Final
 from ...protocol.steps import Hop
 from .wiring import RouteHop
 
-MAX_TRIALS: Final = 8  # of one step; then the values themselves must be at fault
+MAX_TRIALS: Final = 16  # of one step; then the values themselves must be at fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,23 @@ class Suspicion:
         self._num_trials = 0
         self._banned: set[Hop] = set()
         self._guilty: set[Hop] = set()
+        self._accusers: dict[Hop, set[Hop | None]] = {}  # of each hop, since the last forgiveness
 
     @property
     def banned(self) -> frozenset[Hop]:
         """Hops that are guilty, or under suspicion."""
-        return frozenset(self._banned | self._guilty)
+        discredited = {hop for hop in self._accusers if self._is_discredited(hop)}
+        return frozenset(self._banned | self._guilty | discredited)
 
     def accuse(self, accuser: RouteHop | None, accused: RouteHop | None, step_id: int) -> Replace | None:
         """What to do about an accusation; None to give up. None for a party is the client."""
         trial = self._trial
+        if accused is not None:
+            self._accusers.setdefault(accused.hop, set()).add(_hop(accuser))
         if trial is not None and not trial.swapped and _hop(trial.accuser) == _hop(accuser):
-            return self._swap(trial, _hop(accused))
+            restorable = trial.accused is None or not self._is_discredited(trial.accused.hop)
+            if restorable:
+                return self._swap(trial, _hop(accused))
         self._num_trials += 1
         if self._num_trials > MAX_TRIALS:
             return None
@@ -84,7 +90,7 @@ class Suspicion:
         if trial is None or trial.accused is None or trial.accuser is None:
             return None
         if not trial.swapped:
-            return self._swap(trial, None)
+            return None if self._is_discredited(trial.accused.hop) else self._swap(trial, None)
         if trial.second is None:
             return None
         self._believe(trial)  # it has to do with the accuser, then; perhaps without those it accused
@@ -112,6 +118,11 @@ class Suspicion:
         """There is nobody else: those against whom nothing is proved may come back."""
         self._trial = None
         self._banned.clear()
+        self._accusers.clear()
+
+    def _is_discredited(self, hop: Hop) -> bool:
+        """Two who need know nothing of each other accused it: it is not restored to try them."""
+        return len(self._accusers.get(hop, ())) > 1
 
     def _try(self, trial: _Trial) -> Replace | None:
         self._trial = trial
