@@ -218,7 +218,6 @@ class _Story:
             self._repairing = False
             self._swarm.note_use()
             self._show()
-            self._view.stage("repaired: the spare took over")
         if num_tokens == 1:
             self._swarm.note_use()
             self._show()
@@ -239,7 +238,11 @@ class _Story:
         self._show()
 
     def _event(self, piece: Piece) -> None:
-        self._view.stage(event_text(piece))
+        text = event_text(piece)
+        for member in self._swarm.members:
+            if member.peer:
+                text = text.replace(member.peer, member.name)
+        self._view.stage(text)
         if self._killed_at_s is not None and self._repaired_by is None:
             self._repairing = True
         self._show()

@@ -37,6 +37,7 @@ class Member:
     blocks: tuple[int, int] | None
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    peer: str = ""
     is_ready: bool = False
     in_use: bool = False
     is_killed: bool = False
@@ -110,6 +111,7 @@ class DemoSwarm:
         lenders = [member for member in self.members if member.blocks is not None]
         for member in lenders:
             status = member.status()
+            member.peer = status.peer if status is not None else ""
             member.is_ready = status is not None and any(w.state == "online" for w in status.workers)
         return all(member.is_ready for member in lenders)
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 _MAX_COLUMNS: Final = 60  # of the bar: fits a terminal of 100 together with names and states
-_FILL: Final = {"online": "█", "loading": "░", "draining": "▒", "ready": "▒"}
-_GAP: Final = "·"
+_FILL: Final = {
+    "online": "█", "loading": "░", "draining": "▒", "in use": "█", "ready": "▒", "nobody": "·",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,20 @@ class Bar:
 def picture(
     num_blocks: int, bars: Sequence[Bar], missing: Sequence[tuple[int, int]] = ()
 ) -> list[tuple[str, str]]:
-    """Lines of the picture, each with the state that may give it a colour ("" for the scale, "gap").
+    """Lines of the picture, each with the state that may give it a colour ("" for the scale).
 
-    missing: runs of blocks that nobody serves; see `gaps`.
+    missing: runs of blocks that nobody serves (state "nobody"); see `gaps`.
     """
     if num_blocks < 1:
         return []
     columns = min(_MAX_COLUMNS, num_blocks if num_blocks > 20 else num_blocks * max(1, 40 // num_blocks))
     width = max([len("blocks"), *(len(bar.name) for bar in bars)])
     lines = [(f"{'blocks':<{width}}  {_scale(num_blocks, columns)}", "")]
-    for bar in sorted(bars, key=lambda bar: (bar.start, bar.end, bar.name)):
-        fill = _FILL.get(bar.state, "x")
-        drawn = _bar(bar.start, bar.end, num_blocks, columns, fill)
+    absent = [Bar("", start, end, "nobody") for start, end in missing]
+    for bar in sorted([*bars, *absent], key=lambda bar: (bar.start, bar.end, bar.name == "", bar.name)):
+        drawn = _bar(bar.start, bar.end, num_blocks, columns, _FILL.get(bar.state, "x"))
         tail = f"{bar.start}:{bar.end}".ljust(7) + f" {bar.state} {bar.note}".rstrip()
         lines.append((f"{bar.name:<{width}}  {drawn}  {tail}", bar.state))
-    for start, end in missing:
-        drawn = _bar(start, end, num_blocks, columns, _GAP)
-        lines.append((f"{'':<{width}}  {drawn}  {f'{start}:{end}':<7} nobody", "gap"))
     return lines
 
 

@@ -143,23 +143,24 @@ class LiveView:
 def drawing(num_blocks: int, members: Sequence[Member]) -> list[tuple[str, str]]:
     """The picture of the members that lend blocks; between kill and repair with the gap."""
     bars = _bars(members)
-    in_use = [(bar.start, bar.end) for bar in bars if bar.state == "online"]
+    in_use = [(bar.start, bar.end) for bar in bars if bar.state == "in use"]
     return picture(num_blocks, bars, gaps(num_blocks, in_use) if in_use else [])
 
 
 def _bars(members: Sequence[Member]) -> list[Bar]:
     shown = []
     for member in members:
-        if member.blocks is None:
-            continue
-        if member.is_killed:
-            state, note = "killed", ""
-        elif member.in_use:
-            state, note = "online", "in use"
-        else:
-            state, note = ("ready" if member.is_ready else "loading"), ""
-        shown.append(Bar(member.name, *member.blocks, state, note))
+        if member.blocks is not None:
+            shown.append(Bar(member.name, *member.blocks, _state(member)))
     return shown
+
+
+def _state(member: Member) -> str:
+    if member.is_killed:
+        return "killed"
+    if member.in_use:
+        return "in use"
+    return "ready" if member.is_ready else "loading"
 
 
 def _summary(output: Output, outcome: Outcome) -> None:

@@ -103,7 +103,7 @@ def _show_model(output: Output, model: ModelView, spans: tuple[SpanView, ...]) -
     ]
     served = [(bar.start, bar.end) for bar in bars if bar.state == "online"]
     for line, kind in picture(model.num_blocks, bars, gaps(model.num_blocks, served)):
-        colour = {"online": "green", "loading": "yellow", "gap": "red"}.get(kind)
+        colour = {"online": "green", "loading": "yellow", "nobody": "red"}.get(kind)
         output.line("  " + click.style(line, fg=colour, dim=not kind))
 
 
