@@ -244,8 +244,13 @@ async def _serve_stream(host: BasicHost, admits: Guard, stream: INetStream) -> N
 
 def root_cause(failure: BaseException) -> str:
     """The text of the first cause, which names what happened; those above it only say that it did."""
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
+    while True:
+        if isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        elif failure.__cause__ is not None:
+            failure = failure.__cause__
+        else:
+            break
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror.lower()
     return str(failure) or type(failure).__name__

@@ -20,12 +20,14 @@ from libp2p.kad_dht.common import BUCKET_SIZE, PROTOCOL_ID
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.peer_routing import PeerRouting
 from libp2p.kad_dht.routing_table import RoutingTable
+from libp2p.kad_dht.utils import maybe_consume_signed_record
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 REFRESH_EVERY_S: Final = 600.0
+SETTLE_S: Final = 0.5  # connections come in bunches; one look round serves all of them
 LOOKUP_TIMEOUT_S: Final = 10.0
 REQUEST_TIMEOUT_S: Final = 10.0  # between two questions on one stream
 MAX_REQUEST_BYTES: Final = 64 * 1024  # a FIND_NODE and the asker's signed addresses, with room
@@ -50,18 +52,22 @@ class SwarmRouting:
         translated = cast(IHost, _TranslatingHost(host, protocol, may_enter))
         self._table = RoutingTable(host.get_id(), translated)
         self._routing = PeerRouting(translated, self._table)
+        self._news = trio.Event()  # somebody new is connected, who may know others
         host.set_stream_handler(TProtocol(protocol), self._serve)
 
     async def run(self) -> None:
-        """Look for peers near us, now and every ten minutes; ends by cancellation."""
+        """Look for peers near us, when peers connect and every ten minutes; ends by cancellation."""
         async with trio.open_nursery() as nursery:
             self._table.start_periodic_refresh(nursery)
             while True:
+                with trio.move_on_after(REFRESH_EVERY_S):
+                    await self._news.wait()
+                await trio.sleep(SETTLE_S)
+                self._news = trio.Event()
                 try:
                     await self._routing.refresh_routing_table()
                 except Exception as failure:  # of a foreign library, about other machines
                     _log.warning("refresh_failed", reason=repr(failure))
-                await trio.sleep(REFRESH_EVERY_S)
 
     async def add(self, peer: str, addresses: Sequence[str]) -> None:
         """Consider a connected peer for the table. Addresses that nobody can read leave it out."""
@@ -70,6 +76,7 @@ class SwarmRouting:
         try:
             info = PeerInfo(ID.from_string(peer), [Multiaddr(address) for address in addresses])
             await self._table.add_peer(info, skip_server_mode_check=True)
+            self._news.set()
         except Exception as failure:  # of foreign libraries, about what another machine says of itself
             _log.info("not_entered", peer=peer, reason=repr(failure))
 
@@ -100,6 +107,8 @@ class SwarmRouting:
                     )
                     if request.type != Message.MessageType.FIND_NODE or not request.key[:MAX_KEY_BYTES]:
                         break
+                    if maybe_consume_signed_record(request, self._host, peer):
+                        await self._table.add_peer(peer, skip_server_mode_check=True)
                     answer = self._answer(bytes(request.key[:MAX_KEY_BYTES]), asker=peer).SerializeToString()
                     await stream.write(varint.encode(len(answer)) + answer)
             except (IOException, trio.TooSlowError):

@@ -27,7 +27,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S
 from ..identity import Identity
-from .dialling import AddressBook, Reach, order, reach_of, split_peer, try_each, unreachable
+from .dialling import AddressBook, Reach, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
 from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
@@ -216,12 +216,19 @@ class Libp2pNetwork:
             raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
         if peer is not None and self._live(peer) is not None:
             return peer
+        reason = f"no answer in {timeout_s:g} s"
         with trio.move_on_after(timeout_s):
-            connection = await self._dial(bare, peer)
-            found = str(connection.muxed_conn.peer_id)
-            self._book.worked(found, bare)
-            return found
-        raise unreachable(peer or "(unknown)", {bare: f"no answer in {timeout_s:g} s"})
+            try:
+                connection = await self._dial(bare, peer)
+            except CorollaError as failure:
+                if failure.code is not Code.PEER_LOST:
+                    raise
+                reason = failure.message
+            else:
+                found = str(connection.muxed_conn.peer_id)
+                self._book.worked(found, bare)
+                return found
+        raise unreachable(peer or "(unknown)", {bare: reason})
 
     async def disconnect(self, peer: str) -> None:
         async with trio.open_nursery() as nursery:
@@ -244,12 +251,13 @@ class Libp2pNetwork:
         """Serve until `stop`. Shielded: a cancellation outside ends the block, and that calls `stop`."""
         try:
             with self._scope:
-                async with background_trio_service(self._swarm), trio.open_nursery() as nursery:
-                    await self._start(nursery, listen, kad_protocol)
-                    task_status.started()
-                    if self.failure is None:
-                        await self._stopping.wait()
-                    nursery.cancel_scope.cancel()
+                async with background_trio_service(self._swarm):
+                    async with trio.open_nursery() as nursery:
+                        await self._start(nursery, listen, kad_protocol)
+                        task_status.started()
+                        if self.failure is None:
+                            await self._stopping.wait()
+                        nursery.cancel_scope.cancel()
                     await self._farewell()
         except Exception as crash:  # of the library's services: the node has to start anew
             _log.exception("network_failed")
@@ -264,8 +272,9 @@ class Libp2pNetwork:
             return
         self._bound = tuple(bound for one in self._swarm.listeners.values() for bound in one.get_addrs())
         if kad_protocol is not None:
-            admits = partial(self._handlers.admits, protocol=kad_protocol)
-            self._routing = SwarmRouting(self._host, kad_protocol, admits)
+            self._routing = SwarmRouting(
+                self._host, kad_protocol, lambda peer: self._handlers.admits(peer, kad_protocol)
+            )
             nursery.start_soon(self._routing.run)
 
     def stop(self) -> None:
@@ -274,7 +283,7 @@ class Libp2pNetwork:
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + CLOSE_TIMEOUT_S)
 
     async def _farewell(self) -> None:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S / 2):
+        with trio.move_on_after(CLOSE_TIMEOUT_S / 2):
             async with trio.open_nursery() as nursery:
                 for connections in tuple(self._connections.values()):
                     for connection in tuple(connections):
@@ -311,19 +320,22 @@ class Libp2pNetwork:
             dial.done.set()
 
     async def _dial(self, address: str, peer: str | None) -> SwarmConn:
-        """A new connection to an address, where `peer` (or, for None, anyone) must answer."""
+        """A new connection to an address, where `peer` (or, for None, anyone) must answer.
+
+        Raises `PEER_LOST`, its message only the reason.
+        """
         if reach_of(address) is Reach.RELAYED:
-            raise error(Code.PEER_LOST, f"{address}: no relay is in use here")
+            raise error(Code.PEER_LOST, "no relay is in use here")
         try:
             expected = None if peer is None else ID.from_string(peer)
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 return await self._swarm.dial_address(Multiaddr(address), expected)
         except trio.TooSlowError as failure:
-            raise error(Code.PEER_LOST, f"{address}: no answer in {CONNECT_TIMEOUT_S:g} s") from failure
+            raise error(Code.PEER_LOST, f"no answer in {CONNECT_TIMEOUT_S:g} s") from failure
         except CorollaError:
             raise
         except Exception as failure:  # of sockets, Noise, multistream, multiaddr: each says why in its text
-            raise error(Code.PEER_LOST, f"{address}: {root_cause(failure)}") from failure
+            raise error(Code.PEER_LOST, root_cause(failure)) from failure
 
     def _known(self, peer: str) -> tuple[str, ...]:
         try:
@@ -353,6 +365,8 @@ class Libp2pNetwork:
         muxed.on_broken = partial(self._on_broken, peer, connection)
         if len(connections) == 1:
             self._tell(peer, connected=True)
+        if connection.direction is Direction.OUTBOUND:
+            self._book.learn(peer, [str(address) for address in connection.get_transport_addresses()])
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
 
@@ -406,12 +420,11 @@ class Libp2pNetwork:
     # addresses
 
     def _own_addresses(self) -> tuple[str, ...]:
-        own: dict[str, None] = dict.fromkeys(self._announce)
+        found: dict[str, None] = {}
         for bound in self._bound:
-            own.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
-        reachable = order(tuple(own), {}, 0.0)
+            found.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
         # Others reach us at announced and public addresses first, then in our network, then on this machine.
-        return tuple(sorted(reachable, key=lambda a: (a not in self._announce, _distance_outwards(a))))
+        return tuple(dict.fromkeys((*self._announce, *sorted(found, key=_distance_outwards))))
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:
