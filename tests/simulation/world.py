@@ -10,16 +10,17 @@ from corolla.daemon.session import events as ev
 from corolla.daemon.session.deadlines import Settings
 from corolla.daemon.session.machine import Phase, SessionMachine
 from corolla.daemon.session.roster import Terms
-from corolla.daemon.session.wiring import Route, RouteHop, RouteRequest
 from corolla.daemon.swarm.blame import HEAVY
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.messages import Message
-from corolla.protocol.steps import NEW_ROW, Reply, Row
-from corolla.protocol.tensors import DType, Encoding
+from corolla.protocol.steps import Reply, Row
+from corolla.protocol.tensors import Encoding
 
 from .blocks import TOKEN_BYTES, Blocks, numbers, payload_of, reply_of
 from .clock import Clock
 from .hops import Attach, SimPeer
+from .rows import random_rows
+from .paths import Offer, random_route
 
 MAX_TOKENS = 60
 LIMIT_S = 4000.0
@@ -94,26 +95,12 @@ class World:
         """Random steps: prompts, single tokens, forks, dropped rows, rollbacks."""
         whole = Blocks(0, self.num_blocks)
         for index in range(count):
-            rows = self._random_rows(whole.lengths, first=index == 0)
+            rows = random_rows(self.rng, whole.lengths, MAX_TOKENS, first=index == 0)
             values = [self.rng.getrandbits(63) for _ in range(sum(row.n for row in rows))]
             reply = self.rng.choice(tuple(Reply))
             out = whole.compute(rows, values)
             expected = payload_of(reply_of(rows, reply, out))
             self._steps.append(UserStep(rows, payload_of(values), reply, expected))
-
-    def _random_rows(self, lengths: tuple[int, ...], *, first: bool) -> tuple[Row, ...]:
-        if first or self.rng.random() < 0.05:
-            return tuple(Row(NEW_ROW, 0, self.rng.randint(0, 8)) for _ in range(self.rng.randint(1, 3)))
-        kind = self.rng.random()
-        parents = list(range(len(lengths)))
-        if kind < 0.1:
-            parents = [self.rng.choice(parents) for _ in range(self.rng.randint(1, 3))]
-        rows = []
-        for parent in parents:
-            held = lengths[parent]
-            position = self.rng.randint(0, held) if 0.1 <= kind < 0.2 else held
-            rows.append(Row(parent, position, min(self.rng.choice((1, 1, 1, 0, 6)), MAX_TOKENS - position)))
-        return tuple(rows)
 
     def run(self) -> None:
         """Open the session, take all steps, close it, and let what is left of it expire."""
@@ -278,41 +265,14 @@ class World:
     # the router
 
     def _find_route(self, action: ev.FindRoute) -> None:
-        hops = self._path(
-            action.request,
-            action.request.start,
-            action.request.upstream and action.request.upstream.peer,
-            frozenset(),
-        )
-        if hops is None:
-            problem = error(Code.BLOCKS_UNSERVED, "nobody serves this")
-            self.feed(ev.RouteMissing(action.ticket, problem))
+        offers = [
+            Offer(peer.hop, peer.start, peer.end) for peer in self.peers.values() if self.listed[peer.name]
+        ]
+        route = random_route(self.rng, offers, action.request)
+        if route is None:
+            self.feed(ev.RouteMissing(action.ticket, error(Code.BLOCKS_UNSERVED, "nobody serves this")))
         else:
-            self.feed(ev.RouteFound(action.ticket, Route(tuple(hops))))
-
-    def _path(
-        self, request: RouteRequest, at: int, before: str | None, used: frozenset[str]
-    ) -> list[RouteHop] | None:
-        if at == request.end:
-            after = request.downstream.peer if request.downstream else None
-            return None if (before, after) in request.avoid_links else []
-        names = [name for name, listed in self.listed.items() if listed]
-        self.rng.shuffle(names)
-        for name in names:
-            peer = self.peers[name]
-            if (
-                not peer.start <= at < peer.end
-                or peer.hop in request.avoid
-                or name in request.avoid_peers
-                or name in used
-                or (before, name) in request.avoid_links
-            ):
-                continue
-            end = min(peer.end, request.end)
-            rest = self._path(request, end, name, used | {name})
-            if rest is not None:
-                return [RouteHop(peer.hop, at, end, DType.FLOAT32), *rest]
-        return None
+            self.feed(ev.RouteFound(action.ticket, route))
 
     # the peers' surroundings
 
