@@ -15,7 +15,7 @@ is still good (hops, streams, caches) is kept because nothing has to be done for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -27,20 +27,15 @@ from ...protocol.steps import (
     CloseSession,
     Failure,
     Linked,
-    LinkHop,
     Opened,
-    OpenSession,
     Receipt,
-    Replay,
     Replayed,
     Result,
-    Stage,
-    Step,
     Where,
 )
 from ..swarm.blame import HEAVY, LIGHT
+from . import letters
 from .deadlines import Settings
-from .diagnosis import Trouble, find_stuck
 from .events import (
     Action,
     Charge,
@@ -66,13 +61,14 @@ from .events import (
     StepRequested,
     Tick,
 )
-from .history import Part
 from .parts import max_part_tokens
 from .pipeline import Pipeline
 from .replays import CLIENT, Holding, ReplayPlan, next_replay
 from .roster import Member, Roster, Standing, Terms
+from .search import Search, Standstill
 from .suspicion import Replace, Suspicion
-from .wiring import RouteHop, RouteRequest
+from .watch import Await, BadLink, Hung, Odd, Stuck, Watch
+from .wiring import RouteHop
 
 MAX_WIRINGS: Final = 64  # without a committed step between them; then something is wrong that no route cures
 STEADY_S: Final = 30.0  # a wiring that lasted so long was good; what failed before it counts no more
@@ -102,28 +98,6 @@ class Statistics:
     history_bytes: int
 
 
-@dataclass(slots=True)
-class _Ask:
-    """What the router was asked. again_at: it had nothing; when to ask anew. deadline: of its answer."""
-
-    ticket: int
-    hole: tuple[int, int]
-    request: RouteRequest
-    whole: bool
-    deadline: float
-    again_at: float | None = None
-
-
-@dataclass(slots=True)
-class _Probe:
-    """All hops were asked where a step is. link: a failed link was reported. hard: it took too long anyway."""
-
-    step_id: int
-    deadline: float
-    link: tuple[Member, Member] | None = None
-    hard: bool = False
-
-
 class SessionMachine:
     """One session of a client. Feed it events; do the actions in the order given."""
 
@@ -142,21 +116,17 @@ class SessionMachine:
         )
         self._roster = Roster(terms)
         self._suspicion = Suspicion()
+        self._search = Search(settings, self._roster, self._suspicion)
+        self._watch = Watch(settings)
         self._epoch = 0
-        self._num_asks = 0
-        self._ask: _Ask | None = None
-        self._probe: _Probe | None = None
         self._plan: ReplayPlan | None = None
         self._without_history: set[int] = set()  # indexes of hops, in this wiring
-        self._last_sign = 0.0  # when anything was heard of what is awaited now
-        self._slow_step = -1  # that was found slow once already
         self._link_failures: Counter[tuple[str, str]] = Counter()
         self._charged: set[tuple[str, str]] = set()
         self._num_wirings = 0
         self._running_since = 0.0
         self._is_ready = False
         self._repair_since: float | None = None
-        self._waiting_since: float | None = None
         self._num_repairs = 0
         self._repair_s = 0.0
         self._num_steps = 0
@@ -194,8 +164,8 @@ class SessionMachine:
             self._advance()
 
     def _on_step_requested(self, event: StepRequested) -> None:
-        if self._pipeline.is_idle and self._waiting_since is not None:
-            self._waiting_since = self._now  # nobody waited before
+        if self._pipeline.is_idle:
+            self._search.begin_waiting_anew(self._now)
         try:
             self._pipeline.request(event.ticket, event.rows, event.payload, event.reply)
         except CorollaError as problem:
@@ -218,10 +188,11 @@ class SessionMachine:
 
     def _end(self) -> None:
         for member in self._roster:
-            self._do(CloseHop(member.wire, CloseSession(self._terms.session)))
+            self._do(CloseHop(member.wire, self._farewell()))
             self._roster.remove(member)
         self._phase = Phase.ENDED
-        self._ask = self._probe = None
+        self._search.end(patient=True)
+        self._watch.expect(Await.NOTHING, self._now)
         self._pipeline.close()
 
     def _fail(self, problem: CorollaError) -> None:
@@ -236,117 +207,63 @@ class SessionMachine:
             self._link()
 
     def _find_missing(self) -> bool:
-        hole = self._roster.hole()
-        if hole is None:
-            self._ask = None
+        question = self._search.look(self._now)
+        if question is not None:
+            self._do(question)
+        if self._search.hole is None:
             return False
         self._phase = Phase.ROUTING
-        whole = self._ask is not None and self._ask.whole and self._ask.hole == hole
-        request = self._roster.request(hole, self._suspicion.banned, whole=whole)
-        if self._ask is None or self._ask.request != request:
-            self._ask_for(hole, request, whole=whole)
         return True
 
-    def _ask_for(self, hole: tuple[int, int], request: RouteRequest, *, whole: bool) -> None:
-        self._num_asks += 1
-        deadline = self._now + self._settings.route_timeout_s
-        self._ask = _Ask(self._num_asks, hole, request, whole, deadline)
-        self._do(FindRoute(self._num_asks, request))
-
-    def _asked(self, ticket: int) -> _Ask | None:
-        ask = self._ask
-        return ask if ask is not None and ask.ticket == ticket and ask.again_at is None else None
-
     def _on_route_found(self, event: RouteFound) -> None:
-        ask = self._asked(event.ticket)
-        if ask is None:
+        request = self._search.answered(event.ticket)
+        if request is None:
             return
         try:
-            leaving = self._roster.admit(event.route, ask.request)
+            leaving = self._roster.admit(event.route, request)
         except CorollaError as problem:
-            self._no_route(ask, problem)
+            self._on_route_missing(RouteMissing(event.ticket, problem))
             return
+        self._search.succeed()
         for member in leaving:
             self._suspicion.left(member.place)
-            again = any(other.place.hop == member.place.hop for other in self._roster)
             # A hop that is opened anew on other blocks must not be closed by the old stream's last word.
-            self._do(CloseHop(member.wire, None if again else CloseSession(self._terms.session)))
-        if self._roster.precision_changed(event.route, ask.request):
-            names = sorted(
-                {str(hop.precision.quantization or hop.precision.dtype) for hop in event.route.hops}
-            )
-            self._emit(
-                Kind.PRECISION_CHANGED,
-                f"nobody serves these blocks as before; now in {', '.join(names)}",
-                start=ask.request.start,
-                end=ask.request.end,
-            )
-        self._ask = None
+            again = self._roster.of(member.place.hop) is not None
+            self._do(CloseHop(member.wire, None if again else self._farewell()))
+        if self._roster.precision_changed(event.route, request):
+            names = sorted({str(hop.quantization or hop.dtype) for hop in event.route.hops})
+            text = f"nobody serves these blocks as before; now in {', '.join(names)}"
+            self._emit(Kind.PRECISION_CHANGED, text, start=request.start, end=request.end)
         self._advance()
 
     def _on_route_missing(self, event: RouteMissing) -> None:
-        ask = self._asked(event.ticket)
-        if ask is not None:
-            self._no_route(ask, event.problem)
-
-    def _no_route(self, ask: _Ask, problem: CorollaError) -> None:
-        """Nobody for the lost blocks: all of them anew, then the other party of a trial, then patience."""
-        if problem.fault is Fault.USER and not self._is_ready and problem.code is not Code.BAD_REQUEST:
-            self._fail(problem)
-            return
-        if not ask.whole and len(self._roster):
-            request = self._roster.request(ask.hole, self._suspicion.banned, whole=True)
-            self._ask_for(ask.hole, request, whole=True)
-            return
-        other = self._suspicion.nobody_replaces()
-        if other is not None:
-            self._replace(other, "no replacement for the accused hop")
-            return
-        wait_s = self._wait_s
-        if self._waiting_since is None:
-            self._waiting_since = self._now
-            if wait_s > 0:
-                start, end = ask.hole
-                text = f"waiting up to {wait_s:g} s for a peer that serves blocks {start}:{end}"
-                self._emit(Kind.WAITING, text, start=start, end=end, wait_s=wait_s, reason=problem.message)
-        give_up_at = self._give_up_at()
-        if give_up_at is not None and self._now >= give_up_at:
-            self._give_up(ask, problem)
-            return
-        ask.again_at = self._now + self._settings.route_retry_s
-
-    @property
-    def _wait_s(self) -> float:
-        return self._settings.replacement_wait_s if self._is_ready else self._settings.open_wait_s
-
-    def _give_up_at(self) -> float | None:
-        """When waiting ends. A session without work waits for as long as it lives."""
-        if self._waiting_since is None or (self._is_ready and self._pipeline.is_idle):
-            return None
-        return self._waiting_since + self._wait_s
-
-    def _give_up(self, ask: _Ask, problem: CorollaError) -> None:
-        if not self._is_ready:
-            self._fail(problem)
-            return
-        start, end = ask.hole
-        self._fail(
-            error(
-                Code.SESSION_LOST,
-                f"blocks {start}:{end} were lost, and no replacement came in {self._wait_s:g} s:"
-                f" {problem.message}",
-                "serve these blocks, or try again later",
-                start=start,
-                end=end,
+        if self._search.answered(event.ticket) is not None:
+            self._on_search(
+                self._search.fail(
+                    event.problem, self._now, is_ready=self._is_ready, is_idle=self._pipeline.is_idle
+                ),
+                event.problem.message,
             )
-        )
 
-    def _ask_again(self) -> None:
-        self._roster.forgive()
-        self._suspicion.forgive()
-        self._link_failures.clear()
-        self._ask = None
-        self._advance()
+    def _on_search(
+        self, outcome: FindRoute | Replace | Standstill | CorollaError | None, reason: str
+    ) -> None:
+        """Do what a search in vain leads to."""
+        wait_s = self._search.wait_s(is_ready=self._is_ready)
+        match outcome:
+            case FindRoute():
+                self._do(outcome)
+            case Replace():
+                self._replace(outcome, "no replacement for the accused hop")
+            case CorollaError():
+                self._fail(outcome)
+            case Standstill.WAITS:
+                start, end = self._search.hole or (self._terms.start, self._terms.end)
+                text = f"waiting up to {wait_s:g} s for a peer that serves blocks {start}:{end}"
+                self._emit(Kind.WAITING, text, start=start, end=end, wait_s=wait_s, reason=reason)
+            case None:
+                self._link_failures.clear()
+                self._advance()
 
     # up the stairs: opening and linking
 
@@ -358,24 +275,18 @@ class SessionMachine:
                 )
                 member.standing = Standing.OPENING
                 member.deadline = self._now + patience_s
-                self._do(OpenHop(member.wire, member.place.hop.peer, self._opening(member.place), patience_s))
+                self._do(
+                    OpenHop(
+                        member.wire,
+                        member.place.hop.peer,
+                        letters.opening(self._terms, member.place),
+                        patience_s,
+                    )
+                )
         if all(member.standing is Standing.OPEN for member in self._roster):
             return False
         self._phase = Phase.OPENING
         return True
-
-    def _opening(self, place: RouteHop) -> OpenSession:
-        terms = self._terms
-        return OpenSession(
-            terms.session,
-            terms.fingerprint,
-            place.hop.worker,
-            place.start,
-            place.end,
-            terms.encoding,
-            terms.max_rows,
-            terms.max_tokens,
-        )
 
     def _on_opened(self, member: Member, message: Opened) -> None:
         if member.standing is Standing.OPENING:
@@ -396,14 +307,13 @@ class SessionMachine:
             return
         self._phase = Phase.LINKING
         self._epoch += 1
-        self._last_sign = self._now
+        self._watch.expect(Await.LINKS, self._now)
         self._without_history.clear()
         base, lengths = self._pipeline.committed, self._pipeline.lengths
-        for index, member in enumerate(self._roster):
+        for member in self._roster:
             member.linked = False
-            upstream, downstream = self._roster.link_of(index)
-            link = LinkHop(self._terms.session, self._epoch, upstream, downstream, base, lengths)
-            self._send(member, link)
+        for wire, link in letters.links(self._terms, self._roster, self._epoch, base, lengths):
+            self._do(Send(wire, (link,)))
 
     def _on_linked(self, member: Member, message: Linked) -> None:
         lengths = self._pipeline.lengths
@@ -418,7 +328,6 @@ class SessionMachine:
         member.linked = True
         member.holding = Holding.of(held, history, lengths)
         if all(other.linked for other in self._roster):
-            self._probe = None
             self._replay_or_run()
 
     # up the stairs: replaying
@@ -431,38 +340,21 @@ class SessionMachine:
             self._run()
             return
         self._phase = Phase.REPLAYING
-        self._last_sign = self._now
+        self._watch.expect(Await.REPLAY, self._now)
+        terms, epoch = self._terms, self._epoch
         base, lengths = self._pipeline.committed, self._pipeline.lengths
         if plan.source != CLIENT:
-            source = self._roster[plan.source]
-            session, epoch = self._terms.session, self._epoch
-            self._send(source, Replay(session, epoch, base, plan.starts, lengths, plan.num_hops))
+            self._send(self._roster[plan.source], letters.replay(terms, epoch, base, plan, lengths))
             return
-        max_tokens = max_part_tokens(self._terms.token_bytes, self._settings.part_tokens)
+        max_tokens = max_part_tokens(terms.token_bytes, self._settings.part_tokens)
         try:
             parts = self._pipeline.history.read(plan.starts, lengths, max_tokens)
         except CorollaError as problem:
             lost = f"the hidden states of a lost hop cannot be sent again: {problem.message}"
             self._fail(error(Code.SESSION_LOST, lost, "begin the session anew"))
             return
-        self._do(Send(self._roster[0].wire, self._replayed_steps(parts, plan.num_hops, base, self._epoch)))
-
-    def _replayed_steps(
-        self, parts: Iterable[Part], num_hops: int, base: int, epoch: int
-    ) -> Iterator[Message]:
-        """Taken one by one while the stream accepts them, so everything that may change is an argument."""
-        session = self._terms.session
-        for part in parts:
-            yield Step(
-                session,
-                epoch,
-                base,
-                part.rows,
-                committed=base,
-                replay_hops=num_hops,
-                final=part.final,
-                payload=part.payload,
-            )
+        steps = letters.replayed(terms, epoch, base, plan.num_hops, parts)
+        self._do(Send(self._roster[0].wire, steps))
 
     def _on_replayed(self, member: Member, message: Replayed) -> None:
         plan = self._plan
@@ -471,7 +363,6 @@ class SessionMachine:
         for index in range(plan.source + 1, plan.last + 1):
             other = self._roster[index]
             other.holding = other.holding.after(plan.starts, self._pipeline.lengths)
-        self._probe = None
         self._replay_or_run()
 
     # running
@@ -479,7 +370,7 @@ class SessionMachine:
     def _run(self) -> None:
         self._phase = Phase.RUNNING
         self._running_since = self._now
-        self._waiting_since = None
+        self._search.end(patient=True)
         if not self._is_ready:
             self._is_ready = True
             self._do(Ready())
@@ -493,34 +384,22 @@ class SessionMachine:
                 Kind.REPAIRED, f"repaired in {seconds:.2f} s", seconds=seconds, peers=peers, spans=spans
             )
         self._repair_since = None
-        self._last_sign = self._now
+        self._watch.expect(Await.NOTHING, self._now)
         self._send_steps()
 
     def _send_steps(self) -> None:
         if self._phase is not Phase.RUNNING:
             return
-        if self._pipeline.oldest is None:
-            self._last_sign = self._now
         committed = self._pipeline.committed
-        steps = [
-            Step(
-                self._terms.session,
-                self._epoch,
-                part.step_id,
-                part.rows,
-                committed,
-                part.reply,
-                payload=part.payload,
-            )
-            for part in self._pipeline.take(self._now)
-        ]
-        if steps:
+        parts = self._pipeline.take(self._now)
+        if parts:
+            if self._pipeline.oldest is parts[0]:
+                self._watch.expect(Await.STEP, self._now)
+            steps = [letters.step(self._terms, self._epoch, committed, part) for part in parts]
             self._do(Send(self._roster[0].wire, steps))
 
     def _on_receipt(self, member: Member, message: Receipt) -> None:
-        self._last_sign = self._now
-        if self._probe is not None and self._probe.link is None and not self._probe.hard:
-            self._probe = None
+        self._watch.sign(self._now)
 
     def _on_result(self, member: Member, message: Result) -> None:
         oldest = self._pipeline.oldest
@@ -538,8 +417,7 @@ class SessionMachine:
         if guilty is not None:
             self._charge(guilty.hop.peer, HEAVY, "gave wrong values, or accused another of it falsely")
         answer = self._pipeline.commit(message.payload)
-        self._last_sign = self._now
-        self._probe = None
+        self._watch.expect(Await.NOTHING if self._pipeline.oldest is None else Await.STEP, self._now)
         self._num_wirings = 0
         self._num_steps += 1
         self._charged.clear()
@@ -659,7 +537,7 @@ class SessionMachine:
         if decision.restore is not None:
             leaving += self._roster.put_back(decision.restore)
         for other in leaving:
-            self._do(CloseHop(other.wire, CloseSession(self._terms.session)))
+            self._do(CloseHop(other.wire, self._farewell()))
         self._disturb(f"{decision.remove.hop.peer} is replaced: {reason}", member)
 
     def _strike(self, member: Member, reason: str) -> None:
@@ -672,6 +550,11 @@ class SessionMachine:
 
     def _drop(self, member: Member, reason: str, *, charge: float = 0.0, avoid_peer: bool = False) -> None:
         """Replace a hop. avoid_peer: it is dead or bad altogether, so that no last word is sent either."""
+        self._expel(member, reason, charge=charge, avoid_peer=avoid_peer)
+        self._disturb(f"{member.name} {reason}", member)
+
+    def _expel(self, member: Member, reason: str, *, charge: float, avoid_peer: bool) -> None:
+        """As `_drop`, while others are still to go."""
         if charge:
             self._charge(member.place.hop.peer, charge, reason)
         self._roster.remove(member)
@@ -679,8 +562,7 @@ class SessionMachine:
         self._roster.avoided.add(member.place.hop)
         if avoid_peer:
             self._roster.avoided_peers.add(member.place.hop.peer)
-        self._do(CloseHop(member.wire, None if avoid_peer else CloseSession(self._terms.session)))
-        self._disturb(f"{member.name} {reason}", member)
+        self._do(CloseHop(member.wire, None if avoid_peer else self._farewell()))
 
     def _disturb(self, reason: str, member: Member | None = None) -> None:
         """The wiring does not work any more: note it, and begin to climb again."""
@@ -698,7 +580,7 @@ class SessionMachine:
                 }
             self._emit(Kind.REPAIRING, reason, **detail)
         self._phase = Phase.ROUTING
-        self._probe = None
+        self._watch.expect(Await.NOTHING, self._now)
         self._plan = None
         self._pipeline.rewind()
         self._advance()
@@ -709,26 +591,10 @@ class SessionMachine:
         for member in self._roster:
             if member.standing is Standing.OPENING:
                 yield member.deadline
-        if self._ask is not None:
-            yield self._ask.deadline if self._ask.again_at is None else self._ask.again_at
-            give_up_at = self._give_up_at() if self._ask.again_at is not None else None
-            if give_up_at is not None:
-                yield give_up_at
-        if self._probe is not None:
-            yield self._probe.deadline
-        elif self._phase is Phase.LINKING:
-            yield self._last_sign + self._settings.open_timeout_s
-        elif self._phase is Phase.REPLAYING:
-            yield self._last_sign + self._settings.step_timeout_s
-        elif self._phase is Phase.RUNNING and self._pipeline.oldest is not None:
-            yield self._last_sign + self._settings.step_timeout_s
-            yield self._hard_deadline()
-
-    def _hard_deadline(self) -> float:
-        oldest = self._pipeline.oldest
-        if oldest is None or oldest.sent_at is None:
-            return float("inf")
-        return max(oldest.sent_at, self._running_since) + self._settings.step_hard_timeout_s
+        search = self._search.deadline(is_ready=self._is_ready, is_idle=self._pipeline.is_idle)
+        for deadline in (search, self._watch.deadline):
+            if deadline is not None:
+                yield deadline
 
     def _on_tick(self, event: Tick) -> None:
         deadline = self.next_deadline
@@ -737,87 +603,44 @@ class SessionMachine:
         late = [m for m in self._roster if m.standing is Standing.OPENING and m.deadline <= self._now]
         if late:
             self._drop(late[0], "did not open the session in time", charge=LIGHT, avoid_peer=True)
-        elif self._ask is not None:
-            self._on_ask_deadline(self._ask)
-        elif self._probe is not None:
-            self._conclude(self._probe)
+        elif self._search.hole is not None:
+            idle = self._pipeline.is_idle
+            self._on_search(self._search.tick(self._now, is_ready=self._is_ready, is_idle=idle), "no answer")
+        elif self._watch.is_asking:
+            self._conclude()
         else:
-            self._ask_where(hard=self._phase is Phase.RUNNING and self._hard_deadline() <= self._now)
+            self._ask_where()
 
-    def _on_ask_deadline(self, ask: _Ask) -> None:
-        give_up_at = self._give_up_at()
-        timeout = error(Code.TIMEOUT, "no route was found in time", "try again later")
-        if ask.again_at is None:
-            self._no_route(ask, timeout)
-        elif give_up_at is not None and self._now >= give_up_at:
-            self._give_up(ask, timeout)
-        else:
-            self._ask_again()
-
-    def _ask_where(self, link: tuple[Member, Member] | None = None, *, hard: bool = False) -> None:
+    def _ask_where(self, link: tuple[Member, Member] | None = None) -> None:
         """Ask every hop where the step is: who does not answer hangs, and the others' answers tell more."""
-        if self._probe is not None:
-            self._probe.link = self._probe.link or link
-            return
         oldest = self._pipeline.oldest if self._phase is Phase.RUNNING else None
         step_id = oldest.step_id if oldest is not None else self._pipeline.committed
-        self._probe = _Probe(step_id, self._now + self._settings.where_timeout_s, link, hard)
-        for member in self._roster:
-            member.stage = None
-            self._send(member, Where(self._terms.session, self._epoch, step_id))
+        members = tuple(self._roster)
+        if self._watch.ask(members, (self._epoch, step_id), self._now, link):
+            for member in members:
+                self._send(member, Where(self._terms.session, self._epoch, step_id))
 
     def _on_at(self, member: Member, message: At) -> None:
-        probe = self._probe
-        if probe is None or (message.epoch, message.step_id) != (self._epoch, probe.step_id):
-            return
-        member.stage = message.stage
-        if all(other.stage is not None for other in self._roster):
-            self._conclude(probe)
+        self._watch.hear(member, message)
+        if self._watch.is_asking and all(other.stage is not None for other in self._roster):
+            self._conclude()
 
-    def _conclude(self, probe: _Probe) -> None:
+    def _conclude(self) -> None:
         """Decide who or what is at fault, from the answers that came."""
-        self._probe = None
-        silent = [member for member in self._roster if member.stage is None]
-        if silent:
-            for member in silent[1:]:  # all at once, or each would cost a deadline of its own
-                self._expel(member)
-            self._drop(silent[0], "does not answer", charge=LIGHT, avoid_peer=True)
-        elif probe.link is not None:
-            self._cut_link(*probe.link)
-        elif self._phase is Phase.LINKING:
-            member = next(member for member in self._roster if not member.linked)
-            index = self._roster.index(member)
-            if index + 1 < len(self._roster):
-                self._cut_link(member, self._roster[index + 1])
-            else:
-                self._strike(member, "did not link in time")
-        else:
-            self._find_trouble(probe)
-
-    def _expel(self, member: Member) -> None:
-        """As `_drop`, while others are still to go."""
-        self._charge(member.place.hop.peer, LIGHT, "does not answer")
-        self._roster.remove(member)
-        self._suspicion.left(member.place)
-        self._roster.avoided_peers.add(member.place.hop.peer)
-        self._do(CloseHop(member.wire, None))
-
-    def _find_trouble(self, probe: _Probe) -> None:
-        first = self._plan.source + 1 if self._plan is not None else 0
-        last = self._plan.last if self._plan is not None else len(self._roster) - 1
-        chain = [self._roster[index] for index in range(first, last + 1)]
-        finding = find_stuck([member.stage or Stage.UNKNOWN for member in chain])
-        member = chain[finding.place]
-        upstream = self._roster.upstream(member)
-        if finding.trouble is Trouble.SLOW and not probe.hard and self._slow_step != probe.step_id:
-            self._slow_step = probe.step_id
-            self._last_sign = self._now
-        elif finding.trouble in (Trouble.SLOW, Trouble.WORKER):
-            self._drop(member, "is stuck: " + finding.trouble.value, charge=LIGHT)
-        elif finding.trouble is Trouble.LINK and upstream is not None:
-            self._cut_link(upstream, member)
-        else:
-            self._strike(member, finding.trouble.value)
+        members = tuple(self._roster)
+        plan = self._plan
+        chain = members if plan is None else members[plan.source + 1 : plan.last + 1]
+        match self._watch.conclude(members, chain, self._now):
+            case Hung(hung):
+                for member in hung[1:]:  # all at once, or each would cost a deadline of its own
+                    self._expel(member, "does not answer", charge=LIGHT, avoid_peer=True)
+                self._drop(hung[0], "does not answer", charge=LIGHT, avoid_peer=True)
+            case BadLink(upstream, downstream):
+                self._cut_link(upstream, downstream)
+            case Stuck(member):
+                self._drop(member, "has a worker that is stuck", charge=LIGHT)
+            case Odd(member, reason):
+                self._strike(member, reason)
 
     def _cut_link(self, upstream: Member, downstream: Member) -> None:
         """Two live hops do not reach each other. Once may be chance; then one of them makes room, uncharged."""
@@ -833,10 +656,13 @@ class SessionMachine:
         self._roster.bad_links.add(link)
         self._roster.remove(leaving)
         self._suspicion.left(leaving.place)
-        self._do(CloseHop(leaving.wire, CloseSession(self._terms.session)))
+        self._do(CloseHop(leaving.wire, self._farewell()))
         self._disturb(f"{upstream.name} and {downstream.name} do not reach each other", leaving)
 
     # what comes out
+
+    def _farewell(self) -> CloseSession:
+        return CloseSession(self._terms.session)
 
     def _send(self, member: Member, message: Message) -> None:
         self._do(Send(member.wire, (message,)))
