@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import structlog.testing
 import trio
 import trio.testing
 from trio._core import _run
@@ -173,7 +174,7 @@ class Swarm:
                 reply = self.rng.choice(tuple(Reply))
                 expected = reference.step(rows, payload, reply)
                 answer = await self.session.step(rows, payload, reply)
-                if not_finite(TOKEN_BYTES) in answer:
+                while not_finite(TOKEN_BYTES) in answer:
                     answer = await self.session.again(error(Code.NOT_FINITE, "the answer is not finite"))
                 if answer != expected:
                     raise AssertionError(f"step {index} was answered wrongly")
@@ -283,9 +284,12 @@ def play_daemons(seed: int) -> Story:
             nursery.cancel_scope.cancel()
 
     try:
-        with deterministic_trio(seed):
+        with deterministic_trio(seed), structlog.testing.capture_logs() as logs:
             trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        failed = [line for line in logs if line["log_level"] == "error"]
+        if failed:
+            raise AssertionError(f"a daemon logged {failed[0]}")
     except BaseException as problem:
         told = "\n".join(stories[0].lines[-30:]) if stories else ""
-        raise AssertionError(f"seed {seed}: {problem!r}\n{told}") from problem
+        raise AssertionError(f"daemons, seed {seed}: {problem!r}\n{told}") from problem
     return stories[0]

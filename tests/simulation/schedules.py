@@ -7,12 +7,26 @@ from .world import World
 NUM_BLOCKS = 4
 
 
-def build(seed: int, *, verbose: bool = False) -> World:
+def play_machine(seed: int) -> World:
+    """Run one schedule to its end and check what must hold. Raises AssertionError naming the seed."""
+    world = build(seed)
+    try:
+        world.run()
+        world.check()
+        if world.outcome.failed is not None:
+            raise AssertionError(f"the session failed: {world.outcome.failed}")
+    except Exception as problem:
+        told = "\n".join(line[:200] for line in world.lines[-30:])
+        raise AssertionError(f"machine, seed {seed}: {problem!r}\n{told}") from problem
+    return world
+
+
+def build(seed: int) -> World:
     """A world with random peers and random misfortunes.
 
     Each block has a rock: a peer to which nothing happens, so that the session must always reach its end.
     """
-    world = World(seed, num_blocks=NUM_BLOCKS, verbose=verbose)
+    world = World(seed, num_blocks=NUM_BLOCKS)
     rng = world.rng
     at = 0
     while at < NUM_BLOCKS:

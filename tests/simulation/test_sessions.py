@@ -1,7 +1,12 @@
-"""The session's state machine under random schedules of everything that can go wrong.
+"""Sessions under random schedules of everything that can go wrong, from one seed each.
 
-2,000 schedules run by default. By hand: `python -m pytest tests/simulation -k schedules --seeds 100000`, and one
-seed exactly, told in full: `python -m tests.simulation.test_sessions SEED`.
+Two kinds of worlds: the state machine among simulated hops (`schedules.py`), and whole daemons, the code that
+ships, over the network in memory (`daemons.py`). By default 2,000 schedules of the first kind and 120 of the
+second run. By hand, any number from any seed, and one seed told in full:
+
+    python -m tests.simulation.test_sessions machine 0 100000
+    python -m tests.simulation.test_sessions daemons 0 10000
+    python -m tests.simulation.test_sessions machine 4711
 """
 
 from __future__ import annotations
@@ -10,30 +15,58 @@ import sys
 
 import pytest
 
-from .schedules import build
+from .daemons import play_daemons
+from .schedules import play_machine
 
-NUM_SCHEDULES = 2000
+NUM_MACHINES = 2000
+NUM_DAEMONS = 120
 PER_TEST = 100
+DAEMONS_PER_TEST = 20
 
 
-def play(seed: int, *, verbose: bool = False) -> None:
-    """Run one schedule and check what must hold. Raises AssertionError naming the seed."""
-    world = build(seed, verbose=verbose)
-    try:
-        world.run()
-        world.check()
-        if world.outcome.failed is not None:
-            raise AssertionError(f"the session failed: {world.outcome.failed}")
-    except AssertionError as problem:
-        raise AssertionError(f"seed {seed}: {problem}") from problem
-
-
-@pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, PER_TEST))
-def test_schedules_change_no_answer_and_charge_nobody_innocent(first: int) -> None:
+@pytest.mark.parametrize("first", range(0, NUM_MACHINES, PER_TEST))
+def test_no_schedule_changes_an_answer_or_charges_an_innocent(first: int) -> None:
     for seed in range(first, first + PER_TEST):
-        play(seed)
+        play_machine(seed)
+
+
+@pytest.mark.parametrize("first", range(0, NUM_DAEMONS, DAEMONS_PER_TEST))
+def test_no_schedule_of_whole_daemons_changes_an_answer_or_charges_an_innocent(first: int) -> None:
+    for seed in range(first, first + DAEMONS_PER_TEST):
+        play_daemons(seed)
+
+
+def test_a_schedule_of_the_machine_replays_exactly() -> None:
+    assert play_machine(7).lines == play_machine(7).lines
+
+
+def test_a_schedule_of_whole_daemons_replays_exactly() -> None:
+    first, second = play_daemons(7), play_daemons(7)
+    assert first.lines == second.lines
+    assert first.num_repairs > 0
+
+
+def test_the_default_schedules_repair_replay_wait_and_charge() -> None:
+    told = [line for seed in range(200) for line in play_machine(seed).lines]
+    for what in ("Replay(", "repaired", "Charge(", "HISTORY_GONE", "link_failed", "not_finite"):
+        assert any(what.lower() in line.lower() for line in told), what
+
+
+def main(kind: str, first: int, last: int | None = None) -> None:
+    """Play seeds [first, last), or tell one in full."""
+    play = {"machine": play_machine, "daemons": play_daemons}[kind]
+    if last is None:
+        print("\n".join(play(first).lines))
+        return
+    failed = 0
+    for seed in range(first, last):
+        try:
+            play(seed)
+        except AssertionError as problem:
+            failed += 1
+            print(problem)
+    print(f"{last - first} schedules, {failed} failed")
 
 
 if __name__ == "__main__":
-    play(int(sys.argv[1]), verbose=True)
-    print("holds")
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -19,8 +19,8 @@ from corolla.protocol.tensors import Encoding
 from .blocks import TOKEN_BYTES, Blocks, numbers, payload_of, reply_of
 from .clock import Clock
 from .hops import Attach, SimPeer
-from .rows import random_rows
 from .paths import Offer, random_route
+from .rows import random_rows
 
 MAX_TOKENS = 60
 LIMIT_S = 4000.0
@@ -63,11 +63,11 @@ class Outcome:
 class World:
     """Everything around one machine. `run` plays the user; `after` and what follows serve the peers."""
 
-    def __init__(self, seed: int, *, num_blocks: int = 4, verbose: bool = False) -> None:
+    def __init__(self, seed: int, *, num_blocks: int = 4) -> None:
         self.rng = random.Random(f"world {seed}")
         self.clock = Clock()
         self.num_blocks = num_blocks
-        self.verbose = verbose
+        self.lines: list[str] = []  # the story, for comparing two runs of one seed and for reading
         self.outcome = Outcome()
         self.guilty: set[str] = set()  # may be charged at all
         self.liars: set[str] = set()  # may be charged heavily
@@ -136,13 +136,18 @@ class World:
 
     def feed(self, event: ev.Event) -> None:
         """Give the machine an event, and do what it wants."""
-        if self.verbose and not isinstance(event, ev.Tick):
-            print(f"{self.clock.now:8.3f} {self.machine.phase.name:9} <- {event}"[:240])
+        self._tell("<-", event)
         for action in self.machine.handle(event, self.clock.now):
-            if self.verbose:
-                print(f"{self.clock.now:8.3f} {self.machine.phase.name:9} -> {action}"[:240])
+            self._tell("->", action)
             self._act(action)
         self._arm()
+
+    def _tell(self, arrow: str, what: ev.Event | ev.Action) -> None:
+        if isinstance(what, ev.Send) and not isinstance(what.messages, tuple | list):
+            text = f"Send(wire={what.wire}, a replay)"
+        else:
+            text = str(what).replace(f"session={SESSION!r}, ", "")
+        self.lines.append(f"{self.clock.now:9.4f} {self.machine.phase.name:9} {arrow} {text}")
 
     def _arm(self) -> None:
         deadline = self.machine.next_deadline
