@@ -81,7 +81,8 @@ Inbox = queue.SimpleQueue[Message]
 
 def load(configure: Configure, connection: Connection) -> Engine:
     """The engine, with its parts loaded and reported as `Ready`; or `Failed`, and the process ends."""
-    import torch  # here, because it reads the environment when imported, and takes seconds
+    connection.report("loading", 0, 0)  # a first sign of life: the imports take seconds
+    import torch  # here, because it reads the environment
 
     from .engine import Engine, explain
     from .generation import Generations

@@ -79,11 +79,12 @@ class Scheduler:
     policy: Policy = field(default_factory=Policy)
     _lanes: dict[bytes, deque[_Waiting]] = field(default_factory=dict)
     _num_arrived: int = 0
+    _num_gone: int = 0
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that are not through yet."""
-        return sum(len(lane) for lane in self._lanes.values())
+        """Jobs that are not through yet. Another thread may ask."""
+        return self._num_arrived - self._num_gone
 
     def add(self, job: Job) -> None:
         """Queue a job behind those of its session."""
@@ -113,7 +114,9 @@ class Scheduler:
 
     def drop(self, session: bytes) -> tuple[Job, ...]:
         """Forget a session's jobs; returns those that were not through, in order."""
-        return tuple(waiting.job for waiting in self._lanes.pop(session, ()))
+        dropped = tuple(waiting.job for waiting in self._lanes.pop(session, ()))
+        self._num_gone += len(dropped)
+        return dropped
 
     def _rank(self, head: _Waiting) -> tuple[int, int]:
         """Smaller goes first."""
@@ -147,5 +150,6 @@ class Scheduler:
     def _pop(self, session: bytes) -> None:
         lane = self._lanes[session]
         lane.popleft()
+        self._num_gone += 1
         if not lane:
             del self._lanes[session]

@@ -123,11 +123,14 @@ class Engine:
 
     def handle(self, message: Message) -> None:
         """Take a request: answer it at once, or queue it for `run`."""
-        request: int = getattr(message, "request", 0)
+        request: int | None = getattr(message, "request", None)
         try:
             self._handle(message)
         except Exception as problem:
-            self._fail(request, problem)
+            if request is not None:
+                self._fail(request, problem)
+            else:  # nobody waits for an answer
+                logger.error("the message %r failed", message.KIND, exc_info=problem)
 
     def run(self) -> None:
         """Sample what is to be sampled, then one pass of what waits longest or matters most."""
@@ -227,21 +230,26 @@ class Engine:
         if not running:
             return
         try:
-            self._advance(running, chosen.blocks)
+            outputs = self._forward(running, chosen.blocks)
         except Exception as problem:
             if len(running) == 1:
                 self._fail_step(running[0][0], problem)
                 return
             logger.warning("a batch of %d steps failed, each runs again alone: %s", len(running), problem)
             for part, step in running:
-                self._advance_alone(part, step, chosen.blocks)
+                self._run_alone(part, step, chosen.blocks)
+            return
+        for (part, step), output in zip(running, outputs, strict=True):
+            self._take_output(part, step, output)
 
-    def _advance_alone(self, part: Part, step: _Step, blocks: tuple[int, int]) -> None:
+    def _run_alone(self, part: Part, step: _Step, blocks: tuple[int, int]) -> None:
         """Run one of a failed batch; what the batch wrote already is written again with the same values."""
         try:
-            self._advance([(part, step)], blocks)
+            (output,) = self._forward([(part, step)], blocks)
         except Exception as problem:
             self._fail_step(part, problem)
+            return
+        self._take_output(part, step, output)
 
     def _begun(self, part: Part) -> _Step:
         """The step of a part; its first part begins it."""
@@ -255,8 +263,8 @@ class Engine:
             span.copy_pages(begun.applied.copies)
         return self._steps[request]
 
-    def _advance(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> None:
-        """One pass with these parts side by side, and the answers to those that are through."""
+    def _forward(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> tuple[Tensor, ...]:
+        """One pass with these parts side by side; each one's output (part.num, hidden_size)."""
         segments: list[Segment] = []
         for part, step in running:
             segments.extend(cut(step.begun.applied.segments, part.first, part.num))
@@ -266,18 +274,19 @@ class Engine:
         if batch.num_tokens:
             output = self._blocks().forward(output, batch, blocks)
         self._num_tokens += batch.num_tokens
-        for (part, step), states in zip(
-            running, torch.split(output, [part.num for part, _ in running]), strict=True
-        ):
-            try:
-                step.answer.append(_encoded(states, part, step))
-            except CorollaError as problem:
-                self._fail_step(part, problem)
-                continue
-            if part.is_last:
-                request = part.job.request
-                del self._steps[request], self._asked[request]
-                self._send(Done(request, b"".join(step.answer)))
+        return torch.split(output, [part.num for part, _ in running])
+
+    def _take_output(self, part: Part, step: _Step, output: Tensor) -> None:
+        """Add a part's output to its step's answer, and send that once it is whole."""
+        try:
+            step.answer.append(_encoded(output, part, step))
+        except Exception as problem:
+            self._fail_step(part, problem)
+            return
+        if part.is_last:
+            request = part.job.request
+            del self._steps[request], self._asked[request]
+            self._send(Done(request, b"".join(step.answer)))
 
     def _fail_step(self, part: Part, problem: Exception) -> None:
         """Answer that a step failed, and leave its session as it was before."""

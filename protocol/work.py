@@ -172,7 +172,8 @@ class ChatMessage:
 class Sampling:
     """How the next token is chosen from logits. Noise is a function of (seed, row, position) alone.
 
-    temperature: 0 is greedy. stop: texts that end a row; they are not given out.
+    temperature: 0 is greedy. repetition_penalty counts tokens of prompt and text, presence_penalty of the
+    text alone. stop: texts that end a row; they are not given out.
     top_logprobs: how many alternatives to report.
     """
 
@@ -252,7 +253,12 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """One row's next token. text: what became readable by it; finish: "stop", "length" or None."""
+    """One row's next token.
+
+    row: its number among the prompts, whichever rows ended before. text: what became readable by it, without
+    stop strings and what may become one; a row that ends gives out all that was held back. finish: "stop",
+    "length" or None. logprob, top: of the model itself, before penalties, temperature and filters.
+    """
 
     row: int
     token: int
@@ -316,7 +322,8 @@ class Ready(Message):
 
 @dataclass(frozen=True, slots=True)
 class Beat(Message):
-    """Every second. progress: grows with each block computed, so that a worker that hangs shows."""
+    """Every second once the worker is ready. progress: grows with each block computed and while the worker
+    is idle, so that one that hangs shows. tokens_per_s: since the beat before."""
 
     KIND: ClassVar[str] = "beat"
     progress: int

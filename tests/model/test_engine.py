@@ -322,11 +322,15 @@ def test_a_failed_part_of_a_prefill_undoes_the_parts_before_it(desk: Desk) -> No
 def test_messages_that_this_worker_has_no_part_for_are_refused(desk: Desk) -> None:
     desk.engine.handle(BeginGeneration(9, 1, Sampling(), Encoding.FLOAT32, 8, tokens=(TokenRow((1,)),)))
     assert problem(desk.answers.pop()).code is Code.NOT_READY
-    desk.engine.handle(Configure(ModelSource(SourceKind.FOLDER, "/model"), "/cache"))
-    assert problem(desk.answers.pop()).code is Code.UNSUPPORTED
     ends_only = Engine(None, None, 0, desk.answers.append)
     ends_only.handle(OpenCache(1, A, 0, 1, Encoding.FLOAT32, 1, 64))
     assert problem(desk.answers.pop()).code is Code.BLOCKS_OUT_OF_RANGE
+
+
+def test_a_message_that_cannot_be_answered_is_logged(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    desk.engine.handle(Configure(ModelSource(SourceKind.FOLDER, "/model"), "/cache"))
+    assert desk.answers == []
+    assert "configure" in caplog.text
 
 
 # restore and close
