@@ -1,17 +1,21 @@
 """One session on one hop: its place in the wiring, its fences, and the history of what it sent. Pure.
 
-It decides which steps count and what becomes of their outputs. It neither computes nor sends: `peers.py` does
-the waiting. The rules are those of `protocol/steps.py` (DESIGN, section 3).
+It decides which steps count and what becomes of their outputs. It neither computes nor sends, and knows no
+clock but its arguments: `served.py` does the waiting. The rules are those of `protocol/steps.py` (DESIGN,
+section 3). A step that fails breaks the link: what came after it stands on rows that never were, so nothing
+counts any more until the client links anew.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import MAX_STEPS_IN_FLIGHT
+from ...protocol.limits import MAX_STEPS_IN_FLIGHT, WORKING_EVERY_S
 from ...protocol.messages import Message
 from ...protocol.steps import (
     At,
@@ -19,6 +23,7 @@ from ...protocol.steps import (
     Linked,
     LinkHop,
     OpenSession,
+    Receipt,
     Replay,
     Replayed,
     Reply,
@@ -26,11 +31,14 @@ from ...protocol.steps import (
     Stage,
     Step,
     Where,
+    check_payload,
 )
 from ..session.history import History
-from ..session.parts import max_part_tokens
+from ..session.parts import max_part_tokens, reply_tokens
 
+RECEIPT_AFTER_S: Final = 0.1  # a step that is done sooner needs no receipt: its result says it all
 _MAX_STAGES: Final = 4 * MAX_STEPS_IN_FLIGHT  # of the latest steps; nobody asks about older ones
+_VALUES: Final = frozenset((Code.NOT_FINITE, Code.BAD_SHAPE, Code.HISTORY_GAP))  # told by who got them
 
 
 class Verdict(Enum):
@@ -39,7 +47,16 @@ class Verdict(Enum):
     TAKE = auto()
     REPEAT = auto()  # its answer was lost on the way: send it again
     STALE = auto()  # of an older wiring, or from somebody who is not upstream: it changes nothing
-    DROP = auto()  # done long ago
+    DROP = auto()  # done long ago, or of a link that is broken
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that the worker has. said_at: when its last receipt was given."""
+
+    step: Step
+    since: float
+    said_at: float | None = None
 
 
 class HopSession:
@@ -54,21 +71,25 @@ class HopSession:
         self.epoch = 0
         self.upstream: Hop | None = None
         self.downstream: Hop | None = None
+        self.is_broken = True  # nothing counts before the first link
         self.history: Final = History(token_bytes, history_bytes)
+        self.last_sent: Message | None = None  # of the last step, for `Verdict.REPEAT`
         self._token_bytes = token_bytes
+        self._base_step = 0
         self._last_step = 0
-        self._last_sent: Message | None = None
         self._stages: dict[int, Stage] = {}  # of the latest steps, latest last
+        self._under_way: deque[_UnderWay] = deque()
+        self._progress = 0  # of the worker, when it was last seen to change
+        self._progressed_at = 0.0
 
-    @property
-    def is_last(self) -> bool:
-        """Whether its outputs go to the client."""
-        return self.downstream is None
+    # the wiring
 
-    def link(self, message: LinkHop) -> None:
+    def link(self, message: LinkHop) -> int:
         """Take a new place in the wiring, with the rows as they stood after `base_step`.
 
-        Raises `STALE_EPOCH` for a wiring that is not newer than ours.
+        Returns the step whose rows the worker shall go back to: `base_step`, or 0 if our history does not
+        reach back to it, since a history has to cover all that the cache holds. The last hop sends nothing
+        on and keeps none. Raises `STALE_EPOCH` for a wiring that is not newer than ours, and `BAD_REQUEST`.
         """
         if message.epoch <= self.epoch:
             raise error(
@@ -76,12 +97,24 @@ class HopSession:
                 f"link of epoch {message.epoch}, this hop is at {self.epoch}",
                 epoch=self.epoch,
             )
+        if len(message.lengths) > self.opened.max_rows:
+            raise error(
+                Code.BAD_REQUEST, f"{len(message.lengths)} rows, opened for {self.opened.max_rows} at most"
+            )
+        base = message.base_step
+        if message.downstream is None:
+            self.history.clear()
+        else:
+            self.history.restore(base, message.lengths)
+            base = base if self.history.lengths else 0
         self.epoch = message.epoch
         self.upstream, self.downstream = message.upstream, message.downstream
-        self._last_step = message.base_step
-        self._last_sent = None
-        self._stages = {message.base_step: Stage.SENT}
-        self.history.restore(message.base_step, message.lengths)
+        self.is_broken = False
+        self.last_sent = None
+        self._base_step = self._last_step = message.base_step
+        self._stages.clear()
+        self._under_way.clear()
+        return base
 
     def linked(self, held: tuple[int, ...]) -> Linked:
         """The answer to a link, once it is known how many tokens of each row the worker holds."""
@@ -96,52 +129,98 @@ class HopSession:
         """Whether a push stream of this epoch comes from our upstream."""
         return epoch == self.epoch and self.upstream == sender
 
-    def judge(self, step: Step, sender: Hop | None) -> Verdict:
-        """Whether a step counts; one that does is under way from now on. sender: None is the client."""
+    def break_link(self) -> None:
+        """Something failed, and the client was told: nothing counts until it links anew."""
+        self.is_broken = True
+        self._under_way.clear()
+
+    # steps
+
+    def judge(self, step: Step, sender: Hop | None, now_s: float) -> Verdict:
+        """Whether a step counts; one that does is under way from now on. sender: None is the client.
+
+        Raises `BAD_SHAPE`, and `HISTORY_GAP` for a step that leaves one out: the sender's fault.
+        """
         if step.epoch != self.epoch or sender != self.upstream:
             return Verdict.STALE
-        if not step.replay_hops:
-            if step.step_id == self._last_step and self._last_sent is not None:
-                return Verdict.REPEAT
-            if step.step_id <= self._last_step:
+        if self.is_broken:
+            return Verdict.DROP
+        if step.replay_hops:
+            if not step.step_id == self._base_step == self._last_step:
                 return Verdict.DROP
-            self._last_step = step.step_id
+        elif step.step_id <= self._last_step:
+            again = step.step_id == self._last_step and self.last_sent is not None
+            return Verdict.REPEAT if again else Verdict.DROP
+        elif step.step_id > self._last_step + 1:
+            raise error(Code.HISTORY_GAP, f"step {step.step_id} came after step {self._last_step}")
+        check_payload(step.rows, step.payload, self._token_bytes)
+        self._last_step = step.step_id
+        self.last_sent = None
         self._note(step.step_id, Stage.RECEIVED)
+        self._under_way.append(_UnderWay(step, now_s))
         return Verdict.TAKE
 
-    def working(self, step: Step) -> None:
-        """The worker has shown progress while it had this step."""
-        self._note(step.step_id, Stage.WORKING)
+    def wanted(self, step: Step) -> Reply:
+        """Which tokens' outputs the worker should give: all, if they are to be sent on and kept."""
+        return step.reply if self.downstream is None else Reply.ALL
 
     def computed(self, step: Step, output: bytes) -> Message | None:
-        """What to send of a step's output, if anything; a `Step` goes downstream, all else to the client."""
-        if self.downstream is not None or step.replay_hops:
+        """What to send of a step's output, if anything; a `Step` goes downstream, all else to the client.
+
+        Raises `INTERNAL` if it has not the size that was asked for: our own worker's fault.
+        """
+        expected = reply_tokens(step.rows, self.wanted(step)) * self._token_bytes
+        if len(output) != expected:
+            raise error(Code.INTERNAL, f"the worker gave {len(output)} bytes, expected {expected}")
+        if self.downstream is not None:
             self.history.apply(step.step_id, step.committed, step.rows, output)
-        if step.replay_hops == 1:
-            return Replayed(step.session, step.epoch) if step.final else None
         if step.replay_hops:
-            return self._onward(step, output, step.replay_hops - 1)
+            if step.replay_hops > 1:
+                return self._onward(step, output)
+            return Replayed(step.session, step.epoch) if step.final else None
         message = (
             Result(step.session, step.epoch, step.step_id, output)
             if self.downstream is None
-            else self._onward(step, output, 0)
+            else self._onward(step, output)
         )
         if step.step_id == self._last_step:
-            self._last_sent = message
+            self.last_sent = message
         return message
 
-    def sent(self, step: Step) -> None:
-        """The step's output has left."""
-        self._note(step.step_id, Stage.SENT)
+    def sending(self, step: Step) -> None:
+        """The worker is done with a step, and its output is on its way.
 
-    @property
-    def last_sent(self) -> Message | None:
-        """What became of the last step, for `Verdict.REPEAT`."""
-        return self._last_sent
+        It counts as sent before the stream has taken it: a stream that does not is the link's trouble.
+        """
+        if not step.replay_hops or step.final:
+            self._note(step.step_id, Stage.SENT)
 
-    def wanted(self, step: Step) -> Reply:
-        """Which tokens' outputs the worker should give."""
-        return step.reply if self.downstream is None and not step.replay_hops else Reply.ALL
+    def sent(self, step: Step) -> Receipt | None:
+        """The oldest step under way has left; what the client is told, if it took long."""
+        if not self._under_way or self._under_way[0].step is not step:
+            return None  # the link has broken, or is another by now
+        done = self._under_way.popleft()
+        if done.said_at is None or self.downstream is None:
+            return None
+        return Receipt(step.session, step.epoch, step.step_id, Stage.SENT)
+
+    def receipts(self, now_s: float, progress: int) -> list[Receipt]:
+        """What the client is to be told of steps that take long. progress: grows while the worker computes."""
+        if progress != self._progress:
+            self._progress, self._progressed_at = progress, now_s
+        stages: list[tuple[Step, Stage]] = []
+        for place, item in enumerate(self._under_way):
+            if item.said_at is None:
+                if now_s - item.since >= RECEIPT_AFTER_S:
+                    item.said_at = now_s
+                    stages.append((item.step, Stage.RECEIVED))
+            elif place == 0 and now_s - item.said_at >= WORKING_EVERY_S:
+                is_computed = self._stages.get(item.step.step_id) is Stage.SENT
+                if self._progressed_at > item.said_at and not is_computed:
+                    item.said_at = now_s
+                    self._note(item.step.step_id, Stage.WORKING)
+                    stages.append((item.step, Stage.WORKING))
+        return [Receipt(step.session, step.epoch, step.step_id, stage) for step, stage in stages]
 
     def where(self, message: Where) -> At:
         """How far a step is; of a wiring that is not ours, nothing is known."""
@@ -152,11 +231,16 @@ class HopSession:
 
     def replayed(self, message: Replay) -> Iterator[Step]:
         """The steps of a replay. Raises `HISTORY_GONE`, `STALE_EPOCH`, and `BAD_REQUEST` for other rows."""
-        if message.epoch != self.epoch or self.downstream is None:
+        if message.epoch != self.epoch or self.downstream is None or self.is_broken:
             raise error(
                 Code.STALE_EPOCH,
                 f"replay of epoch {message.epoch}, this hop is at {self.epoch}",
                 epoch=self.epoch,
+            )
+        if not message.base_step == self._base_step == self._last_step:
+            raise error(
+                Code.BAD_REQUEST,
+                f"replay of the rows after step {message.base_step}, this hop is at {self._last_step}",
             )
         parts = self.history.read(message.starts, message.lengths, max_part_tokens(self._token_bytes))
         return (
@@ -175,9 +259,9 @@ class HopSession:
 
     def accused(self, problem: CorollaError) -> Hop | None:
         """Whom a failed computation speaks against: whoever sent the values that it could not use."""
-        return self.upstream if problem.code in (Code.NOT_FINITE, Code.BAD_SHAPE, Code.HISTORY_GAP) else None
+        return self.upstream if problem.code in _VALUES else None
 
-    def _onward(self, step: Step, output: bytes, replay_hops: int) -> Step:
+    def _onward(self, step: Step, output: bytes) -> Step:
         return Step(
             step.session,
             step.epoch,
@@ -185,7 +269,7 @@ class HopSession:
             step.rows,
             step.committed,
             step.reply,
-            replay_hops,
+            max(0, step.replay_hops - 1),
             step.final,
             output,
         )

@@ -1,12 +1,11 @@
 """Answers peers: sessions of clients on our workers, and the push streams of the hops before them.
 
-It owns who has which session; what happens in one is `served.Served`. A session outlives its client's stream by
-`SESSION_GRACE_S`; then everything of it is freed.
+It owns who has which session, and what each client may hold; what happens in a session is `served.Served`. A
+session outlives its client's stream by `SESSION_GRACE_S`; then everything of it is freed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -16,7 +15,7 @@ import trio
 from anyio.abc import TaskStatus
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import MIB, OPEN_TIMEOUT_S, SESSION_GRACE_S
+from ...protocol.limits import KIB, MIB, OPEN_TIMEOUT_S, SESSION_GRACE_S
 from ...protocol.messages import Message, encode
 from ...protocol.steps import (
     PUSH,
@@ -28,10 +27,10 @@ from ...protocol.steps import (
     CloseSession,
     Failure,
     Hop,
-    Opened,
     OpenSession,
     Step,
 )
+from ...protocol.work import Ready
 from ..network.conversation import Conversation
 from ..network.seam import Network, Stream
 from .hop import HopSession
@@ -40,8 +39,12 @@ from .served import Served
 
 MAX_SESSIONS: Final = 256  # of all clients, on all workers of this daemon
 MAX_SESSIONS_PER_CLIENT: Final = 64
-HISTORY_BYTES: Final = 512 * MIB  # of one session; the oldest positions go first
-FIRST_WORD_TIMEOUT_S: Final = 10.0  # of a stream that was opened to us
+HISTORY_BYTES: Final = 2048 * MIB  # of all sessions together; half of it at most for one client
+MIN_HISTORY_BYTES: Final = 256 * KIB  # of a session that finds the rest promised: the latest positions
+FIRST_WORD_TIMEOUT_S: Final = OPEN_TIMEOUT_S  # of a stream that was opened to us
+# For our own link of the epoch, which the client sends as it sends the other's; the other gives up soon after.
+ATTACH_WAIT_S: Final = 0.6 * OPEN_TIMEOUT_S
+TICK_S: Final = 0.1  # how exactly receipts keep their times
 
 _log = structlog.get_logger("corolla.peers")
 
@@ -50,18 +53,29 @@ _Key = tuple[str, bytes, int]  # client, session, worker
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What is held for others now."""
+    """What is held for others now. history_promised_bytes: the sum of the sessions' budgets."""
 
     num_sessions: int
     num_push_streams: int
+    num_steps: int
+    history_bytes: int
+    history_promised_bytes: int
+
+
+@dataclass(slots=True)
+class _Place:
+    """A session in the table. history_bytes: what it was promised."""
+
+    served: Served
     history_bytes: int
 
 
 class HopService:
     """Serves `SESSION_PROTOCOL` and `PUSH_PROTOCOL` on a network, with this daemon's workers.
 
-    admits: asked with the client's peer id before a session is opened; it raises what the client is to be
-    told (draining, paused). `run` has to run while the service is used.
+    history_bytes: for the histories of all sessions. admits: asked with the client's peer id before a
+    session is opened; it raises what the client is to be told (draining, paused). `run` has to run while
+    the service is used.
     """
 
     def __init__(
@@ -77,8 +91,11 @@ class HopService:
         self._grace_s = grace_s
         self._history_bytes = history_bytes
         self._admits = admits
-        self._sessions: dict[_Key, Served] = {}
-        self._opened = trio.Event()
+        self._places: dict[_Key, _Place] = {}
+        self._num_caches = 0  # so far: their names
+        self._busy: dict[Served, None] = {}  # with steps under way, in the order in which they came
+        self._changed = trio.lowlevel.ParkingLot()  # sessions came or went
+        self._is_busy = trio.lowlevel.ParkingLot()
         self._nursery: trio.Nursery | None = None
         network.handle(SESSION_PROTOCOL, self._serve_client)
         network.handle(PUSH_PROTOCOL, self._serve_push)
@@ -92,34 +109,36 @@ class HopService:
         """Offer it no more; its sessions end."""
         if self._workers.get(worker.number) is worker:
             del self._workers[worker.number]
-        for served in tuple(self._sessions.values()):
-            if served.worker is worker:
-                self._free(served)
+        for key, place in tuple(self._places.items()):
+            if place.served.worker is worker:
+                self._free(key, place.served)
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the sessions' tasks until cancelled; then every session is freed."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            for served in tuple(self._sessions.values()):
-                self._free(served)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await self._tick()
+            finally:
+                self._nursery = None
+                for key, place in tuple(self._places.items()):
+                    self._free(key, place.served)
 
     def statistics(self) -> Statistics:
         """For status, and for tests that nothing is left."""
-        sessions = self._sessions.values()
+        places = self._places.values()
         return Statistics(
-            num_sessions=len(sessions),
-            num_push_streams=sum(served.has_push for served in sessions),
-            history_bytes=sum(served.hop.history.size_bytes for served in sessions),
+            num_sessions=len(places),
+            num_push_streams=sum(place.served.has_push for place in places),
+            num_steps=sum(place.served.num_under_way for place in places),
+            history_bytes=sum(place.served.hop.history.size_bytes for place in places),
+            history_promised_bytes=sum(place.history_bytes for place in places),
         )
 
     def num_sessions(self, worker: int) -> int:
         """Sessions open on one worker."""
-        return sum(key[2] == worker for key in self._sessions)
+        return sum(key[2] == worker for key in self._places)
 
     # the client's stream
 
@@ -128,95 +147,121 @@ class HopService:
         first = await _first_word(talk)
         if not isinstance(first, OpenSession):
             raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} did not begin a session stream with `open`")
-        served = await self._open(stream, first)
-        if served is None:
+        key = (stream.peer, first.session, first.worker)
+        try:
+            served = await self._open(key, first)
+        except CorollaError as problem:
+            await stream.send(encode(Failure.of(first.session, 0, problem)))
             await stream.close()
             return
+        line = served.enter(stream)
         try:
-            while served.stream is stream and (message := await talk.hear()) is not None:
+            while served.is_on(line) and (message := await _next(talk)) is not None:
                 if isinstance(message, CloseSession):
-                    self._free(served)
-                    await stream.close()
-                    return
-                await served.hear(message)
+                    self._free(key, served)
+                elif served.is_on(line):
+                    await served.hear(message)
         finally:
-            if served.stream is stream:
-                served.stream = None
-                self._keep_for_grace(served)
+            served.leave(line)
 
-    async def _open(self, stream: Stream, message: OpenSession) -> Served | None:
-        """The session, as new or resumed; None after the client was told why not."""
-        key = (stream.peer, message.session, message.worker)
-        served = self._sessions.get(key)
-        if served is not None and served.hop.opened != message:
-            self._free(served)
-            served = None
-        if served is None:
-            try:
-                served = await self._admit(key, message)
-            except CorollaError as problem:
-                await stream.send(encode(Failure.of(message.session, 0, problem)))
-                return None
-        if served.stream is not None:
-            served.stream.reset()
-        served.stream = stream
-        served.expires_at = math.inf
-        await served.say(Opened(message.session, served.hop.epoch, served.worker.queue))
+    async def _open(self, key: _Key, message: OpenSession) -> Served:
+        """The session, as new or resumed. Raises why the client cannot have it."""
+        ready, nursery = self._ready(message)
+        if self._admits is not None and key not in self._places:
+            self._admits(key[0])
+        place = self._places.get(key)
+        if place is not None and place.served.hop.opened != message:
+            self._free(key, place.served)
+            place = None
+        if place is not None:
+            await place.served.wait_open()
+            return place.served
+        token_bytes = message.encoding.token_bytes(ready.facts.hidden_size)
+        is_last = message.end == ready.facts.num_blocks  # nothing is sent on, and so nothing kept
+        wanted = 0 if is_last else message.max_rows * message.max_tokens * token_bytes * 5 // 4  # and forks
+        budget = self._admit(key[0], wanted)
+        self._num_caches += 1
+        served = Served(
+            self._network,
+            self._workers[message.worker],
+            HopSession(key[0], message, token_bytes, budget),
+            self._num_caches.to_bytes(len(message.session)),
+            grace_s=self._grace_s,
+            on_busy=self._add_busy,
+        )
+        self._places[key] = _Place(served, budget)
+        nursery.start_soon(self._own, key, served)
+        self._changed.unpark_all()
+        await served.wait_open()
         return served
 
-    async def _admit(self, key: _Key, message: OpenSession) -> Served:
-        client, _, number = key
-        if self._admits is not None:
-            self._admits(client)
+    def _ready(self, message: OpenSession) -> tuple[Ready, trio.Nursery]:
+        """What the worker serves, if that is what is asked for, and where its session can live."""
+        number = message.worker
         worker = self._workers.get(number)
         ready = worker.ready if worker is not None else None
-        if self._nursery is None or worker is None or ready is None:
+        if self._nursery is None or ready is None:
             raise error(Code.BUSY, f"worker {number} does not serve now", "use another peer")
-        served_model = message.fingerprint == ready.facts.fingerprint
-        if not served_model or not ready.start <= message.start < message.end <= ready.end:
+        if message.fingerprint != ready.facts.fingerprint:
+            raise error(
+                Code.UNKNOWN_MODEL,
+                f"worker {number} serves model {ready.facts.fingerprint[:8]}, not {message.fingerprint[:8]}",
+            )
+        if not ready.start <= message.start < message.end <= ready.end:
             raise error(
                 Code.BLOCKS_OUT_OF_RANGE,
-                f"blocks {message.start}:{message.end} of model {message.fingerprint[:8]};"
-                f" served are {ready.start}:{ready.end} of {ready.facts.fingerprint[:8]}",
+                f"blocks {message.start}:{message.end} asked of worker {number},"
+                f" which serves {ready.start}:{ready.end}",
             )
-        num_mine = sum(other[0] == client for other in self._sessions)
-        if len(self._sessions) >= MAX_SESSIONS or num_mine >= MAX_SESSIONS_PER_CLIENT:
-            said = f"{len(self._sessions)} sessions are open here, {num_mine} of them yours"
+        return ready, self._nursery
+
+    def _admit(self, client: str, wanted_bytes: int) -> int:
+        """The history budget of a new session. Raises `BUSY` if the client, or all, have too many."""
+        mine = [place for key, place in self._places.items() if key[0] == client]
+        if len(self._places) >= MAX_SESSIONS or len(mine) >= MAX_SESSIONS_PER_CLIENT:
+            said = f"{len(self._places)} sessions are open here, {len(mine)} of them yours"
             raise error(Code.BUSY, said, "use another peer")
-        token_bytes = message.encoding.token_bytes(ready.facts.hidden_size)
-        served = Served(self._network, worker, HopSession(client, message, token_bytes, self._history_bytes))
-        self._sessions[key] = served
+        left = self._history_bytes - sum(place.history_bytes for place in self._places.values())
+        left_to_client = self._history_bytes // 2 - sum(place.history_bytes for place in mine)
+        return min(wanted_bytes, max(MIN_HISTORY_BYTES, min(left, left_to_client)))
+
+    async def _own(self, key: _Key, served: Served) -> None:
+        """One session's life. A defect in it ends it alone."""
         try:
-            await served.open_cache()
-            await self._nursery.start(served.run)
-        except BaseException:
-            self._free(served)
-            raise
-        self._opened.set()
-        self._opened = trio.Event()
-        return served
+            await served.run()
+        except Exception:
+            _log.exception("session_failed", client=key[0], session=key[1].hex()[:8])
+        finally:
+            self._free(key, served)
 
-    def _keep_for_grace(self, served: Served) -> None:
-        if self._nursery is not None and not served.is_freed:
-            served.expires_at = trio.current_time() + self._grace_s
-            self._nursery.start_soon(self._expire, served, served.expires_at)
-
-    async def _expire(self, served: Served, at: float) -> None:
-        await trio.sleep_until(at)
-        if served.expires_at <= at:
-            self._free(served)
-
-    def _free(self, served: Served) -> None:
-        opened = served.hop.opened
-        key = (served.hop.client, opened.session, opened.worker)
-        if self._sessions.get(key) is served:
-            del self._sessions[key]
+    def _free(self, key: _Key, served: Served) -> None:
+        place = self._places.get(key)
+        if place is not None and place.served is served:
+            del self._places[key]
+        self._busy.pop(served, None)
         served.free()
+        self._changed.unpark_all()
 
     def _worker_lost(self, worker: WorkerPort) -> None:
-        for served in tuple(self._sessions.values()):
-            if served.worker is worker:
-                served.worker_lost()
+        for place in tuple(self._places.values()):
+            if place.served.worker is worker:
+                place.served.worker_lost()
+
+    # receipts
+
+    def _add_busy(self, served: Served) -> None:
+        self._busy[served] = None
+        self._is_busy.unpark_all()
+
+    async def _tick(self) -> None:
+        while True:
+            if not self._busy:
+                await self._is_busy.park()
+            await trio.sleep(TICK_S)
+            for served in tuple(self._busy):
+                served.tick()
+                if not served.num_under_way:
+                    self._busy.pop(served, None)
 
     # the push stream of an upstream hop
 
@@ -225,44 +270,65 @@ class HopService:
         message: Message | None = await _first_word(talk)
         served: Served | None = None
         sender = Hop(stream.peer, 0)
-        while message is not None:
-            if isinstance(message, Attach):
-                sender = Hop(stream.peer, message.from_worker)
-                served = await self._attach(talk, message, sender)
-            elif isinstance(message, Step) and served is not None and not served.is_freed:
-                await served.take(message, sender, talk)
-            message = await talk.hear()
+        try:
+            while message is not None:
+                answer: Message | None = None
+                if isinstance(message, Attach):
+                    sender = Hop(stream.peer, message.from_worker)
+                    served, answer = await self._attach(stream, message, sender)
+                elif isinstance(message, Step):
+                    if served is None:
+                        raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} pushed before it attached")
+                    answer = await served.take(message, sender)
+                if answer is not None:
+                    await talk.say(answer)
+                    if isinstance(answer, Failure):
+                        break
+                message = await _next(talk)
+        finally:
+            if served is not None:
+                served.detached(stream)
         await stream.close()
 
-    async def _attach(self, talk: Conversation, message: Attach, sender: Hop) -> Served | None:
-        """Wait for our own link of the epoch that the upstream hop speaks of, and answer it."""
+    async def _attach(
+        self, stream: Stream, message: Attach, sender: Hop
+    ) -> tuple[Served | None, Attached | Failure]:
+        """Wait for our own link of the epoch that the upstream hop speaks of; what to answer it."""
         key = (message.client, message.session, message.to_worker)
-        epoch = 0
-        with trio.move_on_after(OPEN_TIMEOUT_S):
+        problem = error(Code.TIMEOUT, f"no link of epoch {message.epoch} came in {ATTACH_WAIT_S:g} s")
+        with trio.move_on_after(ATTACH_WAIT_S):
             while True:
-                served = self._sessions.get(key)
-                if served is None:
-                    await (
-                        self._opened.wait()
-                    )  # the client opens all hops before it links any, so this is rare
+                place = self._places.get(key)
+                if place is None:
+                    await self._changed.park()  # the client opens all hops before it links any: rare
                     continue
-                epoch = served.hop.epoch
-                if served.hop.expects(message.epoch, sender):
-                    await talk.say(Attached(message.session, message.epoch))
-                    return served
-                if epoch >= message.epoch:
+                hop = place.served.hop
+                if hop.expects(message.epoch, sender):
+                    place.served.attached(stream)
+                    return place.served, Attached(message.session, message.epoch)
+                if hop.epoch >= message.epoch:
+                    problem = error(
+                        Code.STALE_EPOCH,
+                        f"{sender.peer} attached in epoch {message.epoch}, this hop is at {hop.epoch}"
+                        " with another upstream",
+                        epoch=hop.epoch,
+                    )
                     break
-                await served.wired.wait()
-        problem = error(
-            Code.STALE_EPOCH,
-            f"{sender.peer} attached in epoch {message.epoch}, this hop is at {epoch}",
-            epoch=epoch,
-        )
-        await talk.say(Failure.of(message.session, message.epoch, problem))
-        return None
+                await place.served.wired.park()
+        return None, Failure.of(message.session, message.epoch, problem)
 
 
 async def _first_word(talk: Conversation) -> Message | None:
     with trio.move_on_after(FIRST_WORD_TIMEOUT_S):
-        return await talk.hear()
+        return await _next(talk)
     raise error(Code.TIMEOUT, f"{talk.stream.peer} said nothing in {FIRST_WORD_TIMEOUT_S:g} s")
+
+
+async def _next(talk: Conversation) -> Message | None:
+    """The next message of a kind that we know: a newer peer may say what we need not understand."""
+    while True:
+        try:
+            return await talk.hear()
+        except CorollaError as problem:
+            if problem.code is not Code.UNSUPPORTED:
+                raise

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-import anyio
+import trio
 
-from ...protocol.errors import CorollaError
+from ...protocol.errors import CorollaError, error_from_wire
 from ...protocol.work import (
     BeginGeneration,
     Begun,
@@ -32,43 +32,73 @@ Request: TypeAlias = OpenCache | Compute | Restore | BeginGeneration | Sample
 Notice: TypeAlias = CloseCache | EndGeneration
 Answer: TypeAlias = Done | Restored | Begun | Sampled
 
+# The one kind of answer that each request has; another is a defect of the worker.
+ANSWERS: dict[type[Request], type[Answer]] = {
+    OpenCache: Done,
+    Compute: Done,
+    Restore: Restored,
+    BeginGeneration: Begun,
+    Sample: Sampled,
+}
+
 
 class Pending:
-    """A request whose answer will come, or will not."""
+    """A request whose answer will come, or will not. expects: the kind of its answer."""
 
-    __slots__ = ("_answer", "_done", "_problem", "request")
+    __slots__ = ("_answer", "_done", "_listener", "_problem", "expects", "request")
 
-    def __init__(self, request: int) -> None:
+    def __init__(self, request: int, expects: type[Answer]) -> None:
         self.request = request
-        self._done = anyio.Event()
+        self.expects = expects
+        self._done: trio.Event | None = None  # only where somebody waits: most steps have a listener
+        self._listener: Callable[[], None] | None = None
         self._answer: Answer | None = None
         self._problem: CorollaError | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether `answer` would return at once."""
-        return self._done.is_set()
+        return self._answer is not None or self._problem is not None
 
     def resolve(self, answer: Answer) -> None:
         """Give the answer; the first word counts."""
-        if not self._done.is_set():
+        if not self.is_done:
             self._answer = answer
-            self._done.set()
+            self._tell()
 
     def fail(self, problem: CorollaError) -> None:
         """There will be no answer; the first word counts."""
-        if not self._done.is_set():
+        if not self.is_done:
             self._problem = problem
-            self._done.set()
+            self._tell()
+
+    def when_done(self, listener: Callable[[], None]) -> None:
+        """Call back once it is done, in the task that got the answer: so it must be quick, and not raise."""
+        self._listener = listener
+        if self.is_done:
+            listener()
+
+    def result(self) -> Answer:
+        """The answer of a request that is done. Raises what the worker failed with, or `WORKER_LOST`."""
+        if self._problem is not None:
+            raise error_from_wire(self._problem.to_wire())  # a new one for each who asks
+        if self._answer is None:
+            raise RuntimeError(f"request {self.request} has no answer yet")
+        return self._answer
 
     async def answer(self) -> Answer:
-        """The answer. Raises what the worker failed with, or `WORKER_LOST`."""
-        await self._done.wait()
-        if self._problem is not None:
-            raise self._problem
-        if self._answer is None:
-            raise RuntimeError("a pending request was marked done without an answer")
-        return self._answer
+        """The answer, once it is there. Raises as `result`."""
+        if not self.is_done:
+            if self._done is None:
+                self._done = trio.Event()
+            await self._done.wait()
+        return self.result()
+
+    def _tell(self) -> None:
+        if self._done is not None:
+            self._done.set()
+        if self._listener is not None:
+            self._listener()
 
 
 class WorkerPort(Protocol):

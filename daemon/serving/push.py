@@ -1,95 +1,71 @@
-"""The push stream to the next hop: opened by us, attached to an epoch, used for steps, watched for its end.
+"""The push stream to the next hop: opened for one link, attached to its epoch, then used for its steps.
 
-One task hears all that the far side says; whoever attaches waits for its word. It knows no session but by id.
+It lives as long as the link. It knows no session but by id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import trio
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import OPEN_TIMEOUT_S
-from ...protocol.messages import Message
-from ...protocol.steps import PUSH, PUSH_PROTOCOL, Attach, Attached, Failure, Hop
+from ...protocol.messages import encode
+from ...protocol.steps import PUSH, PUSH_PROTOCOL, Attach, Attached, Failure, Hop, Step
 from ..network.conversation import Conversation
 from ..network.seam import Network
 
+# To open and attach, together. The client gives a link `OPEN_TIMEOUT_S`; it should hear which one failed before.
+ATTACH_TIMEOUT_S: Final = 0.8 * OPEN_TIMEOUT_S
+
 
 class Push:
-    """One stream to the downstream hop `target`. on_end: called once when it can no longer be used."""
+    """One attached stream to the downstream hop `target`. Made by `attach`; the maker resets it."""
 
-    def __init__(self, talk: Conversation, target: Hop, on_end: Callable[[Push, str], None]) -> None:
+    def __init__(self, talk: Conversation, target: Hop) -> None:
         self.target: Final = target
         self._talk = talk
-        self._on_end = on_end
-        self._answers: dict[int, Attached | Failure] = {}  # by epoch
-        self._answered = trio.Event()
-        self._saying = trio.Lock()
-        self.problem: CorollaError | None = None
 
     @classmethod
-    async def open(cls, network: Network, target: Hop, on_end: Callable[[Push, str], None]) -> Push:
-        """A new stream, not yet attached. Raises `PEER_LOST`, `UNSUPPORTED`."""
-        stream = await network.open(target.peer, PUSH_PROTOCOL, timeout_s=OPEN_TIMEOUT_S)
-        return cls(Conversation(stream, PUSH), target, on_end)
-
-    async def hear(self) -> None:
-        """Hear what the far side says until the stream ends; run it as a task."""
-        problem = error(Code.PEER_LOST, f"{self.target.peer} ended the push stream")
+    async def attach(cls, network: Network, target: Hop, attach: Attach) -> Push:
+        """A stream that the far side takes this epoch's steps from. Raises `LINK_FAILED` with the reason."""
         try:
-            while (message := await self._talk.hear()) is not None:
-                if isinstance(message, Attached | Failure):
-                    self._answers[message.epoch] = message
-                    self._wake()
-        except CorollaError as reason:
-            problem = reason
-        self.end(problem)
-
-    async def attach(self, attach: Attach) -> None:
-        """Make the stream carry an epoch's steps. Raises what the far side refuses with, `PEER_LOST`, `TIMEOUT`."""
-        with trio.move_on_after(OPEN_TIMEOUT_S):
-            await self.say(attach)
-            while attach.epoch not in self._answers:
-                if self.problem is not None:
-                    raise error(Code.PEER_LOST, self.problem.message)
-                await self._answered.wait()
-            answer = self._answers[attach.epoch]
-            self._answers = {attach.epoch: answer}
-            if isinstance(answer, Failure):
-                raise answer.problem()
-            return
-        raise error(Code.TIMEOUT, f"{self.target.peer} did not attach in {OPEN_TIMEOUT_S:g} s")
-
-    async def say(self, message: Message) -> None:
-        """Send a message after all that was sent before. Raises `PEER_LOST`."""
-        try:
-            async with self._saying:
-                await self._talk.say(message)
+            with trio.fail_after(ATTACH_TIMEOUT_S):
+                stream = await network.open(target.peer, PUSH_PROTOCOL, timeout_s=ATTACH_TIMEOUT_S)
+                try:
+                    talk = Conversation(stream, PUSH)
+                    await talk.say(attach)
+                    answer = await talk.hear()
+                    if isinstance(answer, Attached) and answer.epoch == attach.epoch:
+                        return cls(talk, target)
+                    raise answer.problem() if isinstance(answer, Failure) else _ended(target)
+                except BaseException:
+                    stream.reset()
+                    raise
+        except trio.TooSlowError as problem:
+            late = f"it did not answer in {ATTACH_TIMEOUT_S:g} s"
+            raise error(Code.LINK_FAILED, f"no link to {target.peer}: {late}") from problem
         except CorollaError as problem:
-            self.end(problem)
-            raise
-        except trio.Cancelled:
-            self.reset()  # a part of the message may have left
-            raise
+            raise error(Code.LINK_FAILED, f"no link to {target.peer}: {problem.message}") from problem
 
-    def end(self, problem: CorollaError) -> None:
-        """The stream is of no use any more."""
-        if self.problem is None:
-            self.problem = problem
-            self._talk.stream.reset()
-            self._wake()
-            self._on_end(self, problem.message)
+    async def say(self, step: Step) -> None:
+        """Send a step, from one task at a time. Raises `PEER_LOST`."""
+        await self._talk.stream.send(encode(step))
+
+    async def wait_end(self) -> CorollaError:
+        """Listen until the stream can no longer be used; gives the reason, as `LINK_FAILED`."""
+        try:
+            answer = await self._talk.hear()
+            reason = answer.problem() if isinstance(answer, Failure) else _ended(self.target)
+        except CorollaError as problem:
+            reason = problem
+        return error(Code.LINK_FAILED, f"the link to {self.target.peer} failed: {reason.message}")
 
     def reset(self) -> None:
-        """Drop the stream; `on_end` is not called."""
-        if self.problem is None:
-            self.problem = error(Code.PEER_LOST, "the stream was dropped")
-            self._talk.stream.reset()
-            self._wake()
+        """Drop the stream."""
+        self._talk.stream.reset()
 
-    def _wake(self) -> None:
-        self._answered.set()
-        self._answered = trio.Event()
+
+def _ended(target: Hop) -> CorollaError:
+    return error(Code.PEER_LOST, f"{target.peer} ended the push stream")

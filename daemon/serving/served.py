@@ -1,302 +1,425 @@
 """One session that this daemon serves: its streams, its steps under way, and the tasks that wait for them.
 
-Steps are handed to the worker as they come, so that several are under way; one task waits for them in order.
-What counts and what becomes of an output, `hop.HopSession` decides.
+Steps are handed to the worker as they come, so that several are under way; one task, `_pass_on`, sends their
+outputs on in order. A link is a task too: it owns the push stream to the next hop. What counts and what becomes
+of an output, `hop.HopSession` decides.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final, cast
 
 import structlog
 import trio
-from anyio.abc import TaskStatus
 
-from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import MAX_STEPS_IN_FLIGHT, WORKING_EVERY_S
-from ...protocol.messages import Message, encode
-from ...protocol.steps import (
-    Attach,
-    Failure,
-    Hop,
-    LinkHop,
-    Receipt,
-    Replay,
-    Stage,
-    Step,
-    Where,
-)
+from ...protocol.errors import Code, CorollaError, error, error_from_wire
+from ...protocol.limits import MAX_STEPS_IN_FLIGHT, MIB, OPEN_TIMEOUT_S
+from ...protocol.messages import Message
+from ...protocol.steps import Attach, Failure, Hop, LinkHop, Opened, Replay, Step, Where
 from ...protocol.work import CloseCache, Compute, Done, OpenCache, Restore, Restored
-from ..network.conversation import Conversation
 from ..network.seam import Network, Stream
 from .hop import HopSession, Verdict
-from .port import Answer, Pending, WorkerPort
+from .line import Line
+from .port import Pending, WorkerPort
 from .push import Push
 
-MAX_UNDER_WAY: Final = 2 * MAX_STEPS_IN_FLIGHT  # of one session, replays too; more wait in the stream
-RECEIPT_AFTER_S: Final = 0.1  # a step that is done sooner needs no receipt
+# More steps wait in their stream, and then nothing else on it is heard: so a replay, which comes on the client's
+# stream as `Where` does, may be read far ahead of the worker.
+MAX_UNDER_WAY: Final = 2 * MAX_STEPS_IN_FLIGHT
+MAX_AHEAD: Final = 256
+MAX_AHEAD_BYTES: Final = 64 * MIB
+CACHE_TIMEOUT_S: Final = 0.8 * OPEN_TIMEOUT_S  # the worker's part of opening or linking
 
 _log = structlog.get_logger("corolla.peers")
 
 
-class Served:
-    """One session on one worker. `run` is its life, `free` its end."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A step that the worker has."""
 
-    def __init__(self, network: Network, worker: WorkerPort, hop: HopSession) -> None:
+    step: Step
+    pending: Pending
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A replay from our history."""
+
+    steps: Iterator[Step]
+
+
+class Served:
+    """One session on one worker. `run` is its life, `free` its end.
+
+    cache_id: names it to the worker; ids that clients choose could meet there.
+    on_busy: told when there are steps under way, so that `tick` is called until there are none.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        worker: WorkerPort,
+        hop: HopSession,
+        cache_id: bytes,
+        *,
+        grace_s: float,
+        on_busy: Callable[[Served], None],
+    ) -> None:
         self.worker: Final = worker
         self.hop: Final = hop
-        self.stream: Stream | None = None  # of the client, while it is there
-        self.wired = trio.Event()  # a new link came; replaced with each
-        self.expires_at = math.inf
         self.is_freed = False
+        self.wired = trio.lowlevel.ParkingLot()  # who waits for a new link
         self._network = network
+        self._cache_id = cache_id
+        self._grace_s = grace_s
+        self._on_busy = on_busy
+        self._line: Line | None = None  # to the client, while it is there
+        self._upstream: Stream | None = None  # on which the hop before us pushes
         self._push: Push | None = None
         self._has_cache = False
-        self._under_way: deque[tuple[Step, Pending]] = deque()
-        self._has_work = trio.Event()
-        self._has_room = trio.Event()
-        self._saying = trio.Lock()
+        self._jobs: deque[_Job | _Sending] = deque()
+        self._num_bytes = 0  # of the steps among them
+        self._stirred = trio.lowlevel.ParkingLot()  # `_pass_on`: the oldest step may be done
+        self._room = trio.lowlevel.ParkingLot()  # readers with a step too many
         self._linking = trio.CancelScope()
+        self._grace = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
-
-    @property
-    def has_push(self) -> bool:
-        """Whether a push stream to the next hop is open."""
-        return self._push is not None
+        self._is_open = trio.Event()
+        self._problem: CorollaError | None = None
 
     # its life
 
-    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Wait for the steps under way, in order, and send on what they give."""
-        async with trio.open_nursery() as self._nursery:
+    async def run(self) -> None:
+        """Reserve rows and tokens in the worker, then serve until freed."""
+        async with trio.open_nursery() as nursery:
             if self.is_freed:
                 return
-            task_status.started()
-            while True:
-                while self._under_way:
-                    step, pending = self._under_way[0]
-                    await self._finish(step, pending)
-                    if self._under_way and self._under_way[0][1] is pending:
-                        self._under_way.popleft()
-                    self._has_room.set()
-                self._has_work = trio.Event()
-                await self._has_work.wait()
+            self._nursery = nursery
+            try:
+                await self._cache_answer(self._open_cache())
+            except CorollaError as problem:
+                self._problem = problem
+                return
+            finally:
+                self._is_open.set()
+            nursery.start_soon(self._pass_on)
+
+    async def wait_open(self) -> None:
+        """Wait until rows and tokens are reserved. Raises `BUSY`, `TOO_LONG`, `WORKER_LOST`, `TIMEOUT`."""
+        await self._is_open.wait()
+        if self._problem is not None:
+            raise error_from_wire(self._problem.to_wire())  # a new one for each who waits
 
     def free(self) -> None:
         """Give everything back: the worker's cache, the history, the streams, the tasks."""
         if self.is_freed:
             return
         self.is_freed = True
-        self._abandon()
-        self.worker.tell(CloseCache(self.hop.opened.session))
+        self._problem = self._problem or error(Code.BUSY, "the session was closed", "open it again")
+        self._is_open.set()
+        self._forget_jobs()
+        self.worker.tell(CloseCache(self._cache_id))
+        self.hop.break_link()
         self.hop.history.clear()
-        self._wake_attachers()
+        if self._line is not None:
+            self._line.drop()
         if self._push is not None:
             self._push.reset()
-            self._push = None
+        if self._upstream is not None:
+            self._upstream.reset()
+        self._line = self._push = self._upstream = None
+        self.wired.unpark_all()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
-
-    async def open_cache(self) -> None:
-        """Reserve rows and tokens in the worker. Raises `BUSY`, `TOO_LONG`, `WORKER_LOST`."""
-        o = self.hop.opened
-        request = OpenCache(0, o.session, o.start, o.end, o.encoding, o.max_rows, o.max_tokens)
-        await self.worker.submit(request).answer()
-        self._has_cache = True
 
     def worker_lost(self) -> None:
         """The caches are gone; the client will link anew, or go elsewhere."""
         self._has_cache = False
-        self._abandon()
-        problem = error(Code.WORKER_LOST, "the worker ended")
-        self._start(self.say, Failure.of(self.hop.opened.session, self.hop.epoch, problem))
+        self._fail(error(Code.WORKER_LOST, "the worker ended"))
+
+    @property
+    def has_push(self) -> bool:
+        """Whether a push stream to the next hop stands."""
+        return self._push is not None
+
+    @property
+    def num_under_way(self) -> int:
+        """Steps that the worker has, or that wait to be sent on."""
+        return len(self._jobs)
+
+    # the streams
+
+    def enter(self, stream: Stream) -> Line:
+        """The client is there, for the first time or again. The line's `run` is the caller's to start."""
+        if self._line is not None:
+            self._line.drop()
+        self._grace.cancel()
+        self._line = Line(stream)
+        self._start(self._line.run)
+        self.say(Opened(self.hop.opened.session, self.hop.epoch, self.worker.queue))
+        return self._line
+
+    def is_on(self, line: Line) -> bool:
+        """Whether this is still the client's stream."""
+        return self._line is line
+
+    def leave(self, line: Line) -> None:
+        """The client's stream is over; it may come back on another within the grace."""
+        if self._line is line:
+            line.drop()
+            self._line = None
+            self._grace = trio.CancelScope()
+            self._start(self._expire, self._grace)
+
+    def say(self, message: Message) -> None:
+        """Tell the client, if it is there; what it misses it asks again, or links anew."""
+        if self._line is not None:
+            self._line.say(message)
+
+    def attached(self, stream: Stream) -> None:
+        """The hop before us pushes on this stream from now on."""
+        if self._upstream is not None and self._upstream is not stream:
+            self._upstream.reset()
+        self._upstream = stream
+
+    def detached(self, stream: Stream) -> None:
+        """It does so no more."""
+        if self._upstream is stream:
+            self._upstream = None
+
+    async def _expire(self, scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep(self._grace_s)
+            self.free()
 
     # what comes
 
     async def hear(self, message: Message) -> None:
-        """A message of the client."""
+        """A message of the client. Raises `PROTOCOL_VIOLATION`."""
         if getattr(message, "session", None) != self.hop.opened.session:
             raise error(Code.PROTOCOL_VIOLATION, f"{message.KIND} of another session on this stream")
         match message:
             case Step():
-                await self.take(message, None, None)
+                problem = await self.take(message, None)
+                if problem is not None:
+                    self.say(problem)
             case LinkHop():
-                await self._link(message)
+                self._link(message)
             case Where():
-                await self.say(self.hop.where(message))
+                self.say(self.hop.where(message))
             case Replay():
-                self._start(self._replay, message)
+                self._replay(message)
 
-    async def take(self, step: Step, sender: Hop | None, talk: Conversation | None) -> None:
-        """A step came, from the client (sender None) or on a push stream (`talk`)."""
-        while len(self._under_way) >= MAX_UNDER_WAY:
-            self._has_room = trio.Event()
-            await self._has_room.wait()
-        verdict = self.hop.judge(step, sender)
+    async def take(self, step: Step, sender: Hop | None) -> Failure | None:
+        """A step came, from the client (sender None) or from another hop; gives the answer to a stale one."""
+        while self._is_full and not self.is_freed:
+            await self._room.park()
+        try:
+            verdict = self.hop.judge(step, sender, trio.current_time())
+        except CorollaError as problem:
+            self._fail(problem, step)
+            return None
         if verdict is Verdict.TAKE:
-            request = Compute(
-                0, step.session, step.step_id, step.committed, step.rows, self.hop.wanted(step), step.payload
-            )
-            self._under_way.append((step, self.worker.submit(request)))
-            self._has_work.set()
+            self._submit(step)
         elif verdict is Verdict.REPEAT and self.hop.last_sent is not None:
             await self._send(self.hop.last_sent)
         elif verdict is Verdict.STALE:
             epoch = self.hop.epoch
             said = f"step {step.step_id} of epoch {step.epoch}, this hop is at {epoch}"
-            problem = error(Code.STALE_EPOCH, said, epoch=epoch)
-            failure = Failure.of(step.session, step.epoch, problem, step.step_id)
-            await (self.say(failure) if talk is None else talk.say(failure))
+            return Failure.of(
+                step.session, step.epoch, error(Code.STALE_EPOCH, said, epoch=epoch), step.step_id
+            )
+        return None
 
-    # steps under way
+    @property
+    def _is_full(self) -> bool:
+        count = len(self._jobs)
+        return count >= MAX_UNDER_WAY and (count >= MAX_AHEAD or self._num_bytes >= MAX_AHEAD_BYTES)
 
-    async def _finish(self, step: Step, pending: Pending) -> None:
-        try:
-            answer = await self._answer(step, pending)
-        except CorollaError as problem:
-            if step.epoch == self.hop.epoch and problem.code not in (Code.STALE_EPOCH, Code.WORKER_LOST):
-                await self._report(problem, step)
-            return
-        if step.epoch != self.hop.epoch:
-            return
-        message = self.hop.computed(step, cast(Done, answer).payload)
-        if message is not None:
-            await self._send(message)
-        self.hop.sent(step)
-
-    async def _answer(self, step: Step, pending: Pending) -> Answer:
-        """The worker's answer, with receipts for the client while it takes long."""
-        with trio.move_on_after(RECEIPT_AFTER_S):
-            return await pending.answer()
-        await self.say(Receipt(step.session, step.epoch, step.step_id, Stage.RECEIVED))
-        progress = self.worker.progress
-        while True:
-            with trio.move_on_after(WORKING_EVERY_S):
-                return await pending.answer()
-            if self.worker.progress != progress:
-                progress = self.worker.progress
-                self.hop.working(step)
-                await self.say(Receipt(step.session, step.epoch, step.step_id, Stage.WORKING))
-
-    async def _report(self, problem: CorollaError, step: Step) -> None:
-        if problem.details.get("not_finite") == "output":
-            problem = error(Code.BAD_ANSWER, problem.message)  # our own values, and nobody else's fault
-        about = self.hop.accused(problem)
-        await self.say(Failure.of(step.session, step.epoch, problem, step.step_id, about))
-
-    def _abandon(self) -> None:
-        """Forget the steps under way; the worker may still answer some of them, to nobody."""
-        under_way, self._under_way = self._under_way, deque()
-        for _, pending in under_way:
-            self.worker.abandon(pending)
-        self._has_room.set()
-
-    # the wiring
-
-    async def _link(self, message: LinkHop) -> None:
-        try:
-            self.hop.link(message)
-        except CorollaError as problem:
-            await self.say(Failure.of(message.session, message.epoch, problem))
-            return
-        self._linking.cancel()
-        self._abandon()
-        restore = None
-        if self._has_cache:  # handed over now, so that no step of the new wiring can come before it
-            restore = self.worker.submit(Restore(0, message.session, message.base_step, message.lengths))
-        self._wake_attachers()
-        self._linking = trio.CancelScope()
-        self._start(self._finish_link, message, restore, self._linking)
-
-    async def _finish_link(self, message: LinkHop, restore: Pending | None, scope: trio.CancelScope) -> None:
-        with scope:
-            try:
-                held = (0,) * len(message.lengths)
-                if restore is None:
-                    await self.open_cache()
-                else:
-                    held = cast(Restored, await restore.answer()).held
-                await self._attach(message)
-                await self.say(self.hop.linked(held))
-            except CorollaError as problem:
-                about = message.downstream if problem.code is Code.LINK_FAILED else None
-                await self.say(Failure.of(message.session, message.epoch, problem, about=about))
-
-    async def _attach(self, message: LinkHop) -> None:
-        """Make a push stream to the downstream hop carry this epoch. Raises `LINK_FAILED`."""
-        old, target = self._push, message.downstream
-        if old is not None and old.target != target:
-            self._push = None
-            old.reset()
-        if target is None:
-            return
-        attach = Attach(
-            message.session, self.hop.client, message.epoch, self.hop.opened.worker, target.worker
+    def _submit(self, step: Step) -> None:
+        pending = self.worker.submit(
+            Compute(
+                0,
+                self._cache_id,
+                step.step_id,
+                step.committed,
+                step.rows,
+                self.hop.wanted(step),
+                step.payload,
+            )
         )
-        try:
-            if self._push is not None:
-                try:
-                    await self._push.attach(attach)
-                    return
-                except CorollaError:
-                    self._push = None  # it may have broken with the last wiring; a new one may do
-            push = await Push.open(self._network, target, self._push_ended)
-            self._push = push
-            self._start(push.hear)
-            await push.attach(attach)
-        except CorollaError as problem:
-            raise error(Code.LINK_FAILED, f"no link to {target.peer}: {problem.message}") from problem
+        self._jobs.append(_Job(step, pending))
+        self._num_bytes += len(step.payload)
+        pending.when_done(self._stir)
+        self._on_busy(self)
 
-    def _push_ended(self, push: Push, reason: str) -> None:
-        """The downstream hop is gone, noticed also while nothing is being sent."""
-        if self._push is not push:
-            return
-        self._push = None
-        problem = error(Code.LINK_FAILED, f"no link to {push.target.peer}: {reason}")
-        failure = Failure.of(self.hop.opened.session, self.hop.epoch, problem, about=push.target)
-        self._start(self.say, failure)
+    def _stir(self) -> None:
+        self._stirred.unpark_all()
 
-    def _wake_attachers(self) -> None:
-        self.wired.set()
-        self.wired = trio.Event()
+    def tick(self) -> None:
+        """Tell the client of steps that take long."""
+        for receipt in self.hop.receipts(trio.current_time(), self.worker.progress):
+            self.say(receipt)
 
     # what goes
 
-    async def _replay(self, message: Replay) -> None:
-        try:
-            for step in self.hop.replayed(message):
-                if message.epoch != self.hop.epoch:
-                    return
-                await self._send(step)
-        except CorollaError as problem:
-            await self.say(Failure.of(message.session, message.epoch, problem))
+    async def _pass_on(self) -> None:
+        """Send on what the worker gives, in order."""
+        while True:
+            match self._jobs[0] if self._jobs else None:
+                case _Job() as job if job.pending.is_done:
+                    await self._finish(job)
+                case _Sending() as sending:
+                    for step in sending.steps:
+                        if not self._is_next(sending) or not await self._send(step):
+                            break
+                    self._done_with(sending)
+                case _:
+                    await self._stirred.park()
 
-    async def _send(self, message: Message) -> None:
-        """A step goes downstream, anything else to the client."""
-        if not isinstance(message, Step):
-            await self.say(message)
-        elif self._push is not None:
+    async def _finish(self, job: _Job) -> None:
+        step = job.step
+        try:
+            message = self.hop.computed(step, cast(Done, job.pending.result()).payload)
+        except CorollaError as problem:
+            self._fail(problem, step)
+            return
+        self.hop.sending(step)
+        if message is None or await self._send(message):
+            receipt = self.hop.sent(step)
+            if receipt is not None:
+                self.say(receipt)
+        self._done_with(job)
+
+    def _is_next(self, job: _Job | _Sending) -> bool:
+        """Whether no new link has come over it."""
+        return bool(self._jobs) and self._jobs[0] is job
+
+    def _done_with(self, job: _Job | _Sending) -> None:
+        if self._is_next(job):
+            self._jobs.popleft()
+            if isinstance(job, _Job):
+                self._num_bytes -= len(job.step.payload)
+            self._room.unpark_all()
+
+    async def _send(self, message: Message) -> bool:
+        """A step goes downstream, anything else to the client. False if the link has failed."""
+        if isinstance(message, Step):
+            if self._push is None:
+                return False
             try:
                 await self._push.say(message)
             except CorollaError as problem:
-                _log.debug("push_failed", reason=problem.message)  # `_push_ended` has told the client
+                _log.debug("push_failed", reason=problem.message)  # the link's task hears it too, and tells
+                return False
+        else:
+            self.say(message)
+            if self._line is not None:
+                await self._line.wait_room()
+        return True
 
-    async def say(self, message: Message) -> None:
-        """Tell the client, if it is there; what it misses it asks again, or links anew."""
-        stream = self.stream
-        if stream is None:
-            return
+    def _replay(self, message: Replay) -> None:
         try:
-            async with self._saying:
-                await stream.send(encode(message))
+            self._jobs.append(_Sending(self.hop.replayed(message)))
         except CorollaError as problem:
-            _log.debug("client_gone", client=self.hop.client, reason=problem.message)
-        except trio.Cancelled:
-            stream.reset()  # a part of the message may have left
-            raise
+            self.say(Failure.of(message.session, message.epoch, problem))
+        self._stir()
 
-    def _start(self, task: object, *arguments: object) -> None:
+    def _fail(self, problem: CorollaError, step: Step | None = None, about: Hop | None = None) -> None:
+        """Tell the client, once a link; nothing counts any more until it links anew."""
+        if self.hop.is_broken:
+            return
+        if problem.code is Code.UNKNOWN_SESSION:
+            self._has_cache = False
+        if problem.details.get("not_finite") == "output":
+            problem = error(Code.BAD_ANSWER, problem.message)  # our own values, and nobody else's fault
+        about = about or self.hop.accused(problem)
+        self._forget_jobs()
+        self.hop.break_link()
+        step_id = step.step_id if step is not None else 0
+        self.say(Failure.of(self.hop.opened.session, self.hop.epoch, problem, step_id, about))
+
+    def _forget_jobs(self) -> None:
+        """The worker may still answer some of them, to nobody."""
+        jobs, self._jobs, self._num_bytes = self._jobs, deque(), 0
+        for job in jobs:
+            if isinstance(job, _Job):
+                self.worker.abandon(job.pending)
+        self._room.unpark_all()
+
+    # the wiring
+
+    def _link(self, message: LinkHop) -> None:
+        try:
+            base_step = self.hop.link(message)
+        except CorollaError as problem:
+            self.say(Failure.of(message.session, message.epoch, problem))
+            return
+        self._linking.cancel()
+        self._forget_jobs()
+        if self._push is not None:
+            self._push.reset()  # also lets go whoever sends on it
+            self._push = None
+        # The worker is asked now, so that no step of the new wiring can come before this.
+        asked = (
+            self.worker.submit(Restore(0, self._cache_id, base_step, message.lengths))
+            if self._has_cache
+            else self._open_cache()
+        )
+        self.wired.unpark_all()
+        self._linking = trio.CancelScope()
+        self._start(self._keep_link, message, asked, self._linking)
+
+    async def _keep_link(self, message: LinkHop, asked: Pending, scope: trio.CancelScope) -> None:
+        """Make the link, say so, and watch it until it fails or another takes its place."""
+        push: Push | None = None
+        with scope:
+            try:
+                if message.downstream is not None:
+                    push = await self._attach(message, message.downstream)
+                held = await self._held(message, asked)
+                if not self.hop.is_broken and not scope.cancel_called:
+                    self._push = push
+                    self.say(self.hop.linked(held))
+                    if push is not None:
+                        raise await push.wait_end()
+            except CorollaError as problem:
+                about = message.downstream if problem.code is Code.LINK_FAILED else None
+                self._fail(problem, about=about)
+            finally:
+                if push is not None:
+                    push.reset()
+                    self._push = None if self._push is push else self._push
+
+    async def _attach(self, message: LinkHop, target: Hop) -> Push:
+        opened = self.hop.opened
+        attach = Attach(message.session, self.hop.client, message.epoch, opened.worker, target.worker)
+        return await Push.attach(self._network, target, attach)
+
+    async def _held(self, message: LinkHop, asked: Pending) -> tuple[int, ...]:
+        answer = await self._cache_answer(asked)
+        held = answer.held if isinstance(answer, Restored) else (0,) * len(message.lengths)
+        if len(held) != len(message.lengths):
+            raise error(Code.INTERNAL, f"the worker holds {len(held)} rows, expected {len(message.lengths)}")
+        return held
+
+    def _open_cache(self) -> Pending:
+        o = self.hop.opened
+        return self.worker.submit(
+            OpenCache(0, self._cache_id, o.start, o.end, o.encoding, o.max_rows, o.max_tokens)
+        )
+
+    async def _cache_answer(self, asked: Pending) -> Done | Restored:
+        """The worker's word on our cache, which exists from then on. Raises what it refuses with, `TIMEOUT`."""
+        with trio.move_on_after(CACHE_TIMEOUT_S):
+            answer = cast(Done | Restored, await asked.answer())
+            self._has_cache = True
+            return answer
+        raise error(Code.TIMEOUT, f"the worker did not answer in {CACHE_TIMEOUT_S:g} s", "use another peer")
+
+    def _start(self, task: Callable[..., object], *arguments: object) -> None:
         if self._nursery is not None and not self.is_freed:
             self._nursery.start_soon(task, *arguments)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from ...protocol.work import (
     Sampling,
     TokenRow,
 )
-from .port import Answer, Notice, Pending, Request
+from .port import ANSWERS, Answer, Notice, Pending, Request
 
 HIDDEN_SIZE: Final = 8  # 32 bytes a token in float32; a digest has 64 at most
 _STATE_BYTES: Final = 16
@@ -270,7 +270,7 @@ class WorkerTwin:
 
     def submit(self, request: Request) -> Pending:
         self._next_request += 1
-        pending = Pending(self._next_request)
+        pending = Pending(self._next_request, ANSWERS[type(request)])
         if not self._is_online:
             pending.fail(error(Code.WORKER_LOST, f"worker {self.number} is loading"))
             return pending

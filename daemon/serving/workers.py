@@ -38,7 +38,7 @@ from ...protocol.work import (
     Restored,
     Sampled,
 )
-from .port import Notice, Pending, Request
+from .port import ANSWERS, Notice, Pending, Request
 
 SILENCE_S: Final = 30.0  # without a beat, or without progress while requests wait; then the process is killed
 BACKOFF_S: Final = (0.2, 1.0, 5.0, 15.0, 60.0)  # before each restart in a row
@@ -132,7 +132,7 @@ class Worker:
 
     def submit(self, request: Request) -> Pending:
         self._next_request += 1
-        pending = Pending(self._next_request)
+        pending = Pending(self._next_request, ANSWERS[type(request)])
         if self.state is not WorkerState.ONLINE:
             pending.fail(self._not_online())
             return pending
@@ -156,6 +156,11 @@ class Worker:
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call back when the state changes."""
         self._change.append(listener)
+
+    @property
+    def loading(self) -> Loading | None:
+        """How far it is with loading."""
+        return self._loading
 
     async def wait_ready(self) -> Ready:
         """What it serves, once it does. Raises what keeps it from ever serving."""
