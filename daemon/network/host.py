@@ -101,9 +101,8 @@ def check_port(address: str) -> None:
             "write it like /ip4/0.0.0.0/tcp/4001, with port 0 for any free one",
         )
     with socket.socket(socket.AF_INET if kind == "ip4" else socket.AF_INET6, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # past connections in TIME_WAIT are no bar
+        # Past connections in TIME_WAIT are no bar, somebody who listens is.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if kind == "ip6":
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -25,7 +25,7 @@ from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import CONNECT_TIMEOUT_S
+from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
 from ..identity import Identity
 from .dialling import AddressBook, Reach, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
@@ -343,7 +343,8 @@ class Libp2pNetwork:
         except (PeerStoreError, ValueError):
             heard = []
         own = self._own_addresses()
-        return tuple(dict.fromkeys(a for a in (*self._book.known(peer), *heard) if a not in own))
+        known = (a for a in (*self._book.known(peer), *heard[:MAX_ADDRESSES]) if a not in own)
+        return tuple(dict.fromkeys(known))
 
     def _live(self, peer: str) -> SwarmConn | None:
         live = [c for c in self._connections.get(peer, ()) if not c.muxed_conn.is_closed]

@@ -8,14 +8,15 @@ import stat
 from pathlib import Path
 
 import pytest
-from corolla.daemon import identity as module
-from corolla.daemon.identity import KEY_FILE, identity_from_seed, load_identity, new_identity
-from corolla.daemon.network.host import key_pair
-from corolla.protocol.errors import Code, CorollaError
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from libp2p.peer.id import ID
+
+from corolla.daemon import identity as module
+from corolla.daemon.identity import KEY_FILE, identity_from_seed, load_identity, new_identity
+from corolla.daemon.network.host import key_pair
+from corolla.protocol.errors import Code, CorollaError
 
 
 def test_a_second_load_gives_the_same_peer(tmp_path: Path) -> None:
@@ -89,7 +90,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert caught.value.code is Code.UNREADABLE
 
 
-def test_a_full_disk_is_called_that_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_called_that_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
