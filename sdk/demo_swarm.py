@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,7 +132,11 @@ class DemoSwarm:
         member.is_killed, member.in_use = True, False
 
     def close(self) -> None:
-        """Stop everything and remove the folder. May be called twice."""
+        """Stop everything and remove the folder. May be called twice; a second Ctrl-C does not cut it short."""
+        with _undisturbed():
+            self._close()
+
+    def _close(self) -> None:
         running = [m.process for m in self.members if m.process is not None and m.process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
@@ -183,6 +189,21 @@ class DemoSwarm:
             f"the daemon {member.name!r} ended with exit code {member.process.returncode}:\n{member.last_words()}",
             "pip install 'corolla[daemon,worker]' brings what it needs",
         )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without signals that ask us to end: we do, within `STOP_WITHIN_S`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in asked]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

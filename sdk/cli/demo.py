@@ -38,7 +38,8 @@ def demo(model: str, prompt: str, hops: int, max_new_tokens: int, keep: bool, as
     Ends with exit code 7 if the tokens differ from those of one plain transformers process.
     """
     output = Output(as_json)
-    signal.signal(signal.SIGTERM, _interrupt)  # end as with Ctrl-C, and leave no daemon behind
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # end as with Ctrl-C, and leave no daemon behind
     plan = Plan(model, prompt, hops, max_new_tokens)
     kept = (lambda swarm: _keep(swarm, output)) if keep else None
     if sys.stdout.isatty() and not as_json:

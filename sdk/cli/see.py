@@ -51,7 +51,9 @@ def _worker(worker: WorkerStatus) -> str:
         " ".join(filter(None, [worker.dtype, worker.quantization, worker.device])),
     ]
     if worker.state == "online":
-        parts.append(f"{worker.sessions} sessions, {worker.free_tokens} of {worker.cache_tokens} tokens free")
+        parts.append(f"{worker.sessions} sessions")
+        if worker.cache_tokens:
+            parts.append(f"room for {worker.free_tokens} of {worker.cache_tokens} tokens")
         parts.append(num_bytes(worker.weight_bytes) + " of weights")
     if worker.restarts:
         parts.append(f"restarted {worker.restarts} times")
