@@ -70,12 +70,12 @@ class Loaded:
 def load(ask: Configure, report: Report) -> Loaded:
     """Load what was asked for.
 
-    Raises `BAD_CONFIG`, `UNSUPPORTED`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
+    Raises `BAD_CONFIG`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
     `open_checkpoint` and `Span.load` raise.
     """
     if ask.quantization is not None:
         raise error(
-            Code.UNSUPPORTED,
+            Code.BAD_CONFIG,
             f"quantization {ask.quantization!r} is not available in this version",
             "leave it out, or choose --dtype bfloat16",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from corolla.model.attention import Batch, Segment
 from corolla.model.batch import Policy
+from corolla.model.checkpoint import open_checkpoint
 from corolla.model.engine import Engine, cut, explain
 from corolla.model.pages import PAGE_TOKENS, PageCopy
+from corolla.model.span import Span
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.messages import Message
 from corolla.protocol.steps import NEW_ROW, Reply, Row
@@ -31,6 +34,8 @@ from corolla.protocol.work import (
     SourceKind,
     TokenRow,
 )
+
+from .tiny import NUM_BLOCKS, VOCAB_SIZE, save_tiny
 
 HIDDEN_SIZE = 2
 NUM_PAGES = 16
@@ -227,6 +232,38 @@ def test_a_step_without_tokens_is_done(desk: Desk) -> None:
     desk.step(1, [(NEW_ROW, 0, 3)], [1, 2, 3])
     assert desk.step(2, [(0, 2, 0)], []) == []
     assert desk.step(3, [(0, 2, 1)], [4]) == [7]
+
+
+def test_sessions_that_share_passes_get_what_each_alone_would_get(tmp_path: Path) -> None:
+    whole = save_tiny(tmp_path)
+    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
+    span = Span.load(checkpoint, 0, NUM_BLOCKS, torch.float32, torch.device("cpu"))
+    span.allocate(NUM_PAGES)
+    answers: list[Message] = []
+    engine = Engine(span, None, NUM_PAGES, answers.append, Policy(prefill_tokens=24, mixed_tokens=7))
+    hidden, expected, lengths = {}, {}, {A: 70, B: 9, C: 33}
+    outputs: list[Tensor] = []  # of the last block, before the final norm
+    whole.model.layers[-1].register_forward_hook(lambda *call: outputs.append(call[2]))
+    for index, (session, length) in enumerate(lengths.items()):
+        tokens = (torch.arange(length + 3) * (7 + index)) % VOCAB_SIZE
+        with torch.inference_mode():
+            hidden[session] = whole(tokens[None], output_hidden_states=True).hidden_states[0][0]
+        expected[session] = outputs[-1].reshape(length + 3, -1)
+        engine.handle(OpenCache(0, session, 0, NUM_BLOCKS, Encoding.FLOAT32, 1, 128))
+    got: dict[bytes, list[Tensor]] = {session: [] for session in lengths}
+    for session, length in lengths.items():
+        for step, (first, num) in enumerate([(0, length), (length, 1), (length + 1, 1), (length + 2, 1)], 1):
+            payload = hidden[session][first : first + num].numpy().tobytes()
+            row = Row(0 if first else NEW_ROW, first, num)
+            engine.handle(Compute(session[0] * 8 + step, session, step, 0, (row,), Reply.ALL, payload))
+    while not engine.is_idle:
+        engine.run()
+    for answer in answers[len(lengths) :]:
+        assert isinstance(answer, Done), answer
+        states = torch.frombuffer(bytearray(answer.payload), dtype=torch.float32).view(-1, span.hidden_size)
+        got[bytes([answer.request // 8]) * 16].append(states)
+    for session in lengths:
+        assert torch.allclose(torch.cat(got[session]), expected[session], atol=1e-5)
 
 
 # errors fail one request alone

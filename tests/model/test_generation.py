@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,6 +348,17 @@ def test_a_row_ends_at_its_length() -> None:
     assert [(choice.text, choice.finish) for choice in chosen] == [
         ("a", None), ("", None), ("xy", "length"),
     ]  # fmt: skip
+
+
+def test_a_row_ends_at_its_limit_of_new_tokens_also_when_it_is_resumed() -> None:
+    machine = generations()
+    ask = BeginGeneration(3, 1, Sampling(), Encoding.FLOAT32, 50, max_new_tokens=2, prompts=("hello", "a"))
+    machine.begin(ask)
+    assert [choice.finish for choice in write(machine, "xyz")] == [None, "length"]
+    machine.begin(replace(ask, generated=(TokenRow(tuple(ids_of("x"))), TokenRow(tuple(ids_of("xy"))))))
+    assert [choice.finish for choice in write(machine, "yz")] == ["length"]
+    with pytest.raises(CorollaError, match="ended already"):
+        sample(machine, [5], rows=(1,))
 
 
 def test_a_row_ends_at_an_end_token_unless_told_to_go_on() -> None:
