@@ -174,14 +174,16 @@ class SessionMachine:
         self._send_steps()
 
     def _on_disputed(self, event: Disputed) -> None:
-        if not self._pipeline.undo(event.ticket):
+        answered_by = self._pipeline.undo(event.ticket)
+        if not answered_by:
             self._fail(event.problem)
             return
         after = self._pipeline.last_sent_id + 1  # only a step beyond shows that the user was content
-        if len(self._roster) and self._roster[-1].place.end == self._terms.end:
-            self._accuse(None, self._roster[-1].place, after, event.problem)
+        suspects = [member for member in self._roster if member.place.hop in answered_by]
+        if len(answered_by) == len(suspects) == 1:
+            self._accuse(None, suspects[0].place, after, event.problem)
         else:
-            self._disturb("the last answer was wrong")
+            self._disturb("the last answer was wrong, and it is not known whose it was")
 
     def _on_close_requested(self, event: CloseRequested) -> None:
         self._end()
@@ -416,7 +418,7 @@ class SessionMachine:
         guilty = self._suspicion.committed(oldest.step_id)
         if guilty is not None:
             self._charge(guilty.hop.peer, HEAVY, "gave wrong values, or accused another of it falsely")
-        answer = self._pipeline.commit(message.payload)
+        answer = self._pipeline.commit(message.payload, member.place.hop)
         self._watch.expect(Await.NOTHING if self._pipeline.oldest is None else Await.STEP, self._now)
         self._num_wirings = 0
         self._num_steps += 1

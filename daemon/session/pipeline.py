@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...protocol.errors import Code, error
 from ...protocol.limits import MAX_ROWS, MAX_STEPS_IN_FLIGHT
-from ...protocol.steps import NEW_ROW, Reply, Row, check_payload, check_rows
+from ...protocol.steps import NEW_ROW, Hop, Reply, Row, check_payload, check_rows
 from .history import History
 from .parts import cut, max_part_tokens, num_tokens, part_reply, reply_tokens, wanted
 
@@ -48,6 +48,7 @@ class Part:
     offset: int  # of its payload in the request's
     size: int
     sent_at: float | None = None
+    answered_by: Hop | None = None
 
     @property
     def payload(self) -> bytes:
@@ -74,8 +75,7 @@ class Pipeline:
         self._next_id = 1
         self._queue: deque[Part] = deque()
         self._in_flight: deque[Part] = deque()
-        self._done: deque[Part] = deque()  # committed, but hops can still be set back to before them
-        self._told = 0  # the highest `committed` that hops may have heard of
+        self._done: list[Part] = []  # committed parts of the request that was answered last
         self.history = History(token_bytes, history_bytes)
         self.committed = 0
         self.lengths: tuple[int, ...] = ()  # of each row after `committed`
@@ -114,15 +114,12 @@ class Pipeline:
             request.num_parts += 1
 
     def take(self, now_s: float) -> list[Part]:
-        """The parts to send now. They count as sent, with what is committed by now told to the hops."""
+        """The parts to send now. They count as sent."""
         while self._queue and len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             self._in_flight.append(self._queue.popleft())
         taken = [part for part in self._in_flight if part.sent_at is None]
         for part in taken:
             part.sent_at = now_s
-        if taken:
-            self._told = self.committed
-            self._done.clear()
         return taken
 
     def rewind(self) -> None:
@@ -134,14 +131,17 @@ class Pipeline:
         """Length of the answer to a part."""
         return reply_tokens(part.rows, part.reply) * self._token_bytes
 
-    def commit(self, payload: bytes) -> Answer | None:
-        """The oldest part is answered; gives the user's answer if that completes it."""
+    def commit(self, payload: bytes, by: Hop) -> Answer | None:
+        """The oldest part is answered; gives the user's answer if that completes it. by: who answered."""
         part = self._in_flight.popleft()
-        self.history.apply(part.step_id, self._told, part.rows, part.payload)
+        request = part.request
+        part.answered_by = by
+        if self._done and self._done[-1].request is not request:
+            self._done.clear()
         self._done.append(part)
+        self.history.apply(part.step_id, self._done[0].step_id - 1, part.rows, part.payload)
         self.committed = part.step_id
         self.lengths = part.lengths
-        request = part.request
         request.answers[part.step_id] = wanted(
             part.rows, request.ends, request.reply, payload, self._token_bytes
         )
@@ -149,19 +149,23 @@ class Pipeline:
             return None
         return Answer(request.ticket, b"".join(answer for _, answer in sorted(request.answers.items())))
 
-    def undo(self, ticket: int) -> bool:
-        """Take back what was committed since hops were last told; False if that is not the end of `ticket`."""
+    def undo(self, ticket: int) -> frozenset[Hop]:
+        """Take back the last answer, which was to `ticket`: all its parts are on their way again.
+
+        Gives those who answered them; nobody if that was not the last answer, and nothing has changed.
+        """
         if not self._done or self._done[-1].request.ticket != ticket:
-            return False
+            return frozenset()
+        answered_by = frozenset(part.answered_by for part in self._done if part.answered_by is not None)
+        self.committed = self._done[0].step_id - 1
+        self.lengths = self.history.lengths_after(self.committed) if self.committed else ()
+        self.history.restore(self.committed, self.lengths)
         while self._done:
             part = self._done.pop()
             part.request.answers.pop(part.step_id)
             part.sent_at = None
             self._in_flight.appendleft(part)
-        self.committed = self._told
-        self.lengths = self._lengths_before(self._in_flight[0])
-        self.history.restore(self.committed, self.lengths)
-        return True
+        return answered_by
 
     def close(self) -> None:
         """Forget everything."""
@@ -169,11 +173,6 @@ class Pipeline:
         self._in_flight.clear()
         self._done.clear()
         self.history.clear()
-
-    def _lengths_before(self, part: Part) -> tuple[int, ...]:
-        if part.step_id == 1:
-            return ()
-        return self.history.lengths_after(part.step_id - 1)
 
     def _check(self, rows: tuple[Row, ...], payload: bytes) -> None:
         try:
