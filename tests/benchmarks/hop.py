@@ -88,7 +88,7 @@ def step_ms(folder: Path, spans: list[tuple[int, int]], hidden_size: int, repeat
         client = swarm.found()
         for start, end in spans:
             swarm.serve(f"hop{start}", start, end).wait_online()
-        swarm.wait_covered(client, [1] * spans[-1][1])
+        swarm.wait_covered(client, [int(block < spans[-1][1]) for block in range(2)])
         with client.connect() as daemon:
             name = daemon.models()[0].name
             with daemon.model(name).session(max_length=repeats + 40, blocks=(0, spans[-1][1])) as session:
