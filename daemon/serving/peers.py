@@ -88,6 +88,7 @@ class HopService:
     ) -> None:
         self._network = network
         self._workers: dict[int, WorkerPort] = {}
+        self._forget: dict[int, Callable[[], None]] = {}  # how each worker's listener is taken back
         self._grace_s = grace_s
         self._history_bytes = history_bytes
         self._admits = admits
@@ -102,13 +103,17 @@ class HopService:
 
     def add_worker(self, worker: WorkerPort) -> None:
         """Offer a worker's span to clients."""
+        known = self._workers.get(worker.number)
+        if known is not None:
+            self.remove_worker(known)
         self._workers[worker.number] = worker
-        worker.on_lost(lambda: self._worker_lost(worker))
+        self._forget[worker.number] = worker.on_lost(lambda: self._worker_lost(worker))
 
     def remove_worker(self, worker: WorkerPort) -> None:
         """Offer it no more; its sessions end."""
         if self._workers.get(worker.number) is worker:
             del self._workers[worker.number]
+            self._forget.pop(worker.number)()
         for key, place in tuple(self._places.items()):
             if place.served.worker is worker:
                 self._free(key, place.served)
@@ -122,8 +127,8 @@ class HopService:
                 await self._tick()
             finally:
                 self._nursery = None
-                for key, place in tuple(self._places.items()):
-                    self._free(key, place.served)
+                for worker in tuple(self._workers.values()):
+                    self.remove_worker(worker)
 
     def statistics(self) -> Statistics:
         """For status, and for tests that nothing is left."""

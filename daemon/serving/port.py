@@ -128,5 +128,5 @@ class WorkerPort(Protocol):
     def tell(self, notice: Notice) -> None:
         """Hand over what needs no answer."""
 
-    def on_lost(self, listener: Callable[[], None]) -> None:
-        """Call back when the process behind it is gone, and with it all caches."""
+    def on_lost(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call back when the process behind it is gone, and with it all caches; the result ends that."""

@@ -421,5 +421,7 @@ class Served:
         raise error(Code.TIMEOUT, f"the worker did not answer in {CACHE_TIMEOUT_S:g} s", "use another peer")
 
     def _start(self, task: Callable[..., object], *arguments: object) -> None:
-        if self._nursery is not None and not self.is_freed:
-            self._nursery.start_soon(task, *arguments)  # type: ignore[arg-type]
+        nursery = self._nursery
+        # A nursery that was cancelled, as all are when the daemon stops, may be closed to newcomers already.
+        if nursery is not None and not self.is_freed and not nursery.cancel_scope.cancel_called:
+            nursery.start_soon(task, *arguments)  # type: ignore[arg-type]

@@ -292,8 +292,9 @@ class WorkerTwin:
             case EndGeneration():
                 self._texts.pop(notice.generation, None)
 
-    def on_lost(self, listener: Callable[[], None]) -> None:
+    def on_lost(self, listener: Callable[[], None]) -> Callable[[], None]:
         self._lost.append(listener)
+        return lambda: self._lost.remove(listener)
 
     # its life
 

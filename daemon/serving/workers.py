@@ -1,19 +1,15 @@
 """Worker processes: started, watched, restarted.
 
-A `Worker` owns one process at a time, the socket to it, and the requests under way on it. When the process
-dies, hangs or is told to go, everything under way fails with `WORKER_LOST`, listeners hear of it, and unless
-the reason is permanent (no such model, no room) a new process is started, later with each failure in a row.
-It computes nothing, and knows sessions only as bytes that pass.
+A `Worker` owns one process at a time and the requests under way on it. When the process dies, hangs or is told
+to go, everything under way fails with `WORKER_LOST`, listeners hear of it, and unless the reason is permanent
+(no such model, no room) a new process is started, later with each failure in a row. It computes nothing, and
+knows sessions only as bytes that pass.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final
@@ -23,11 +19,8 @@ import trio
 
 from ...protocol.control import WorkerStatus
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.framing import FrameParser
-from ...protocol.limits import MAX_LOCAL_HEADER_BYTES, MAX_LOCAL_PAYLOAD_BYTES
-from ...protocol.messages import Message, encode
+from ...protocol.messages import Message
 from ...protocol.work import (
-    FROM_WORKER,
     Beat,
     Begun,
     Configure,
@@ -39,13 +32,12 @@ from ...protocol.work import (
     Sampled,
 )
 from .port import ANSWERS, Notice, Pending, Request
+from .process import WorkerProcess
 
-SILENCE_S: Final = 30.0  # without a beat, or without progress while requests wait; then the process is killed
+SILENCE_S: Final = 30.0  # without a beat, or without progress; then the process is killed
+LOADING_SILENCE_S: Final = 600.0  # the same while it loads: a hub or a disk may be slow
 BACKOFF_S: Final = (0.2, 1.0, 5.0, 15.0, 60.0)  # before each restart in a row
 STEADY_S: Final = 120.0  # a process that lived so long starts the row anew
-GOODBYE_S: Final = 3.0  # between closing the socket and killing the process
-_READ_BYTES: Final = 1 << 18
-_MAX_LINE: Final = 2000
 
 # Not cured by another attempt with the same configuration.
 _PERMANENT: Final = frozenset(
@@ -78,13 +70,14 @@ class WorkerState(StrEnum):
 
 def worker_command(descriptor: int) -> list[str]:
     """How the worker program is started on an inherited socket."""
-    return [sys.executable, "-m", "corolla.model", "--fd", str(descriptor)]
+    return [sys.executable, "-P", "-m", "corolla.model", "--fd", str(descriptor)]
 
 
 class Worker:
     """One supervised worker; see `port.WorkerPort`. `run` is its life.
 
-    model: what people call the model while it is not loaded yet. command: for tests with other programs.
+    model: what people call the model while it is not loaded yet. command: its command line, for the number of
+    the socket that it inherits. silence_s, backoff_s: as the constants say.
     """
 
     def __init__(
@@ -93,7 +86,9 @@ class Worker:
         configure: Configure,
         *,
         model: str = "",
-        command: Callable[[int], list[str]] = worker_command,
+        command: Callable[[int], Sequence[str]] = worker_command,
+        silence_s: float = SILENCE_S,
+        backoff_s: Sequence[float] = BACKOFF_S,
     ) -> None:
         self.number = number
         self.configure = configure
@@ -102,6 +97,8 @@ class Worker:
         self.restarts = 0
         self._model = model or configure.source.location
         self._command = command
+        self._silence_s = silence_s
+        self._backoff_s = backoff_s
         self._ready: Ready | None = None
         self._loading: Loading | None = None
         self._beat: Beat | None = None
@@ -109,8 +106,7 @@ class Worker:
         self._progressed_at = 0.0
         self._pending: dict[int, Pending] = {}
         self._next_request = 0
-        self._outbox: deque[bytes] = deque()
-        self._has_mail = trio.Event()
+        self._process: WorkerProcess | None = None
         self._changed = trio.Event()
         self._lost: list[Callable[[], None]] = []
         self._change: list[Callable[[], None]] = []
@@ -136,10 +132,8 @@ class Worker:
         if self.state is not WorkerState.ONLINE:
             pending.fail(self._not_online())
             return pending
-        if not self._pending:
-            self._progressed_at = trio.current_time()
         self._pending[pending.request] = pending
-        self._post(replace(request, request=pending.request))
+        self._send(replace(request, request=pending.request))
         return pending
 
     def abandon(self, pending: Pending) -> None:
@@ -148,10 +142,11 @@ class Worker:
 
     def tell(self, notice: Notice) -> None:
         if self.state is WorkerState.ONLINE:
-            self._post(notice)
+            self._send(notice)
 
-    def on_lost(self, listener: Callable[[], None]) -> None:
+    def on_lost(self, listener: Callable[[], None]) -> Callable[[], None]:
         self._lost.append(listener)
+        return lambda: self._lost.remove(listener)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call back when the state changes."""
@@ -208,7 +203,7 @@ class Worker:
                     self._enter(WorkerState.FAILED, problem)
                     return
                 failures = 1 if trio.current_time() - began > STEADY_S else failures + 1
-                pause_s = BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]
+                pause_s = self._backoff_s[min(failures, len(self._backoff_s)) - 1]
                 _log.warning("worker_lost", worker=self.number, problem=str(problem), restart_in_s=pause_s)
                 self._enter(WorkerState.LOADING, problem)
                 await trio.sleep(pause_s)
@@ -221,79 +216,48 @@ class Worker:
 
     async def _live(self) -> CorollaError:
         """One process, from its start to its end; gives the reason of the end."""
-        ours, theirs = socket.socketpair()
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        with theirs:
-            process = await trio.lowlevel.open_process(
-                self._command(theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        self._outbox.clear()
-        self._has_mail = trio.Event()
-        self._post(self.configure)
+        problem = error(Code.WORKER_LOST, f"worker {self.number} was stopped")
         self._heard_at = self._progressed_at = trio.current_time()
-        problem = error(Code.WORKER_LOST, f"worker {self.number} ended")
         try:
+            self._process = await WorkerProcess.start(f"worker {self.number}", self._command)
+            self._process.send(self.configure)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._log_lines, process)
-                nursery.start_soon(self._write, stream)
-                nursery.start_soon(self._watch, process)
-                problem = await self._read(stream)
+                nursery.start_soon(self._watch, self._process)
+                problem = await self._process.run(self._hear)
                 nursery.cancel_scope.cancel()
+        except CorollaError as reason:
+            problem = reason
         finally:
+            self._process = None
             self._lose(problem)
-            with trio.CancelScope(shield=True):
-                await stream.aclose()
-                await _end(process)
-        if problem.code is Code.WORKER_LOST and process.returncode:
-            problem = error(Code.WORKER_LOST, f"{problem.message} with {_describe_exit(process.returncode)}")
         return problem
 
-    async def _read(self, stream: trio.SocketStream) -> CorollaError:
-        parser = FrameParser(
-            max_header_bytes=MAX_LOCAL_HEADER_BYTES, max_payload_bytes=MAX_LOCAL_PAYLOAD_BYTES
-        )
-        while True:
-            try:
-                data = await stream.receive_some(_READ_BYTES)
-                if not data:
-                    return error(Code.WORKER_LOST, f"worker {self.number} ended")
-                parser.feed(bytes(data))
-                for frame in parser.frames():
-                    message = FROM_WORKER.decode(frame)
-                    if isinstance(message, Failed) and message.request == 0:
-                        return message.problem()
-                    self._hear(message)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return error(Code.WORKER_LOST, f"worker {self.number} broke its connection")
-            except CorollaError as problem:
-                return error(Code.WORKER_LOST, f"worker {self.number} said what we cannot read: {problem}")
-
-    def _hear(self, message: Message) -> None:
+    def _hear(self, message: Message) -> CorollaError | None:
+        """Take what the process says; gives the reason, if that is its end."""
+        now = trio.current_time()
         match message:
             case Done() | Restored() | Begun() | Sampled():
-                if (pending := self._pending.pop(message.request, None)) is not None:
-                    self._progressed_at = trio.current_time()
+                pending = self._pending.pop(message.request, None)
+                if pending is not None and not isinstance(message, pending.expects):
+                    pending.fail(error(Code.INTERNAL, f"a worker answered with {message.KIND!r}"))
+                elif pending is not None:
                     pending.resolve(message)
+            case Failed(request=0):
+                return message.problem()
             case Failed():
                 if (pending := self._pending.pop(message.request, None)) is not None:
-                    self._progressed_at = trio.current_time()
                     pending.fail(message.problem())
             case Beat():
-                self._heard_at = trio.current_time()
+                self._heard_at = now
                 if self._beat is None or message.progress != self._beat.progress:
-                    self._progressed_at = self._heard_at
+                    self._progressed_at = now
                 self._beat = message
             case Loading():
                 self._loading = message
-                self._heard_at = self._progressed_at = trio.current_time()
+                self._heard_at = self._progressed_at = now
             case Ready():
                 self._ready = message
-                self._heard_at = self._progressed_at = trio.current_time()
+                self._heard_at = self._progressed_at = now
                 self._enter(WorkerState.ONLINE, None)
                 _log.info(
                     "worker_ready",
@@ -302,48 +266,26 @@ class Worker:
                     start=message.start,
                     end=message.end,
                 )
+        return None
 
-    async def _write(self, stream: trio.SocketStream) -> None:
-        while True:
-            while self._outbox:
-                try:
-                    await stream.send_all(self._outbox.popleft())
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    return  # the reader sees the same end, and says so
-            self._has_mail = trio.Event()
-            await self._has_mail.wait()
+    async def _watch(self, process: WorkerProcess) -> None:
+        """Kill a process that hangs; the reader then sees its end.
 
-    async def _watch(self, process: trio.Process) -> None:
-        """Kill a process that hangs; the reader then sees its end."""
+        An idle worker's progress grows too, so that one that hangs on what nobody waits for any more shows.
+        """
         while True:
-            now = trio.current_time()
-            heard = self._heard_at
-            if self._pending:
-                heard = min(heard, self._progressed_at)
-            if self.state is WorkerState.ONLINE and now - heard > SILENCE_S:
-                _log.error("worker_hangs", worker=self.number, silent_s=round(now - heard))
+            silent_s = trio.current_time() - min(self._heard_at, self._progressed_at)
+            if silent_s > (self._silence_s if self.state is WorkerState.ONLINE else LOADING_SILENCE_S):
+                _log.error("worker_hangs", worker=self.number, silent_s=round(silent_s))
                 process.kill()
                 return
-            await trio.sleep(1.0)
-
-    async def _log_lines(self, process: trio.Process) -> None:
-        stderr = process.stderr
-        if stderr is None:
-            return
-        rest = b""
-        async for data in stderr:
-            *lines, rest = (rest + data).split(b"\n")
-            rest = rest[-_MAX_LINE:]
-            for line in lines:
-                text = line[:_MAX_LINE].decode("utf-8", "replace").rstrip()
-                if text:
-                    _log.info("worker_says", worker=self.number, line=text)
+            await trio.sleep(min(1.0, self._silence_s))
 
     # bookkeeping
 
-    def _post(self, message: Message) -> None:
-        self._outbox.append(encode(message))
-        self._has_mail.set()
+    def _send(self, message: Message) -> None:
+        if self._process is not None:
+            self._process.send(message)
 
     def _lose(self, problem: CorollaError) -> None:
         was_online = self._ready is not None
@@ -369,16 +311,3 @@ class Worker:
         if self.problem is not None and self.state is WorkerState.FAILED:
             return error(self.problem.code, self.problem.message, self.problem.remedy, **self.problem.details)
         return error(Code.WORKER_LOST, f"worker {self.number} is {self.state.value}")
-
-
-async def _end(process: trio.Process) -> None:
-    """Wait for a process whose socket is closed, and kill it when it stays."""
-    with trio.move_on_after(GOODBYE_S):
-        await process.wait()
-    if process.returncode is None:
-        process.kill()
-        await process.wait()
-
-
-def _describe_exit(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

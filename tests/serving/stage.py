@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
+import anyio
 import trio
+from anyio.abc import TaskGroup
 
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.memory import MemoryHub, memory_hub
@@ -94,10 +96,10 @@ class Caller:
 class Stage:
     """Daemons on a hub."""
 
-    def __init__(self, hub: MemoryHub, nursery: trio.Nursery) -> None:
+    def __init__(self, hub: MemoryHub, tasks: TaskGroup) -> None:
         self.hub = hub
         self.client: Network = hub.network("client")
-        self._nursery = nursery
+        self._tasks = tasks
         self.daemons: dict[str, Daemon] = {}
 
     async def daemon(
@@ -108,8 +110,8 @@ class Stage:
         service = HopService(network, history_bytes=history_bytes)
         worker = WorkerTwin(7, FACTS, start, end, cache_tokens=cache_tokens)
         service.add_worker(worker)
-        self._nursery.start_soon(worker.run)
-        await self._nursery.start(service.run)
+        self._tasks.start_soon(worker.run)
+        await self._tasks.start(service.run)
         self.daemons[name] = Daemon(name, service, worker, start, end)
         return self.daemons[name]
 
@@ -167,12 +169,12 @@ class Stage:
 async def a_stage() -> AsyncIterator[Stage]:
     """A stage, taken down at the end."""
     failure: BaseException | None = None
-    async with memory_hub() as hub, trio.open_nursery() as nursery:
+    async with memory_hub() as hub, anyio.create_task_group() as tasks:
         try:
-            yield Stage(hub, nursery)
+            yield Stage(hub, tasks)
         except Exception as problem:  # outside of the nursery, so that it is not wrapped
             failure = problem
-        nursery.cancel_scope.cancel()
+        tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
