@@ -43,7 +43,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from ...protocol.errors import Code, CorollaError, error
 from ..identity import Identity
 from .multistream import answer
-from .noise import BufferedNoise
+from .noise import FastNoise
 from .seam import Guard
 from .yamux import Yamux, YamuxOnly, YamuxStream
 
@@ -131,7 +131,7 @@ class OurSwarm(Swarm):
         peerstore = PeerStore()
         peer_id = ID.from_pubkey(keys.public_key)
         peerstore.add_key_pair(peer_id, keys)
-        self._noise = BufferedNoise(keys)
+        self._noise = FastNoise(keys)
         upgrader = TransportUpgrader({NOISE: self._noise}, {})
         upgrader.muxer_multistream = YamuxOnly()
         self._tcp = TCP()

@@ -1,7 +1,8 @@
 """Our stream muxer: /yamux/1.0.0 on the wire, py-libp2p's `IMuxedConn` towards the library.
 
-One task reads, one writes, one keeps the connection alive. Whoever sends only queues: cancelling a send can
-therefore never cut a frame, and harms its own stream only. The rules of the protocol are in `muxing.py`.
+One task reads, one writes, one keeps the connection alive. Whoever sends only queues (and, where the socket
+takes it at once, sends without waiting): cancelling a send can therefore never cut a frame, and harms its own
+stream only. The rules of the protocol are in `muxing.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .muxing import (
+    MAX_FRAME_BODY_BYTES,
     Acknowledged,
     Departed,
     Event,
@@ -37,6 +39,7 @@ from .muxing import (
     ViolationError,
     Writable,
 )
+from .noise import NoiseSession
 
 PROTOCOL: Final = "/yamux/1.0.0"
 
@@ -48,6 +51,7 @@ MAX_QUEUED_BYTES: Final = 256 * 1024
 TICK_S: Final = 1.5
 MAX_SILENT_TICKS: Final = 5
 RTT_EVERY_TICKS: Final = 10  # a ping although there is traffic, to know the round trip
+WRITES_PER_TURN: Final = 16  # small sends that need not wait still let others run now and then
 FLUSH_TIMEOUT_S: Final = 1.0  # for what is queued, when a connection is closed
 LINGER_TICKS: Final = 40  # a closed stream whose far side has not closed after a minute is reset
 
@@ -65,6 +69,7 @@ class YamuxStream(IMuxedStream):
         self.readers = trio.lowlevel.ParkingLot()
         self.writers = trio.lowlevel.ParkingLot()
         self.left_at_tick: int | None = None
+        self._num_writes = 0
         stream.tag = self
 
     async def read(self, n: int | None = None) -> bytes:
@@ -107,7 +112,13 @@ class YamuxStream(IMuxedStream):
                 await self.writers.park()
             else:
                 view = view[self._mux.send(stream, view) :]
-                connection.wake_writer()
+                if len(data) <= MAX_FRAME_BODY_BYTES:
+                    connection.send_soon()
+                else:
+                    connection.wake_writer()
+        self._num_writes += 1
+        if self._num_writes % WRITES_PER_TURN == 0:
+            await trio.lowlevel.checkpoint()
 
     def accept(self) -> None:
         """Tell the far side that we took its stream up."""
@@ -176,6 +187,7 @@ class Yamux(IMuxedConn):
         on_close: Callable[[], Awaitable[Any]] | None = None,
     ) -> None:
         self.secured_conn = secured_conn
+        self._fast = secured_conn if isinstance(secured_conn, NoiseSession) else None
         self.peer_id = peer_id
         self.on_close = on_close
         self.on_broken: Callable[[], None] | None = None
@@ -306,6 +318,8 @@ class Yamux(IMuxedConn):
     async def _write(self) -> None:
         try:
             while self._broken is None:
+                if self._fast is not None:
+                    await self._fast.flush()
                 message = self.mux.next_message()
                 if not message:
                     self._writing = False
@@ -373,6 +387,17 @@ class Yamux(IMuxedConn):
         """There may be something to send."""
         if self._work and self.mux.queued_bytes:
             self._work.unpark_all()
+
+    def send_soon(self) -> None:
+        """Send what is queued now, without a turn of the writer task, when it idles and the socket takes it."""
+        if not self._work or self._fast is None:
+            self.wake_writer()
+            return
+        while message := self.mux.next_message():
+            if not self._fast.write_nowait(message):
+                self._writing = True
+                self._work.unpark_all()
+                return
 
     def _break(self, reason: str) -> None:
         """The connection has ended: everyone who waits on it learns now."""

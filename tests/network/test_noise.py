@@ -1,0 +1,112 @@
+"""Noise on a socket: messages of any size, what the socket does not take, and forged bytes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from noise.exceptions import NoiseInvalidMessage  # type: ignore[import-untyped]
+from trio.testing import open_stream_to_socket_listener
+
+from corolla.daemon.identity import identity_from_seed
+from corolla.daemon.network.host import key_pair
+from corolla.daemon.network.noise import MAX_PLAIN_BYTES, FastNoise, NoiseSession
+
+pytestmark = pytest.mark.anyio
+
+ONE, TWO = identity_from_seed(b"1" * 32), identity_from_seed(b"2" * 32)
+
+
+@asynccontextmanager
+async def sessions(peer: str | None = TWO.peer) -> AsyncIterator[tuple[NoiseSession, NoiseSession]]:
+    """A dialling and an accepting session over a real socket with small buffers."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    here = await open_stream_to_socket_listener(listener)
+    there = await listener.accept()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    found: list[NoiseSession] = []
+
+    async def accept() -> None:
+        session = await FastNoise(key_pair(TWO)).secure_inbound(RawConnection(TrioTCPStream(there), False))
+        assert isinstance(session, NoiseSession)
+        found.append(session)
+
+    async with listener, here, there:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            expected = None if peer is None else ID.from_string(peer)
+            near = await FastNoise(key_pair(ONE)).secure_outbound(
+                RawConnection(TrioTCPStream(here), True), expected
+            )
+        assert isinstance(near, NoiseSession)
+        yield near, found[0]
+
+
+async def read_exactly(session: NoiseSession, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += await session.read(size - len(data))
+    return data
+
+
+async def test_both_sides_learn_whom_they_speak_with() -> None:
+    async with sessions() as (one, two):
+        assert str(one.get_remote_peer()) == TWO.peer
+        assert str(two.get_remote_peer()) == ONE.peer
+
+
+async def test_whoever_answers_is_accepted_when_nobody_is_expected() -> None:
+    async with sessions(None) as (one, _):
+        assert str(one.get_remote_peer()) == TWO.peer
+
+
+@pytest.mark.parametrize("size", [1, 65_518, MAX_PLAIN_BYTES, MAX_PLAIN_BYTES + 1, 300_000])
+async def test_messages_of_any_size_arrive(size: int) -> None:
+    data = bytes(index % 251 for index in range(size))
+    async with sessions() as (one, two), trio.open_nursery() as nursery:
+        nursery.start_soon(one.write, data)
+        assert await read_exactly(two, size) == data
+
+
+async def test_a_read_gives_no_more_than_asked_and_keeps_the_rest() -> None:
+    async with sessions() as (one, two):
+        await one.write(b"abcdef")
+        assert [await two.read(2), await two.read(3), await two.read()] == [b"ab", b"cde", b"f"]
+
+
+async def test_what_the_socket_does_not_take_at_once_is_kept_for_flush() -> None:
+    async with sessions() as (one, two):
+        sent = b""
+        while True:
+            message = bytes([len(sent) % 251]) * 10_000
+            sent += message
+            if not one.write_nowait(message):
+                break
+        with pytest.raises(BlockingIOError):
+            one.write_nowait(b"too early")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.write, b"the last")
+            assert await read_exactly(two, len(sent) + 8) == sent + b"the last"
+
+
+async def test_the_end_is_an_error_of_the_connection() -> None:
+    async with sessions() as (one, two):
+        await one.close()
+        with pytest.raises(ConnectionClosedError):
+            await two.read()
+        with pytest.raises(ConnectionClosedError):
+            await one.write(b"x")
+
+
+async def test_forged_bytes_are_not_taken_for_a_message() -> None:
+    async with sessions() as (one, two):
+        await one._connection.write(b"\x00\x20" + bytes(32))
+        with pytest.raises(NoiseInvalidMessage):
+            await two.read()
