@@ -39,12 +39,18 @@ _IDLE_ROUND_S: Final = 0.5  # an idle worker's progress grows too, faster than i
 _LOADING_EVERY_S: Final = 0.1  # progress of loading is for people to look at
 _READ_BYTES: Final = 1 << 20
 
-# Set before torch is imported; whoever started us with other values is obeyed. GOMP_SPINCOUNT: a thread of
-# torch's libgomp that has nothing to do turns so many times before it sleeps, on a core that other workers
-# may need; each turn is a pause of some 40 ns. Without a worker beside it, sleeping at once is slower too.
-# Measured on two cores, 8 blocks of 1024 × 2816 in one worker, in two that take turns, and in two while
-# other programs compute, ms a token: 15.9, 24.0, 133 by default (300000); 17.1, 22.8, 28 with
-# OMP_WAIT_POLICY=passive (which libgomp reads as 0); 14.1, 14.8, 29 with 3000; 13.8, 15.0, 43 with 20000.
+# Set before torch is imported; whoever started us with other values is obeyed. GOMP_SPINCOUNT: how many turns
+# an idle thread of torch's libgomp makes before it sleeps, on a core that other workers may need.
+# Compared on two busy cores that nobody could reserve, with bare products of 8 blocks of 1024 × 2816, ms a
+# token, in one worker / in two that take turns; two runs, the second under about twice the load:
+#                              first run, best of 40   mean            second run, median of 30
+#     unset                    15.9 / 24.0             112 / 133       223 / 255
+#     OMP_WAIT_POLICY=passive  17.1 / 22.8             23 / 28         27 / 28
+#     3000                     14.1 / 14.8             27 / 29         43 / 54
+#     20000                    13.8 / 15.0             41 / 43         85 / 85
+# A count of 0 did as passive. Both runs agree that the default is by far the worst with company and that 20000
+# loses to 3000 then. They do not settle 3000 against passive: it gains with cores to spare, and loses under
+# heavy load. 3000 is a compromise until whole workers are compared on a quiet machine.
 _ENVIRONMENT: Final = {
     "GOMP_SPINCOUNT": "3000",
     "TOKENIZERS_PARALLELISM": "false",
