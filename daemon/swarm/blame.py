@@ -61,16 +61,12 @@ class Ledger:
     def charged(self, now_s: float) -> dict[str, Record]:
         """Everyone who still carries guilt."""
         return {
-            peer: record
-            for peer, record in self._records.items()
-            if record.weight_at(now_s) >= FORGET_BELOW
+            peer: record for peer, record in self._records.items() if record.weight_at(now_s) >= FORGET_BELOW
         }
 
     def _forget(self, now_s: float) -> None:
         guilty = sorted(self._records, key=lambda peer: self._records[peer].weight_at(now_s), reverse=True)
         kept = guilty[: MAX_PEERS // 2]
         self._records = {
-            peer: self._records[peer]
-            for peer in kept
-            if self._records[peer].weight_at(now_s) >= FORGET_BELOW
+            peer: self._records[peer] for peer in kept if self._records[peer].weight_at(now_s) >= FORGET_BELOW
         }

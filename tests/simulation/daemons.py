@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import structlog.testing
 import trio
 import trio.testing
+from anyio.abc import TaskStatus
 from trio._core import _run
 
 from corolla.daemon.network.memory import MemoryHub, memory_hub
@@ -42,15 +44,14 @@ CLIENT = "client"
 @contextmanager
 def deterministic_trio(seed: int) -> Iterator[None]:
     """Let trio order its tasks by the seed."""
-    before = _run._ALLOW_DETERMINISTIC_SCHEDULING
     state = _run._r.getstate()
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    _run._r.seed(seed)
-    try:
-        yield
-    finally:
-        _run._ALLOW_DETERMINISTIC_SCHEDULING = before
-        _run._r.setstate(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+        _run._r.seed(seed)
+        try:
+            yield
+        finally:
+            _run._r.setstate(state)
 
 
 @dataclass
@@ -129,12 +130,12 @@ class Swarm:
         service: HopService,
         worker: WorkerTwin,
         life: trio.CancelScope,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         with life:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(worker.run)
-                await nursery.start(service.run)
+                await nursery.start(service.run)  # type: ignore[arg-type]
                 task_status.started()
 
     async def find_route(self, request: RouteRequest) -> Route:
