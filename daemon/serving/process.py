@@ -125,8 +125,8 @@ class WorkerProcess:
                         return problem
             except BlockingIOError:
                 continue
-            except OSError as problem:
-                return error(Code.WORKER_LOST, f"{self._name} broke its connection: {problem}")
+            except OSError:  # it died with words of ours unread
+                return error(Code.WORKER_LOST, f"{self._name} ended")
             except CorollaError as problem:
                 return error(Code.WORKER_LOST, f"{self._name} said what we cannot read: {problem}")
 
