@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import plain
-from benchmarks.report import Measured, Report, arguments, median
-from processes import LocalSwarm, local_swarm
+from tests.benchmarks import plain
+from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.processes import LocalSwarm, local_swarm
 
 NUM_BLOCKS = 16
 

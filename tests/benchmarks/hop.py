@@ -18,11 +18,11 @@ from pathlib import Path
 
 import anyio
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import wire
-from benchmarks.report import Measured, Report, arguments, median
-from processes import local_swarm
+from tests.benchmarks import wire
+from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.processes import local_swarm
 
 _ECHO = """
 import socket, sys

@@ -74,7 +74,8 @@ def _measure(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) ->
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     ids = torch.tensor([prompt(prompt_tokens, model.config.vocab_size)])
     with torch.inference_mode():
         model(ids[:, :8])  # the first pass pays for lazy set-up

@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import plain
-from benchmarks.report import Measured, Report, arguments, median
-from processes import DaemonProcess, LocalSwarm, local_swarm
+from tests.benchmarks import plain
+from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.processes import DaemonProcess, LocalSwarm, local_swarm
 
 GRACE_S = 2.0
 

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.report import Measured, Report, arguments, median
-from processes import local_swarm
+from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.processes import local_swarm
 
 
 def seconds(command: list[str], repeats: int) -> float:

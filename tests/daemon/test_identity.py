@@ -96,7 +96,7 @@ def test_a_full_disk_is_called_that_and_leaves_nothing(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CorollaError) as caught:
         load_identity(tmp_path)
     assert caught.value.code is Code.DISK_FULL
