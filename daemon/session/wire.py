@@ -114,6 +114,7 @@ class Wire:
                     self._more = anyio.Event()
                     await self._more.wait()
             await stream.close()
+            return  # the far side ends when it has heard the last word; a reset now could overtake that
         except CorollaError as problem:
             failures.append(problem)
         tasks.cancel_scope.cancel()

@@ -8,8 +8,9 @@ from typing import TypeVar
 import pytest
 
 from corolla.daemon.session import events as ev
+from corolla.daemon.session.ascent import Phase
 from corolla.daemon.session.deadlines import Settings
-from corolla.daemon.session.machine import Phase, SessionMachine
+from corolla.daemon.session.machine import SessionMachine
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.session.wiring import Route, RouteHop
 from corolla.daemon.swarm.blame import HEAVY, LIGHT

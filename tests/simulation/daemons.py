@@ -122,7 +122,7 @@ class Swarm:
         service = HopService(self._hub.network(name))
         worker = WorkerTwin(0, FACTS, start, end, compute_s=compute_s)
         service.add_worker(worker)
-        await self._nursery.start(self._live, service, worker, life)
+        await self._nursery.start(self._live, service, worker, life)  # type: ignore[arg-type]
         self.daemons[name] = Daemon(name, start, end, service, worker, life)
 
     async def _live(

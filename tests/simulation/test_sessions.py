@@ -56,7 +56,7 @@ def test_the_default_schedules_repair_replay_wait_and_charge() -> None:
 
 def main(kind: str, first: int, last: int | None = None) -> None:
     """Play seeds [first, last), or tell one in full."""
-    play: Callable[[int], World | Story] = {"machine": play_machine, "daemons": play_daemons}[kind]
+    play: Callable[[int], World | Story] = play_machine if kind == "machine" else play_daemons
     if last is None:
         print("\n".join(play(first).lines))
         return

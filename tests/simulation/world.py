@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from corolla.daemon.session import events as ev
+from corolla.daemon.session.ascent import Phase
 from corolla.daemon.session.deadlines import Settings
-from corolla.daemon.session.machine import Phase, SessionMachine
+from corolla.daemon.session.machine import SessionMachine
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.swarm.blame import HEAVY
 from corolla.protocol.errors import Code, CorollaError, error
