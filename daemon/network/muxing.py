@@ -26,10 +26,11 @@ _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 MAX_MESSAGE_BYTES: Final = 65_519
 MAX_FRAME_BODY_BYTES: Final = MAX_MESSAGE_BYTES - HEADER_BYTES
 
-# Windows. The first size is the specification's. A stream whose reader empties half a window within a few
-# round trips gets a window four times as large, until 16 MiB (a gigabit over 130 ms), as long as the extra
-# windows of the whole connection stay within the budget.
+# Windows. The first size is the specification's; the opening and its answer raise it at once, to hold a step
+# of a session without a round trip for credit. When a reader empties half a window within a few round trips
+# it is made four times as large, until 16 MiB (a gigabit over 130 ms), within a budget for the connection.
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
+RAISED_WINDOW_BYTES: Final = 1024 * 1024
 MAX_WINDOW_BYTES: Final = 16 * 1024 * 1024
 WINDOW_BUDGET_BYTES: Final = 64 * 1024 * 1024
 MAX_UNREAD_BYTES: Final = (
@@ -170,6 +171,7 @@ class Mux:
 
     @property
     def num_streams(self) -> int:
+        """How many are open."""
         return len(self._streams)
 
     @property
@@ -192,14 +194,18 @@ class Mux:
         self._next_id += 2
         self._streams[stream.stream_id] = stream
         self._num_unacknowledged += 1
-        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _SYN, stream.stream_id, 0))
+        self._enqueue(
+            stream.stream_id,
+            _frame(_WINDOW_UPDATE, _SYN, stream.stream_id, self._grow(stream, RAISED_WINDOW_BYTES)),
+        )
         return stream
 
     def accept(self, stream: MuxStream) -> None:
         """Tell the far side that the stream it opened has been taken up."""
         if not (stream.acknowledged or stream.reset):
             stream.acknowledged = True
-            self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _ACK, stream.stream_id, 0))
+            delta = self._grow(stream, RAISED_WINDOW_BYTES)
+            self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _ACK, stream.stream_id, delta))
 
     def send(self, stream: MuxStream, data: memoryview) -> int:
         """Queue the first bytes of `data`, as many as window and frame allow; gives how many."""
@@ -414,17 +420,22 @@ class Mux:
         # A larger window if half of it lasted less than four round trips: then it, and not the sender or
         # the wire, sets the pace. The 5 ms keep a loopback from never growing.
         quick = now - stream.granted_at < max(4 * self.rtt_s, 0.005)
-        growth = 0
+        delta = stream.consumed_bytes
+        stream.granted_bytes += stream.consumed_bytes
         if quick:
-            room = WINDOW_BUDGET_BYTES - self._extra_window_bytes
-            growth = max(0, min(3 * stream.window_bytes, MAX_WINDOW_BYTES - stream.window_bytes, room))
-        stream.window_bytes += growth
-        self._extra_window_bytes += growth
-        delta = stream.consumed_bytes + growth
-        stream.granted_bytes += delta
+            delta += self._grow(stream, min(4 * stream.window_bytes, MAX_WINDOW_BYTES))
         stream.consumed_bytes = 0
         stream.granted_at = now
         self._enqueue_urgent(_frame(_WINDOW_UPDATE, 0, stream.stream_id, delta))
+
+    def _grow(self, stream: MuxStream, window_bytes: int) -> int:
+        """Widen a stream's window, as far as the budget allows; gives by how much."""
+        room = WINDOW_BUDGET_BYTES - self._extra_window_bytes
+        growth = max(0, min(window_bytes - stream.window_bytes, room))
+        stream.window_bytes += growth
+        stream.granted_bytes += growth
+        self._extra_window_bytes += growth
+        return growth
 
     def _break(self, stream: MuxStream) -> None:
         stream.reset = True

@@ -17,6 +17,7 @@ from corolla.daemon.network.muxing import (
     MAX_MESSAGE_BYTES,
     MAX_STREAMS,
     MAX_WINDOW_BYTES,
+    RAISED_WINDOW_BYTES,
     Acknowledged,
     Departed,
     Event,
@@ -60,8 +61,7 @@ class Couple:
         """A stream that `one` opened and `two` accepted."""
         near = self.one.open()
         self.settle()
-        opened = self.events[self.two][-1]
-        assert isinstance(opened, Opened)
+        opened = [event for event in self.events[self.two] if isinstance(event, Opened)][-1]
         self.two.accept(opened.stream)
         self.settle()
         return near, opened.stream
@@ -80,7 +80,11 @@ def test_the_first_frames_are_those_of_the_specification() -> None:
     stream = mux.open()
     mux.send(stream, memoryview(b"hello"))
     mux.finish(stream)
-    expected = frame(UPDATE, SYN, 1, 0) + frame(DATA, 0, 1, 5, b"hello") + frame(UPDATE, FIN, 1, 0)
+    expected = (
+        frame(UPDATE, SYN, 1, RAISED_WINDOW_BYTES - INITIAL_WINDOW_BYTES)
+        + frame(DATA, 0, 1, 5, b"hello")
+        + frame(UPDATE, FIN, 1, 0)
+    )
     assert mux.next_message() == expected
 
 
@@ -118,9 +122,9 @@ def test_reading_by_pieces_gives_what_was_sent(pieces: list[bytes], limit: int) 
 def test_a_sender_stops_at_the_window_and_goes_on_when_it_opens() -> None:
     couple = Couple()
     near, far = couple.stream()
-    assert send_all(couple, couple.one, near, bytes(INITIAL_WINDOW_BYTES + 1)) == INITIAL_WINDOW_BYTES
+    assert send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES + 1)) == RAISED_WINDOW_BYTES
     assert couple.one.send(near, memoryview(b"x")) == 0
-    couple.two.read(far, INITIAL_WINDOW_BYTES // 2, 0.0)
+    couple.two.read(far, RAISED_WINDOW_BYTES // 2, 0.0)
     couple.settle()
     assert Writable(near) in couple.events[couple.one]
     assert couple.one.send(near, memoryview(b"x")) == 1
@@ -129,8 +133,8 @@ def test_a_sender_stops_at_the_window_and_goes_on_when_it_opens() -> None:
 def test_credit_is_given_in_large_batches() -> None:
     couple = Couple()
     near, far = couple.stream()
-    send_all(couple, couple.one, near, bytes(INITIAL_WINDOW_BYTES))
-    for _ in range(INITIAL_WINDOW_BYTES // 2 // 1024 - 1):
+    send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES))
+    for _ in range(RAISED_WINDOW_BYTES // 2 // 1024 - 1):
         couple.two.read(far, 1024, 0.0)
     assert couple.two.next_message() == b""
     couple.two.read(far, 1024, 0.0)
@@ -155,25 +159,26 @@ def test_windows_stay_for_a_slow_reader() -> None:
     couple = Couple()
     near, far = couple.stream()
     for round_number in range(10):
-        send_all(couple, couple.one, near, bytes(INITIAL_WINDOW_BYTES))
+        send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES))
         couple.two.read(far, None, 100.0 * (1 + round_number))
         couple.settle()
     # The first grant cannot know the reader's pace yet, and takes it for quick.
-    assert far.window_bytes <= 4 * INITIAL_WINDOW_BYTES
+    assert far.window_bytes == 4 * RAISED_WINDOW_BYTES
 
 
 def test_all_windows_together_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muxing, "WINDOW_BUDGET_BYTES", INITIAL_WINDOW_BYTES)
+    budget = RAISED_WINDOW_BYTES
+    monkeypatch.setattr(muxing, "WINDOW_BUDGET_BYTES", budget)
     couple = Couple()
     far_ends = []
     for _ in range(3):
         near, far = couple.stream()
         far_ends.append(far)
         for _ in range(5):
-            send_all(couple, couple.one, near, bytes(INITIAL_WINDOW_BYTES))
+            send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES))
             couple.two.read(far, None, 1.0)
             couple.settle()
-    assert sum(far.window_bytes for far in far_ends) <= 4 * INITIAL_WINDOW_BYTES
+    assert sum(far.window_bytes for far in far_ends) == 3 * INITIAL_WINDOW_BYTES + budget
 
 
 def test_both_ends_forget_a_stream_that_both_have_ended() -> None:
