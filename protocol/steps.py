@@ -259,7 +259,7 @@ class Linked(Message):
 
 @dataclass(frozen=True, slots=True)
 class Receipt(Message):
-    """A step was received (told only when it takes long), is being worked on (every second), or was sent."""
+    """A step was received, is being worked on (every second), or was sent on. Nothing is told of quick ones."""
 
     KIND: ClassVar[str] = "receipt"
     session: bytes

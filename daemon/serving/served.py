@@ -26,8 +26,8 @@ from .line import Line
 from .port import Pending, WorkerPort
 from .push import Push
 
-# More steps wait in their stream, and then nothing else on it is heard: so a replay, which comes on the client's
-# stream as `Where` does, may be read far ahead of the worker.
+# More steps wait in their stream, and then nothing else on it is heard: so a replay on the client's stream, on
+# which `Where` comes too, may be read far ahead of the worker.
 MAX_UNDER_WAY: Final = 2 * MAX_STEPS_IN_FLIGHT
 MAX_AHEAD: Final = 256
 MAX_AHEAD_BYTES: Final = 64 * MIB
@@ -215,7 +215,7 @@ class Served:
 
     async def take(self, step: Step, sender: Hop | None) -> Failure | None:
         """A step came, from the client (sender None) or from another hop; gives the answer to a stale one."""
-        while self._is_full and not self.is_freed:
+        while self._is_full(may_read_ahead=sender is None) and not self.is_freed:
             await self._room.park()
         try:
             verdict = self.hop.judge(step, sender, trio.current_time())
@@ -234,10 +234,11 @@ class Served:
             )
         return None
 
-    @property
-    def _is_full(self) -> bool:
+    def _is_full(self, *, may_read_ahead: bool) -> bool:
         count = len(self._jobs)
-        return count >= MAX_UNDER_WAY and (count >= MAX_AHEAD or self._num_bytes >= MAX_AHEAD_BYTES)
+        if may_read_ahead and self._num_bytes < MAX_AHEAD_BYTES:
+            return count >= MAX_AHEAD
+        return count >= MAX_UNDER_WAY
 
     def _submit(self, step: Step) -> None:
         pending = self.worker.submit(

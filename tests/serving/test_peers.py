@@ -9,7 +9,9 @@ import trio
 import trio.testing
 
 from corolla.daemon.network.conversation import Conversation
+from corolla.daemon.serving.hop import HopSession
 from corolla.daemon.serving.peers import MAX_SESSIONS_PER_CLIENT, MIN_HISTORY_BYTES
+from corolla.daemon.serving.served import MAX_UNDER_WAY
 from corolla.daemon.serving.twin import not_finite
 from corolla.protocol.errors import Code
 from corolla.protocol.limits import SESSION_GRACE_S, WORKING_EVERY_S
@@ -514,7 +516,6 @@ async def test_a_lost_worker_that_is_not_back_refuses_the_link() -> None:
 async def test_values_that_cannot_be_used_accuse_whoever_sent_them(payload: bytes, code: Code) -> None:
     async with a_stage() as stage:
         callers = await stage.chain(2, 4)
-        callers[0].daemon.worker.spoil = None
         bad = Step(SESSION_ID, 1, 1, (Row(NEW_ROW, 0, 1),), payload=payload)
         await callers[0].say(bad)
         failure = await failure_of(callers[0], code)
@@ -559,13 +560,8 @@ async def test_a_slow_step_is_acknowledged_and_its_progress_told() -> None:
         callers = await stage.chain(3)
         callers[0].daemon.worker.compute_s = 3.5 * WORKING_EVERY_S
         await callers[0].say(step(1, 0, 1))
-        stages = [(await callers[0].hear(Receipt)).stage for _ in range(4)]
-        assert stages == [Stage.RECEIVED, Stage.WORKING, Stage.WORKING, Stage.WORKING] or stages == [
-            Stage.RECEIVED,
-            Stage.WORKING,
-            Stage.WORKING,
-            Stage.SENT,
-        ]
+        stages = [(await callers[0].hear(Receipt)).stage for _ in range(5)]
+        assert stages == [Stage.RECEIVED, Stage.WORKING, Stage.WORKING, Stage.WORKING, Stage.SENT]
         await callers[1].hear(Result)
 
 
@@ -590,6 +586,40 @@ async def test_a_hung_worker_shows_in_where() -> None:
             assert (await caller.hear(At)).stage is seen
             await caller.say(Where(SESSION_ID, 1, 2))
             assert (await caller.hear(At)).stage is Stage.UNKNOWN
+
+
+async def test_where_is_answered_while_a_replay_waits_for_the_worker() -> None:
+    async with a_stage() as stage:
+        callers = await stage.chain(3)
+        await answer(callers, step(1, 0, 1))
+        await stage.link(callers, 2, 1, (40,))
+        callers[0].daemon.worker.hang()
+        for position in range(1, 40):
+            row = Row(0, position, 1)
+            part = Step(
+                SESSION_ID, 2, 1, (row,), 1, replay_hops=1, final=position == 39, payload=tokens(position)[0]
+            )
+            await callers[0].say(part)
+        await callers[0].say(Where(SESSION_ID, 2, 1))
+        assert (await callers[0].hear(At)).stage is Stage.RECEIVED
+        callers[0].daemon.worker.wake()
+        await callers[0].hear(Replayed)
+
+
+async def test_steps_pushed_to_a_stuck_worker_wait_in_their_stream() -> None:
+    async with a_stage() as stage:
+        callers = await stage.chain(3)
+        callers[1].daemon.worker.hang()
+        for number in range(30):
+            await callers[0].say(step(number + 1, number, number, committed=0))
+        await trio.sleep(1)
+        assert callers[1].daemon.service.statistics().num_steps == MAX_UNDER_WAY
+        callers[1].daemon.worker.wake()
+        heard: list[bytes] = []
+        while len(heard) < 30:
+            message = await callers[1].talk.hear()
+            heard += [message.payload] if isinstance(message, Result) else []
+        assert heard == expected(*range(30))
 
 
 # its end
@@ -694,3 +724,21 @@ async def test_attaching_twice_on_one_stream_is_answered_twice() -> None:
         await caller.hear(Linked)
         await talk.say(step(1, 0, 1, epoch=2))
         assert (await caller.hear(Result)).payload == expected(1, start=3)[0]
+
+
+async def test_a_defect_in_one_session_ends_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_stage() as stage:
+        callers = await stage.chain(3)
+        other = [await stage.open(callers[1].daemon, network=stage.hub.network("another client"))]
+        await stage.link(other, 1)
+
+        def defect(hop: HopSession, step: Step) -> None:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(HopSession, "sending", defect)
+        await callers[0].say(step(1, 0, 1))
+        with pytest.raises(Exception, match="reset"):
+            await callers[0].talk.hear()
+        assert callers[0].daemon.service.statistics().num_sessions == 0
+        monkeypatch.undo()
+        assert await answer(other, step(1, 0, 1)) == expected(1, start=3)
