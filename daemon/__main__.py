@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import anyio
 import click
 
 from .. import __version__
-from ..protocol.errors import CorollaError, exit_code
+from ..protocol.errors import CorollaError, Exit, exit_code
 from ..protocol.places import (
     SERVICE_CONFIG,
     user_cache_folder,
@@ -20,7 +19,6 @@ from ..protocol.places import (
     user_state_folder,
 )
 from .config import Config, load_config
-from .log import set_up_logging
 from .store import Store, open_store
 
 
@@ -62,10 +60,17 @@ def main(config: Path | None, state_dir: Path | None, socket: Path | None, **fla
     except CorollaError as problem:
         click.echo(f"corollad: {problem}", err=True)
         sys.exit(exit_code(problem.code))
+    except ModuleNotFoundError as problem:
+        click.echo(f"corollad: {problem}: install it with pip install 'corolla[daemon,worker]'", err=True)
+        sys.exit(Exit.ERROR)
 
 
 def run(store: Store, config_file: Path | None, socket: Path | None, flags: dict[str, Any]) -> None:
-    """Run the daemon with a state folder that is ours."""
+    """Run the daemon with a state folder that is ours. Raises ModuleNotFoundError without its extra."""
+    import anyio  # here, so that a bare `pip install corolla` can say what is missing
+
+    from .log import set_up_logging
+
     config = load_config(config_file or _usual_config(), os.environ, flags, store.state.settings)
     set_up_logging(config.log_level, config.log_format)
     cache_folder = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_folder()
