@@ -191,6 +191,8 @@ class Session:
             self._no_wires = anyio.Event()
             with anyio.move_on_after(FAREWELL_S):
                 await self._no_wires.wait()
+        for wire in tuple(self._wires.values()):
+            wire.close(None)
 
     async def _ask(self, request: Callable[[int], ev.Event]) -> bytes:
         self._num_tickets += 1

@@ -42,7 +42,7 @@ class Wire:
         self._lose = lose
         self._queue: deque[Iterable[Message]] = deque([(opening.message,)])
         self._more = anyio.Event()
-        self._scope = anyio.CancelScope()
+        self._scope = anyio.CancelScope(shield=True)  # a cancelled session says goodbye all the same
         self._is_closing = False
 
     def send(self, messages: Iterable[Message]) -> None:
