@@ -8,7 +8,7 @@ together without changing places.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import trio
 
@@ -33,7 +33,7 @@ Notice: TypeAlias = CloseCache | EndGeneration
 Answer: TypeAlias = Done | Restored | Begun | Sampled
 
 # The one kind of answer that each request has; another is a defect of the worker.
-ANSWERS: dict[type[Request], type[Answer]] = {
+ANSWERS: Final[dict[type[Request], type[Answer]]] = {
     OpenCache: Done,
     Compute: Done,
     Restore: Restored,
