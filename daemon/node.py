@@ -35,7 +35,7 @@ from .routes import no_swarm
 from .store import Store
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
-REMEMBER_EVERY_S: Final = 60.0  # where members are, for the next start
+REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
 STOP_TIMEOUT_S: Final = 10.0  # of everything that is left when the daemon stops
 HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
 
@@ -267,7 +267,9 @@ class Node:
 
     def _remember(self, belonging: Belonging) -> None:
         known = belonging.known_addresses()
-        if known and self.store.state.swarm_id == belonging.swarm.swarm_id:
+        if not known or set(known) == set(self.store.state.bootstrap):
+            return
+        if self.store.state.swarm_id == belonging.swarm.swarm_id:
             try:
                 self.store.update(bootstrap=known)
             except CorollaError as problem:
