@@ -8,6 +8,8 @@ business, the processes are `demo_swarm`'s.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -74,6 +76,7 @@ class Outcome:
         """The fields of `daemonctl demo --json`; results in the form of the benchmarks."""
         ratio = self.tokens_per_s / self.local_tokens_per_s if self.local_tokens_per_s else None
         return {
+            "machine": machine(),
             "model": self.model,
             "equal": self.equal,
             "tokens_per_s": self.tokens_per_s,
@@ -122,6 +125,11 @@ def run(plan: Plan, view: View, *, keep: Callable[[DemoSwarm], object] | None = 
         repair_s=story.repair_s(),
         killed=story.victim.name if story.victim else "",
     )
+
+
+def machine() -> dict[str, Any]:
+    """What it was seen on."""
+    return {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def split(num_blocks: int, hops: int) -> list[tuple[int, int]]:

@@ -1,16 +1,20 @@
-"""The demo's parts that need no daemons: spans, the picture, the verdict."""
+"""The demo: spans, the picture, the verdict, and the whole story with a tiny model."""
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from corolla.protocol.errors import Code, CorollaError
-from corolla.sdk.cli.demo import drawing
+from corolla.sdk.cli import main
+from corolla.sdk.cli.demo import LiveView, PlainView, drawing
 from corolla.sdk.demo import Outcome, split
 from corolla.sdk.demo_swarm import DemoSwarm, Member
+from corolla.sdk.output import Output
 from corolla.sdk.picture import gaps
 
 OUTCOME = Outcome("tiny", "why", " so", " so", (1, 2), (1, 2), 10.0, 5.0, 1.5, "middle")
@@ -56,6 +60,42 @@ def test_the_picture_shows_the_gap_from_the_kill_to_the_repair() -> None:
     spare.in_use = True
     assert not any("nobody" in line for line in lines())
     assert not any("client" in line for line in lines())
+
+
+def test_both_views_show_the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
+    members = [Member("first", (0, 3), Path("/nowhere"), is_killed=True)]
+    for view in (LiveView("why?"), PlainView(Output())):
+        with view if isinstance(view, LiveView) else nullcontext():
+            view.stage("writing")
+            view.text("so it ")
+            view.text("is")
+            view.swarm(6, members)
+        shown = "".join(capsys.readouterr())
+        assert "writing" in shown
+        assert "so it is" in shown
+        assert "killed" in shown
+
+
+def test_the_demo_kills_a_daemon_and_writes_the_same_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from ..model.test_ends import TEMPLATE, save_tokenizer
+    from ..model.tiny import save_tiny
+
+    folder = tmp_path / "tiny"
+    save_tiny(folder, "llama", eos_token_id=None)
+    save_tokenizer(folder, TEMPLATE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--model", str(folder), "--prompt", "hello world", "-n", "30", "--json"])
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert ended.value.code == 0, captured.err
+    assert answer["equal"] is True
+    assert answer["killed"] in ("middle", "spare")  # whichever of the two the route went through
+    assert answer["repair_s"] > 0
+    assert "nobody" in captured.err  # the picture had the gap
 
 
 def test_the_verdict_is_about_tokens() -> None:
