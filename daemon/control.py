@@ -60,10 +60,16 @@ class Connection:
         self.nursery: Final = nursery
         self.opened: dict[int, Any] = {}
         self._stream = stream
+        self._num_handles = 0
         self._unsent: deque[bytes] = deque()
         self._num_unsent_bytes = 0
         self._has_unsent = trio.Event()
         self._has_room = trio.Event()
+
+    def new_handle(self) -> int:
+        """A name for what a call opens, never used before on this connection."""
+        self._num_handles += 1
+        return self._num_handles
 
     def post(self, message: Message) -> None:
         """Queue a message at once."""

@@ -22,7 +22,7 @@ from ..protocol.control import (
     Stop,
     SwarmView,
 )
-from ..protocol.errors import Code, error
+from ..protocol.errors import Code, CorollaError, error
 from ..protocol.work import SourceKind
 from .config import check_value
 from .control import Ask, Handler, Reply
@@ -153,12 +153,20 @@ class Methods:
             node.the_belonging(),
             replacement_wait_s=node.config.replacement_wait_s,
             on_event=lambda event: node.events.emit(f"session_{event.kind}", event.text, **event.detail),
+            counted=node.session_open,
         )
 
     async def pull(self, ask: Ask) -> Reply:
-        """Fetch by a worker that loads no blocks, which is how any worker fetches."""
+        """Fetch by a worker that loads the ends alone, which is how any worker fetches."""
         arguments: PullModel = ask.arguments
-        source = source_of(arguments.model)
+        try:
+            source = source_of(arguments.model)
+        except CorollaError:
+            if self._node.belonging is None:
+                raise
+            facts = await self._node.belonging.routes.find_model(arguments.model)
+            worker = await self._node.lending.ends_of(facts)
+            return Reply(Pulled((await worker.wait_ready()).folder))
         if arguments.revision:
             if source.kind is not SourceKind.HUB:
                 raise error(

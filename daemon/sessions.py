@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -125,8 +125,9 @@ async def open_for_program(
     *,
     replacement_wait_s: float,
     on_event: Callable[[SessionEvent], None],
+    counted: Callable[[], AbstractContextManager[None]],
 ) -> Reply:
-    """Answer `session.open`: the session stays open in a task of the connection."""
+    """Answer `session.open`: the session stays open in a task of the connection, inside `counted`."""
     arguments: OpenModelSession = ask.arguments
     connection = ask.connection
     if len(connection.opened) >= MAX_SESSIONS_PER_PROGRAM:
@@ -146,7 +147,7 @@ async def open_for_program(
         arguments.wait_s,
     )
     encoding = wanted.encoding or DEFAULT_ENCODING
-    handle = max(connection.opened, default=0) + 1
+    handle = connection.new_handle()
     context = opened(belonging, facts, wanted, replacement_wait_s=replacement_wait_s, on_event=on_event)
     end = facts.num_blocks if wanted.end == -1 else wanted.end
     ready: trio.MemorySendChannel[CorollaError | None]
@@ -154,11 +155,12 @@ async def open_for_program(
 
     async def hold() -> None:
         try:
-            async with context as session:
-                held = ProgramSession(session, facts, encoding)
-                connection.opened[handle] = held
-                ready.send_nowait(None)
-                await held.closing.wait()
+            with counted():
+                async with context as session:
+                    held = ProgramSession(session, facts, encoding)
+                    connection.opened[handle] = held
+                    ready.send_nowait(None)
+                    await held.closing.wait()
         except CorollaError as problem:
             if handle not in connection.opened:
                 ready.send_nowait(problem)

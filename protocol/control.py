@@ -204,7 +204,10 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class PullModel:
-    """Fetch a model's files (all, or just those of the ends) to this machine; items tell the progress."""
+    """Fetch the files of a model's ends to this machine; items tell the progress.
+
+    model: a folder, GGUF file or hub id, or the name of a model of the swarm that this machine has.
+    """
 
     model: str
     revision: str | None = None
@@ -233,16 +236,6 @@ class Joined:
     name: str
     swarm_id: str
     token: str
-
-
-@dataclass(frozen=True, slots=True)
-class Serve:
-    """Serve blocks [start, end) of a model, or those that placement chooses (`start` None)."""
-
-    model: str | None = None
-    start: int | None = None
-    end: int | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +288,6 @@ METHODS: Final[dict[str, Method]] = {
         Method("session.step", Right.USE, SessionStep),
         Method("session.close", Right.USE, SessionHandle),
         Method("model.pull", Right.MANAGE, PullModel),
-        Method("model.serve", Right.MANAGE, Serve),
         Method("config.set", Right.MANAGE, SetConfig),
         Method("swarm.create", Right.MANAGE, CreateSwarm),
         Method("swarm.join", Right.MANAGE, Join),

@@ -20,7 +20,6 @@ from ..protocol.control import (
     Pulled,
     PullModel,
     PullProgress,
-    Serve,
     SessionOpened,
     SetConfig,
     Status,
@@ -105,12 +104,6 @@ class AsyncDaemon:
     async def leave(self) -> None:
         """Leave the swarm."""
         await self._call("swarm.leave")
-
-    async def serve(
-        self, model: str | None = None, *, start: int | None = None, end: int | None = None
-    ) -> Any:
-        """Serve blocks [start, end) of a model, or those that placement chooses."""
-        return await self._call("model.serve", Serve(model, start, end))
 
     async def pull(
         self,

@@ -25,7 +25,6 @@ from ..protocol.control import (
     Pulled,
     PullModel,
     PullProgress,
-    Serve,
     SessionOpened,
     SetConfig,
     Status,
@@ -128,10 +127,6 @@ class Daemon:
     def leave(self) -> None:
         """Leave the swarm."""
         self._call("swarm.leave")
-
-    def serve(self, model: str | None = None, *, start: int | None = None, end: int | None = None) -> Any:
-        """Serve blocks [start, end) of a model, or those that placement chooses."""
-        return self._call("model.serve", Serve(model, start, end))
 
     def pull(
         self,

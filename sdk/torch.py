@@ -123,11 +123,7 @@ def _ends(model: str, ends: str | os.PathLike[str] | None, view: ModelView, daem
         return where
     if view.hub_id is not None:
         return view.hub_id
-    raise error(
-        Code.UNKNOWN_MODEL,
-        f"nobody says where the files of {view.name} come from",
-        "give the folder or GGUF file of the same model as ends=…",
-    )
+    return daemon.pull(f"{view.name}@{view.fingerprint[:8]}").folder
 
 
 def _check(config: PretrainedConfig, view: ModelView, where: str) -> None:
