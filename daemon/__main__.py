@@ -24,15 +24,19 @@ from .store import Store, open_store
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML file with these settings."
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar="COROLLA_CONFIG",
+    help="TOML file with these settings.",
 )
 @click.option("--model", metavar="MODEL", help="What to serve: a folder, a hub id, or a GGUF file.")
 @click.option("--blocks", metavar="auto|START:END|none", help="Which blocks of it; none serves nothing.")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="Multiaddress to listen on; may repeat.")
 @click.option("--announce", multiple=True, metavar="ADDRESS", help="Address that others should try first.")
 @click.option("--join", metavar="TOKEN", help="Enter this swarm: a token, or a member's multiaddress.")
-@click.option("--state-dir", type=click.Path(path_type=Path), metavar="DIR", help="Identity and memory.")
-@click.option("--socket", type=click.Path(path_type=Path), metavar="PATH", help="The control socket.")
+@click.option("--state-dir", metavar="DIR", help="Identity and memory: one daemon's own.")
+@click.option("--socket", metavar="PATH", help="The control socket.")
 @click.option("--cache-dir", metavar="DIR", help="Where fetched and converted weights are kept.")
 @click.option("--device", multiple=True, metavar="DEVICE", help="auto, cpu, cuda:0, …; one worker each.")
 @click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; the device's best if left out.")
@@ -46,7 +50,7 @@ from .store import Store, open_store
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 @click.option("--log-format", metavar="FORM", help="text, json, or auto: text in a terminal.")
 @click.version_option(__version__, prog_name="corollad")
-def main(config: Path | None, state_dir: Path | None, socket: Path | None, **flags: Any) -> None:
+def main(config: Path | None, **flags: Any) -> None:
     """Join a swarm and serve a run of a model's blocks, in the foreground.
 
     Each setting is also a key of the configuration file (~/.config/corolla/config.toml, or
@@ -55,28 +59,30 @@ def main(config: Path | None, state_dir: Path | None, socket: Path | None, **fla
     """
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     try:
-        with open_store(state_dir or _folder("COROLLA_STATE_DIR", user_state_folder())) as store:
-            run(store, config, socket, given)
+        run(config or _usual_config(), given)
     except CorollaError as problem:
         click.echo(f"corollad: {problem}", err=True)
         sys.exit(exit_code(problem.code))
     except ModuleNotFoundError as problem:
         click.echo(f"corollad: {problem}: install it with pip install 'corolla[daemon,worker]'", err=True)
         sys.exit(Exit.ERROR)
+    except KeyboardInterrupt:  # before the daemon hears signals itself
+        sys.exit(Exit.OK)
 
 
-def run(store: Store, config_file: Path | None, socket: Path | None, flags: dict[str, Any]) -> None:
-    """Run the daemon with a state folder that is ours. Raises ModuleNotFoundError without its extra."""
+def run(config_file: Path | None, flags: dict[str, Any]) -> None:
+    """Run the daemon until it is stopped. Raises ModuleNotFoundError without its extra."""
     import anyio  # here, so that a bare `pip install corolla` can say what is missing
 
     from .log import set_up_logging
 
-    config = load_config(config_file or _usual_config(), os.environ, flags, store.state.settings)
-    set_up_logging(config.log_level, config.log_format)
-    cache_folder = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_folder()
-    anyio.run(
-        _live, config, store, socket or _folder("COROLLA_SOCKET", user_socket()), cache_folder, backend="trio"
-    )
+    folder = load_config(config_file, os.environ, flags).state_dir
+    with open_store(_place(folder, user_state_folder())) as store:
+        config = load_config(config_file, os.environ, flags, store.state.settings)
+        set_up_logging(config.log_level, config.log_format)
+        socket = _place(config.socket, user_socket())
+        cache_folder = _place(config.cache_dir, user_cache_folder())
+        anyio.run(_live, config, store, socket, cache_folder, backend="trio")
 
 
 async def _live(config: Config, store: Store, socket: Path, cache_folder: Path) -> None:
@@ -86,12 +92,20 @@ async def _live(config: Config, store: Store, socket: Path, cache_folder: Path) 
 
 
 def _usual_config() -> Path | None:
-    """The user's configuration, else the service's; None if there is neither."""
-    return next((path for path in (user_config_file(), SERVICE_CONFIG) if path.exists()), None)
+    """The user's configuration, else the service's; None if there is neither. One we may not read counts."""
+    for path in (user_config_file(), SERVICE_CONFIG):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:  # whoever opens it says why it cannot be read
+            return path
+        return path
+    return None
 
 
-def _folder(variable: str, usual: Path) -> Path:
-    return Path(os.environ[variable]) if variable in os.environ else usual
+def _place(given: str, usual: Path) -> Path:
+    return Path(given).expanduser().absolute() if given else usual
 
 
 if __name__ == "__main__":

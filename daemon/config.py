@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from ..protocol.tensors import DType
 VARIABLE_PREFIX: Final = "COROLLA_"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
 _LISTS: Final = ("listen", "announce", "device", "operators")
+_NOT_KEPT: Final = ("state_dir",)  # `config.set` keeps its values in the state folder itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Config:
     model: folder, hub id or GGUF file. blocks: `auto`, `START:END` or `none`. listen, announce: multiaddresses.
     join: a token or multiaddress, taken up at start. device: one worker each. memory_bytes, cache_tokens,
     threads: of each worker. operators: users who may manage this daemon, besides root and its own.
+    state_dir, socket, cache_dir: the user's own places if empty.
     """
 
     model: str = ""
@@ -43,6 +46,8 @@ class Config:
     threads: int = 0
     memory_bytes: int = 0
     cache_tokens: int = 0
+    state_dir: str = ""
+    socket: str = ""
     cache_dir: str = ""
     operators: tuple[str, ...] = ()
     replacement_wait_s: float = REPLACEMENT_WAIT_S
@@ -59,8 +64,10 @@ class Config:
         if self.log_format not in ("auto", "text", "json"):
             raise _bad("log_format", self.log_format, "auto, text or json")
         for name in ("threads", "memory_bytes", "cache_tokens", "replacement_wait_s", "session_grace_s"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise _bad(name, getattr(self, name), "0 or more")
+        if not self.device:
+            raise _bad("device", [], "at least one, such as auto")
         if self.quantization:
             raise _bad("quantization", self.quantization, "nothing: this version serves weights as they are")
 
@@ -93,7 +100,8 @@ def load_config(
     values: dict[str, Any] = {}
     if path is not None:
         values |= _from_file(path)
-    values |= {key: check_value(key, value) for key, value in (settings or {}).items()}
+    kept = "what `daemonctl config` kept"
+    values |= {key: check_value(key, value, kept) for key, value in (settings or {}).items()}
     for key in KEYS:
         text = environment.get(VARIABLE_PREFIX + key.upper())
         if text is not None:
@@ -102,12 +110,23 @@ def load_config(
     return Config(**values)
 
 
-def check_value(key: str, value: Any) -> Any:
+def check_setting(key: str, value: Any) -> Any:
+    """A value that `config.set` may keep. Raises `BAD_CONFIG` as `check_value`, and for where it is kept."""
+    if key in _NOT_KEPT:
+        raise error(
+            Code.BAD_CONFIG,
+            f"{key} names the folder in which settings are kept, and cannot be one of them",
+            f"give it as --{key.replace('_', '-')}, {VARIABLE_PREFIX}{key.upper()}, or in the configuration file",
+        )
+    return check_value(key, value)
+
+
+def check_value(key: str, value: Any, where: object = "the configuration") -> Any:
     """A value of the key's type. Raises `BAD_CONFIG`, with the closest known key for an unknown one."""
     if key not in KEYS:
         close = difflib.get_close_matches(key, KEYS, 1)
         meant = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(KEYS)}"
-        raise error(Code.BAD_CONFIG, f"unknown key {key!r} in the configuration", meant)
+        raise error(Code.BAD_CONFIG, f"unknown key {key!r} in {where}", meant)
     expected = typing.get_type_hints(Config)[key]
     if key in _LISTS:
         items = [value] if isinstance(value, str) else value
@@ -131,7 +150,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         ) from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise error(Code.BAD_CONFIG, f"{path}: {problem}", "correct that line") from problem
-    return {key: check_value(key, value) for key, value in table.items()}
+    return {key: check_value(key, value, path) for key, value in table.items()}
 
 
 def _from_text(key: str, text: str) -> Any:

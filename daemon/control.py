@@ -11,6 +11,7 @@ import grp
 import os
 import pwd
 import socket
+import stat
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.framing import FrameParser
 from ..protocol.limits import (
     MAX_CALLS_PER_CONNECTION,
+    MAX_HEADER_BYTES,
     MAX_LOCAL_HEADER_BYTES,
     MAX_LOCAL_PAYLOAD_BYTES,
     MIB,
@@ -38,6 +40,7 @@ from .store import unusable
 GROUP: Final = "corolla"  # its members may use the daemon
 MAX_CONNECTIONS: Final = 256
 MAX_UNSENT_BYTES: Final = 4 * MIB  # to a reader that is slower than its answers; then the answers wait
+LAST_WORD_S: Final = 1.0  # for telling a program why its connection ends
 _READ_BYTES: Final = 1 << 18
 _ORDER: Final = (Right.SEE, Right.USE, Right.MANAGE)
 
@@ -64,7 +67,7 @@ class Connection:
         self._unsent: deque[bytes] = deque()
         self._num_unsent_bytes = 0
         self._has_unsent = trio.Event()
-        self._has_room = trio.Event()
+        self._sent = trio.lowlevel.ParkingLot()
 
     def new_handle(self) -> int:
         """A name for what a call opens, never used before on this connection."""
@@ -78,11 +81,10 @@ class Connection:
         self._num_unsent_bytes += len(data)
         self._has_unsent.set()
 
-    async def wait_room(self) -> None:
+    async def wait_room(self, max_unsent_bytes: int = MAX_UNSENT_BYTES) -> None:
         """Wait while the program is slow to read."""
-        while self._num_unsent_bytes > MAX_UNSENT_BYTES:
-            self._has_room = trio.Event()
-            await self._has_room.wait()
+        while self._num_unsent_bytes > max_unsent_bytes:
+            await self._sent.park()
 
     async def write(self) -> None:
         """Send what is queued, for as long as the connection lasts."""
@@ -91,7 +93,7 @@ class Connection:
                 data = self._unsent.popleft()
                 await self._stream.send_all(data)
                 self._num_unsent_bytes -= len(data)
-                self._has_room.set()
+                self._sent.unpark_all()
             self._has_unsent = trio.Event()
             await self._has_unsent.wait()
 
@@ -155,36 +157,41 @@ class ControlServer:
                 await self._serve(stream)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the program went away amid an answer
-        except* CorollaError as problems:
-            _log.info("connection_refused", reasons=[str(problem) for problem in problems.exceptions])
         finally:
             self._num_connections -= 1
             await trio.aclose_forcefully(stream)
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         caller = self.caller_of(stream.socket)
-        parser = FrameParser(
-            max_header_bytes=MAX_LOCAL_HEADER_BYTES, max_payload_bytes=MAX_LOCAL_PAYLOAD_BYTES
-        )
-        calls: dict[int, trio.CancelScope] = {}
         async with trio.open_nursery() as nursery:
             connection = Connection(stream, caller, nursery)
             nursery.start_soon(connection.write)
-            while data := await stream.receive_some(_READ_BYTES):
-                parser.feed(bytes(data))
-                for frame in parser.frames():
-                    message = TO_DAEMON.decode(frame)
-                    if isinstance(message, Cancel):
-                        if message.id in calls:
-                            calls[message.id].cancel()
-                    elif isinstance(message, Call):
-                        if len(calls) >= MAX_CALLS_PER_CONNECTION or message.id in calls:
-                            problem = error(Code.LIMIT_EXCEEDED, f"call {message.id}: {len(calls)} are open")
-                            connection.post(Refused.of(message.id, problem))
-                            continue
-                        calls[message.id] = scope = trio.CancelScope()
-                        nursery.start_soon(self._answer, connection, message, scope, calls)
+            try:
+                await self._hear(connection, stream)
+            except CorollaError as problem:  # nothing that follows can be understood
+                _log.info("connection_refused", uid=caller.uid, problem=str(problem))
+                connection.post(Refused.of(0, problem))
+                with trio.move_on_after(LAST_WORD_S):
+                    await connection.wait_room(0)
             nursery.cancel_scope.cancel()
+
+    async def _hear(self, connection: Connection, stream: trio.SocketStream) -> None:
+        """Start what the program asks for, until it hangs up. Raises what is wrong with its words."""
+        parser = _parser_for(connection.caller.right)
+        calls: dict[int, trio.CancelScope] = {}
+        while data := await stream.receive_some(_READ_BYTES):
+            parser.feed(bytes(data))
+            for frame in parser.frames():
+                match TO_DAEMON.decode(frame):
+                    case Cancel(id=id_):
+                        if id_ in calls:
+                            calls[id_].cancel()
+                    case Call() as call if len(calls) >= MAX_CALLS_PER_CONNECTION or call.id in calls:
+                        problem = error(Code.LIMIT_EXCEEDED, f"call {call.id}: {len(calls)} are open")
+                        connection.post(Refused.of(call.id, problem))
+                    case Call() as call:
+                        calls[call.id] = scope = trio.CancelScope()
+                        connection.nursery.start_soon(self._answer, connection, call, scope, calls)
 
     async def _answer(
         self,
@@ -234,6 +241,13 @@ class ControlServer:
         if uid in (0, os.getuid()) or uid in self._operators:
             return Caller(uid, Right.MANAGE)
         return Caller(uid, Right.USE if _is_in_group(uid, gid) else Right.SEE)
+
+
+def _parser_for(right: Right) -> FrameParser:
+    """Who may only see has nothing large to say."""
+    if right is Right.SEE:
+        return FrameParser(max_header_bytes=MAX_HEADER_BYTES, max_payload_bytes=0)
+    return FrameParser(max_header_bytes=MAX_LOCAL_HEADER_BYTES, max_payload_bytes=MAX_LOCAL_PAYLOAD_BYTES)
 
 
 def _is_in_group(uid: int, gid: int) -> bool:
@@ -289,13 +303,22 @@ def _bind(raw: socket.socket, path: Path) -> None:
     except OSError as problem:
         if problem.errno != errno.EADDRINUSE:
             raise
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise error(
+            Code.BAD_CONFIG,
+            f"{path} exists and is no socket",
+            "choose another place with --socket",
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             raw.bind(str(path))
             return
+        except BlockingIOError:  # it listens, and has more callers than it can take just now
+            pass
     raise error(
         Code.STATE_IN_USE,
         f"another daemon listens on {path}",

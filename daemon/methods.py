@@ -24,7 +24,7 @@ from ..protocol.control import (
 )
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.work import SourceKind
-from .config import check_value
+from .config import check_setting
 from .control import Ask, Handler, Reply
 from .generation import Generation
 from .sessions import close_for_program, open_for_program, step_for_program
@@ -121,7 +121,7 @@ class Methods:
     async def set_config(self, ask: Ask) -> Reply:
         arguments: SetConfig = ask.arguments
         await trio.lowlevel.checkpoint()
-        value = check_value(arguments.key, arguments.value)
+        value = check_setting(arguments.key, arguments.value)
         dataclasses.replace(self._node.config, **{arguments.key: value})  # checks the whole
         settings = {**self._node.store.state.settings, arguments.key: value}
         self._node.store.update(settings=settings)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ STATE_FILE: Final = "state.json"
 SEQ_FILE: Final = "seq"
 LOCK_FILE: Final = "lock"
 STATE_VERSION: Final = 1
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+MIGRATIONS: Final[Mapping[int, Migration]] = {}  # from this version of the file to the next one
 _MAX_STATE_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -70,9 +72,7 @@ class Store:
         path = self.folder / STATE_FILE
         try:
             with path.open("rb") as file:
-                content = json.loads(file.read(_MAX_STATE_BYTES))
-            if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
-                raise ValueError(f"version {STATE_VERSION} expected")
+                content = migrated(json.loads(file.read(_MAX_STATE_BYTES)), path)
             return State(
                 swarm_id=str(content.get("swarm_id", "")),
                 swarm=str(content.get("swarm", "")),
@@ -83,7 +83,7 @@ class Store:
             return State()
         except OSError as problem:
             raise unusable(path, problem) from problem
-        except (ValueError, TypeError) as problem:
+        except (ValueError, TypeError, RecursionError) as problem:
             raise error(
                 Code.UNREADABLE,
                 f"{path} is damaged: {problem}",
@@ -102,6 +102,31 @@ class Store:
         except OSError as problem:
             scratch.unlink(missing_ok=True)
             raise unusable(path, problem) from problem
+
+
+def migrated(
+    content: Any,
+    path: Path,
+    migrations: Mapping[int, Migration] = MIGRATIONS,
+    newest: int = STATE_VERSION,
+) -> dict[str, Any]:
+    """What an older version wrote, in the form of the newest; the file changes with the next update.
+
+    Raises ValueError if it is not of any version's form, and `UNREADABLE` if it is of a later one.
+    """
+    if not isinstance(content, dict) or not isinstance(version := content.get("version"), int):
+        raise ValueError("it does not tell its version")
+    if version > newest:
+        raise error(
+            Code.UNREADABLE,
+            f"{path} has version {version}, written by a later Corolla; this one reads up to {newest}",
+            "update Corolla, or give this one its own folder with --state-dir",
+        )
+    for old in range(version, newest):
+        if old not in migrations:
+            raise ValueError(f"nobody wrote version {old}")
+        content = migrations[old](content)
+    return {**content, "version": newest}
 
 
 @contextmanager
