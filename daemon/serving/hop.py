@@ -28,6 +28,7 @@ from ...protocol.steps import (
     Replayed,
     Reply,
     Result,
+    Row,
     Stage,
     Step,
     Where,
@@ -81,6 +82,11 @@ class HopSession:
         self._under_way: deque[_UnderWay] = deque()
         self._progress = 0  # of the worker, when it was last seen to change
         self._progressed_at = 0.0
+
+    @property
+    def promised_bytes(self) -> int:
+        """Hidden states of all tokens that the session may hold."""
+        return self.opened.max_rows * self.opened.max_tokens * self._token_bytes
 
     # the wiring
 
@@ -139,7 +145,8 @@ class HopSession:
     def judge(self, step: Step, sender: Hop | None, now_s: float) -> Verdict:
         """Whether a step counts; one that does is under way from now on. sender: None is the client.
 
-        Raises `BAD_SHAPE`, and `HISTORY_GAP` for a step that leaves one out: the sender's fault.
+        Raises `BAD_SHAPE`, also for rows that the session was not opened for, and `HISTORY_GAP` for a step
+        that leaves one out: the sender's fault.
         """
         if step.epoch != self.epoch or sender != self.upstream:
             return Verdict.STALE
@@ -153,6 +160,7 @@ class HopSession:
             return Verdict.REPEAT if again else Verdict.DROP
         elif step.step_id > self._last_step + 1:
             raise error(Code.HISTORY_GAP, f"step {step.step_id} came after step {self._last_step}")
+        self._check_size(step.rows)
         check_payload(step.rows, step.payload, self._token_bytes)
         self._last_step = step.step_id
         self.last_sent = None
@@ -260,6 +268,17 @@ class HopSession:
     def accused(self, problem: CorollaError) -> Hop | None:
         """Whom a failed computation speaks against: whoever sent the values that it could not use."""
         return self.upstream if problem.code in _VALUES else None
+
+    def _check_size(self, rows: tuple[Row, ...]) -> None:
+        """A step holds no more than its session was promised: what waits for the worker is bounded by it."""
+        opened = self.opened
+        longest = max(row.position + row.n for row in rows)
+        if len(rows) > opened.max_rows or longest > opened.max_tokens:
+            raise error(
+                Code.BAD_SHAPE,
+                f"{len(rows)} rows of at most {longest} tokens, opened for {opened.max_rows} rows"
+                f" of {opened.max_tokens}",
+            )
 
     def _onward(self, step: Step, output: bytes) -> Step:
         return Step(

@@ -279,11 +279,13 @@ class HopService:
             while message is not None:
                 answer: Message | None = None
                 if isinstance(message, Attach):
+                    if served is not None:
+                        served.detached(stream)
                     sender = Hop(stream.peer, message.from_worker)
                     served, answer = await self._attach(stream, message, sender)
                 elif isinstance(message, Step):
-                    if served is None:
-                        raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} pushed before it attached")
+                    if served is None or message.session != served.hop.opened.session:
+                        raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} pushed what it did not attach")
                     answer = await served.take(message, sender)
                 if answer is not None:
                     await talk.say(answer)

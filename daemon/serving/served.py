@@ -30,7 +30,7 @@ from .push import Push
 # which `Where` comes too, may be read far ahead of the worker.
 MAX_UNDER_WAY: Final = 2 * MAX_STEPS_IN_FLIGHT
 MAX_AHEAD: Final = 256
-MAX_AHEAD_BYTES: Final = 64 * MIB
+MAX_AHEAD_BYTES: Final = 256 * MIB  # and never more than the session was promised room for
 CACHE_TIMEOUT_S: Final = 0.8 * OPEN_TIMEOUT_S  # the worker's part of opening or linking
 
 _log = structlog.get_logger("corolla.peers")
@@ -46,9 +46,9 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A replay from our history."""
+    """What goes out without the worker: a replay from our history, or an answer again."""
 
-    steps: Iterator[Step]
+    messages: Iterator[Message]
 
 
 class Served:
@@ -225,7 +225,9 @@ class Served:
         if verdict is Verdict.TAKE:
             self._submit(step)
         elif verdict is Verdict.REPEAT and self.hop.last_sent is not None:
-            await self._send(self.hop.last_sent)
+            if not self._jobs:  # else it is on its way
+                self._jobs.append(_Sending(iter((self.hop.last_sent,))))
+                self._stir()
         elif verdict is Verdict.STALE:
             epoch = self.hop.epoch
             said = f"step {step.step_id} of epoch {step.epoch}, this hop is at {epoch}"
@@ -236,7 +238,7 @@ class Served:
 
     def _is_full(self, *, may_read_ahead: bool) -> bool:
         count = len(self._jobs)
-        if may_read_ahead and self._num_bytes < MAX_AHEAD_BYTES:
+        if may_read_ahead and self._num_bytes < min(MAX_AHEAD_BYTES, self.hop.promised_bytes):
             return count >= MAX_AHEAD
         return count >= MAX_UNDER_WAY
 
@@ -274,8 +276,8 @@ class Served:
                 case _Job() as job if job.pending.is_done:
                     await self._finish(job)
                 case _Sending() as sending:
-                    for step in sending.steps:
-                        if not self._is_next(sending) or not await self._send(step):
+                    for message in sending.messages:
+                        if not self._is_next(sending) or not await self._send(message):
                             break
                     self._done_with(sending)
                 case _:
@@ -323,6 +325,8 @@ class Served:
         return True
 
     def _replay(self, message: Replay) -> None:
+        if any(isinstance(job, _Sending) for job in self._jobs):
+            raise error(Code.PROTOCOL_VIOLATION, f"{self.hop.client} asked for two replays in one wiring")
         try:
             self._jobs.append(_Sending(self.hop.replayed(message)))
         except CorollaError as problem:

@@ -266,7 +266,7 @@ class WorkerTwin:
 
     @property
     def queue(self) -> int:
-        return len(self._queue)
+        return sum(not pending.is_done for _, pending in self._queue)
 
     def submit(self, request: Request) -> Pending:
         self._next_request += 1
@@ -281,8 +281,9 @@ class WorkerTwin:
         return pending
 
     def abandon(self, pending: Pending) -> None:
-        self._queue = deque(item for item in self._queue if item[1] is not pending)
-        pending.fail(error(Code.STALE_EPOCH, "nobody wants this step any more"))
+        pending.fail(
+            error(Code.STALE_EPOCH, "nobody wants this step any more")
+        )  # yet it is computed, as there
 
     def tell(self, notice: Notice) -> None:
         match notice:

@@ -112,6 +112,8 @@ def test_a_step_left_out_or_of_wrong_size_is_the_senders_fault() -> None:
     for step, code in (
         (a_step(2), Code.HISTORY_GAP),
         (Step(SESSION, 1, 1, (Row(NEW_ROW, 0, 2),), payload=b"five!"), Code.BAD_SHAPE),
+        (a_step(1, n=33), Code.BAD_SHAPE),  # opened for 32 tokens
+        (Step(SESSION, 1, 1, (Row(NEW_ROW, 0, 0),) * 3), Code.BAD_SHAPE),  # and two rows
     ):
         with pytest.raises(CorollaError) as raised:
             hop.judge(step, UP, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -705,6 +706,30 @@ async def test_messages_of_another_session_end_the_stream() -> None:
     async with a_stage() as stage:
         callers = await stage.chain(3)
         await callers[0].say(Where(b"b" * 16, 1, 1))
+        with pytest.raises(Exception, match="reset"):
+            await callers[0].talk.hear()
+
+
+async def test_a_step_of_a_session_that_was_not_attached_ends_the_push_stream() -> None:
+    async with a_stage() as stage:
+        daemon = await stage.daemon("hop1", 3, NUM_BLOCKS)
+        caller = await stage.open(daemon)
+        await caller.say(LinkHop(SESSION_ID, 1, daemon.hop._replace(peer="hand"), None, 0))
+        await caller.hear(Linked)
+        talk, _ = await attach(stage, "hand", daemon, 1)
+        await talk.say(replace(step(1, 0, 1), session=b"b" * 16))
+        with pytest.raises(Exception, match="reset"):
+            await talk.hear()
+        assert daemon.service.statistics().num_steps == 0
+
+
+async def test_a_second_replay_in_one_wiring_ends_the_stream() -> None:
+    async with a_stage() as stage:
+        callers = await stage.chain(3)
+        await answer(callers, step(1, 0, 1, 2))
+        await stage.link(callers, 2, 1, (2,))
+        for _ in range(2):
+            await callers[0].say(Replay(SESSION_ID, 2, 1, (0,), (2,), 1))
         with pytest.raises(Exception, match="reset"):
             await callers[0].talk.hear()
 

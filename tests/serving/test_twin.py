@@ -195,6 +195,13 @@ async def test_restoring_drops_steps_that_wait() -> None:
         assert twin.statistics().num_pending == 0
 
 
+async def test_an_abandoned_step_is_computed_nevertheless() -> None:
+    async with a_twin() as twin:
+        twin.abandon(twin.submit(compute(1, (Row(NEW_ROW, 0, 1),), 1)))
+        assert twin.queue == 0
+        assert await output_of(twin.submit(compute(2, (Row(0, 1, 1),), 2))) == expected(1, 2)[1:]
+
+
 async def test_text_follows_from_the_hidden_states() -> None:
     async with a_twin() as twin:
         ask = BeginGeneration(
