@@ -33,7 +33,7 @@ _log = structlog.get_logger("corolla.belonging")
 
 @dataclass(frozen=True, slots=True)
 class Belonging:
-    """The parts of one membership."""
+    """The parts of one membership. over: set when it ends, before its network closes."""
 
     swarm: Swarm
     network: Network
@@ -42,6 +42,15 @@ class Belonging:
     routes: Routes
     ledger: Ledger
     hops: HopService
+    over: anyio.Event
+
+    def left(self) -> CorollaError:
+        """The error of what ends because the membership does."""
+        return error(
+            Code.SESSION_LOST,
+            f"this daemon left swarm {self.swarm.name}",
+            "ask again once it is back in a swarm: daemonctl status",
+        )
 
     def token(self) -> str:
         """What others need to join."""
@@ -100,9 +109,11 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
         await tasks.start(membership.run)
         await tasks.start(registry.run)
         await tasks.start(hops.run)
+        over = anyio.Event()
         try:
-            yield Belonging(entry.swarm, network, membership, registry, routes, ledger, hops)
+            yield Belonging(entry.swarm, network, membership, registry, routes, ledger, hops, over)
         finally:
+            over.set()
             with anyio.move_on_after(FAREWELL_S, shield=True):
                 await _say_farewell(registry)
             tasks.cancel_scope.cancel()

@@ -6,6 +6,7 @@ has told how many fit.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
@@ -17,7 +18,7 @@ from ..protocol.control import PullProgress, WorkerStatus
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.records import SpanState
 from ..protocol.tensors import DType, Encoding
-from ..protocol.work import Configure, Loading, ModelFacts, ModelSource
+from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
 from .belonging import Belonging
 from .config import Config
 from .network.announcements import Offer
@@ -27,8 +28,10 @@ from .swarm.placement import choose_span
 
 PULL_WORKER: Final = 199  # fetches a model and goes
 PROGRESS_EVERY_S: Final = 0.3
+MAX_LOADS: Final = 3  # of a worker that somebody waits for, and that dies each time before it is ready
 ENDS_WORKER: Final = 200  # the first number of workers that hold ends; they serve no peer
 SETTLE_S: Final = 1.0  # after joining, before placement looks at who is there
+SPREAD_S: Final = 2.0  # and up to so much more, so that daemons started together see each other's choice
 
 _log = structlog.get_logger("corolla.lending")
 
@@ -48,11 +51,14 @@ class Lending:
         self._on_event = on_event
         self._spans: list[Worker] = []
         self._ends: dict[str, Worker] = {}  # by fingerprint
+        self._num_ends = 0  # ever
         self._making_ends = trio.Lock()
         self._belonging: Belonging | None = None
         self._told: dict[int, str] = {}
+        self._served: dict[int, Ready] = {}  # what each worker served last, for what is said while it loads
         self._placed: set[int] = set()
-        self.is_stopping = False
+        self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._is_draining = False
 
     def start(self) -> None:
         """Start the workers that the configuration asks for. Raises `UNKNOWN_MODEL` for a model it misnames."""
@@ -77,9 +83,15 @@ class Lending:
         """We are in no swarm any more."""
         self._belonging = None
 
+    def drain(self) -> None:
+        """Tell the swarm that our spans go away soon: no new sessions, please."""
+        self._is_draining = True
+        for worker in self._spans:
+            self._announce(worker)
+
     def stop(self) -> None:
         """End all workers."""
-        self.is_stopping = True
+        self._is_draining = True
         for worker in (*self._spans, *self._ends.values()):
             worker.stop()
 
@@ -100,7 +112,7 @@ class Lending:
             worker = self._ends.get(facts.fingerprint)
             if worker is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
                 worker = await self._make_ends(facts)
-        await worker.wait_ready()
+        await self._loaded(worker)
         return worker
 
     async def pull(self, source: ModelSource, emit: Callable[[PullProgress], Awaitable[None]]) -> str:
@@ -110,31 +122,43 @@ class Lending:
         """
         worker = Worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
         self._nursery.start_soon(worker.run)
-        told: Loading | None = None
         try:
-            while (ready := worker.ready) is None:
-                with trio.move_on_after(PROGRESS_EVERY_S):
-                    ready = await worker.wait_ready()
-                    break
-                loading = worker.loading
-                if loading is not None and loading != told:
-                    told = loading
-                    await emit(PullProgress(loading.stage, loading.done_bytes, loading.total_bytes))
-            return ready.folder
+            return (await self._loaded(worker, emit)).folder
         finally:
             worker.stop()
+
+    async def _loaded(
+        self, worker: Worker, emit: Callable[[PullProgress], Awaitable[None]] | None = None
+    ) -> Ready:
+        """What a worker serves, once it does. emit: hears of the loading.
+
+        Raises what keeps it from ever serving, and `WORKER_LOST` when it dies again and again.
+        """
+        told: Loading | None = None
+        num_before = worker.restarts
+        while True:
+            with trio.move_on_after(PROGRESS_EVERY_S):
+                return await worker.wait_ready()
+            if worker.problem is not None and worker.restarts - num_before >= MAX_LOADS - 1:
+                problem = worker.problem
+                raise error(problem.code, problem.message, problem.remedy or "see the daemon's log")
+            loading = worker.loading
+            if emit is not None and loading is not None and loading != told:
+                told = loading
+                await emit(PullProgress(loading.stage, loading.done_bytes, loading.total_bytes))
 
     async def _make_ends(self, facts: ModelFacts) -> Worker:
         mismatch = ""
         for source in self._sources(facts):
-            number = ENDS_WORKER + len(self._ends)
+            number = ENDS_WORKER + self._num_ends
+            self._num_ends += 1
             worker = Worker(
                 number, replace(self._configure(source, 0, 0, "cpu"), ends=True), model=facts.name
             )
             self._on_event("ends_loading", f"loading the ends of {facts.name} from {source.location}")
             self._nursery.start_soon(worker.run)
             try:
-                ready = await worker.wait_ready()
+                ready = await self._loaded(worker)
             except BaseException:
                 worker.stop()
                 raise
@@ -178,6 +202,7 @@ class Lending:
         self._nursery.start_soon(worker.run)
         if self._belonging is not None:
             self._belonging.hops.add_worker(worker)
+            self._announce(worker)
 
     # what others are told
 
@@ -196,16 +221,20 @@ class Lending:
         return f"worker {worker.number}: {status.model} {status.start}:{status.end} {status.state}"
 
     def _announce(self, worker: Worker) -> None:
+        """Tell the swarm how it is with a span: loading (once we know of what), online, draining, or gone."""
         belonging = self._belonging
-        if belonging is None or self.is_stopping:
+        if belonging is None:
             return
-        ready = worker.ready
-        if ready is None:
+        if worker.ready is not None:
+            self._served[worker.number] = worker.ready
+        ready = self._served.get(worker.number)
+        if ready is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
             belonging.registry.withdraw(worker.number)
             return
         if self._config.blocks == "auto" and worker.number not in self._placed:
             self._placed.add(worker.number)
             self._nursery.start_soon(self._place, worker)
+        state = SpanState.ONLINE if worker.ready is not None else SpanState.LOADING
         try:
             belonging.registry.announce_model(ready.facts)
             belonging.registry.announce(
@@ -214,7 +243,7 @@ class Lending:
                     fingerprint=ready.facts.fingerprint,
                     start=ready.start,
                     end=ready.end,
-                    state=SpanState.ONLINE,
+                    state=SpanState.DRAINING if self._is_draining else state,
                     dtype=ready.dtype,
                     quantization=ready.quantization,
                     encodings=tuple(Encoding),
@@ -227,12 +256,16 @@ class Lending:
 
     async def _place(self, worker: Worker) -> None:
         """Move a worker of `auto` to where it helps most, if that is elsewhere than where it began."""
-        await trio.sleep(SETTLE_S)
+        await trio.sleep(SETTLE_S + self._rng.uniform(0, SPREAD_S))
         belonging, ready = self._belonging, worker.ready
-        if belonging is None or ready is None:
+        if belonging is None or ready is None or self._is_draining:
+            self._placed.discard(worker.number)  # when it is back
             return
         facts = ready.facts
-        await belonging.registry.spans(facts.fingerprint, facts.num_blocks)
+        try:
+            await belonging.registry.spans(facts.fingerprint, facts.num_blocks)
+        except CorollaError as problem:  # what is known already has to do
+            self._on_event("placement_unsure", f"worker {worker.number}: {problem}")
         view = belonging.routes.view(facts.fingerprint, facts.num_blocks)
         others = replace(
             view, spans=tuple(s for s in view.spans if not (s.mine and s.worker == worker.number))
@@ -242,6 +275,6 @@ class Lending:
             return
         self._on_event("placed", f"worker {worker.number} moves to blocks {start}:{end} of {facts.name}")
         belonging.hops.remove_worker(worker)
-        belonging.registry.withdraw(worker.number)
         worker.stop()
+        self._served[worker.number] = replace(ready, start=start, end=end)
         self._start_span(worker.number, replace(worker.configure, start=start, end=end))

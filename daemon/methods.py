@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..protocol.control import (
+    PRIVACY,
     CreateSwarm,
     Follow,
     Generate,
@@ -26,7 +27,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.work import SourceKind
 from .config import check_setting
 from .control import Ask, Handler, Reply
-from .generation import Generation
+from .generation import Generation, event_piece
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
 
@@ -144,6 +145,8 @@ class Methods:
             replacement_wait_s=node.config.replacement_wait_s,
         )
         with node.session_open():
+            if (words := node.first_text_words()) is not None:
+                ask.post(event_piece("notice", words))
             return Reply(await generation.run())
 
     async def open_session(self, ask: Ask) -> Reply:
@@ -188,7 +191,7 @@ class Methods:
 
     def _joined(self, token: str) -> Reply:
         swarm = self._node.the_belonging().swarm
-        return Reply(Joined(swarm.name, swarm.swarm_id, token))
+        return Reply(Joined(swarm.name, swarm.swarm_id, token, PRIVACY))
 
     async def leave(self, ask: Ask) -> Reply:
         await self._node.leave()

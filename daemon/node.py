@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from .. import __version__
-from ..protocol.control import Status
+from ..protocol.control import PRIVACY, Status
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.records import TOKEN_PREFIX, decode_token
@@ -107,12 +107,19 @@ class Node:
         self._is_stopping = True
         self.events.emit("stopping", f"stopping, at most {self._stop_deadline_s:g} s for running sessions")
         with trio.move_on_after(self._stop_deadline_s):
-            while self._num_sessions:
-                self._no_sessions = trio.Event()
-                await self._no_sessions.wait()
+            await self._drain()
         with trio.move_on_after(STOP_TIMEOUT_S):
             await self._change_place(None)
         self.lending.stop()
+
+    async def _drain(self) -> None:
+        """Wait until neither users of this machine nor other members have a session here."""
+        self.lending.drain()
+        while self._num_sessions:
+            self._no_sessions = trio.Event()
+            await self._no_sessions.wait()
+        if self.belonging is not None:
+            await self.belonging.hops.wait_idle()
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -123,13 +130,12 @@ class Node:
     async def _keep_place(self) -> None:
         """Belong to the swarm of `_entry`, whichever that is at the time."""
         while True:
+            self._entry_changed = trio.Event()
             entry = self._entry
             if entry is None or self._is_stopping:
                 self._tell_place(None)
                 await self._entry_changed.wait()
-                self._entry_changed = trio.Event()
                 continue
-            self._entry_changed = trio.Event()
             with trio.CancelScope() as self._leaving:
                 try:
                     await self._belong(entry)
@@ -137,6 +143,7 @@ class Node:
                     self.events.emit("swarm_failed", str(problem))
                     self._entry = None
                     self._tell_place(problem)
+                    await self._entry_changed.wait()
 
     async def _belong(self, entry: Entry) -> None:
         async with belong(self._terms(), entry) as belonging:
@@ -296,6 +303,18 @@ class Node:
             if not self._num_sessions:
                 self._no_sessions.set()
 
+    def first_text_words(self) -> str | None:
+        """What has to be said with the first text in a swarm, and then no more."""
+        swarm_id = self.the_belonging().swarm.swarm_id
+        if self.store.state.told_swarm == swarm_id:
+            return None
+        try:
+            self.store.update(told_swarm=swarm_id)
+        except CorollaError as problem:
+            self.events.emit("store_failed", str(problem))
+        self.events.emit("notice", PRIVACY)
+        return PRIVACY
+
     def status(self) -> Status:
         """The daemon in one screen."""
         belonging = self.belonging
@@ -316,8 +335,14 @@ class Node:
             num_sessions=self._num_sessions,
             resident_bytes=_resident_bytes(),
             pid=os.getpid(),
-            hint=HINT if self._entry is None else None,
+            hint=self._hint(),
         )
+
+    def _hint(self) -> str | None:
+        """What to do next, if anything."""
+        if self._place_problem is not None:
+            return str(self._place_problem)
+        return HINT if self._entry is None else None
 
 
 def _resident_bytes() -> int:

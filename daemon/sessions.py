@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-import anyio
 import trio
 
 from ..protocol.control import OpenModelSession, SessionHandle, SessionOpened, SessionStep
 from ..protocol.errors import Code, CorollaError, error
-from ..protocol.limits import SESSION_ID_BYTES
+from ..protocol.limits import MAX_ROWS, SESSION_ID_BYTES
 from ..protocol.steps import check_payload
-from ..protocol.tensors import Encoding
+from ..protocol.tensors import Encoding, is_finite
 from ..protocol.work import ModelFacts
 from .belonging import Belonging
 from .control import Ask, Connection, Reply
@@ -67,13 +66,23 @@ async def opened(
     replacement_wait_s: float,
     on_event: Callable[[SessionEvent], None],
 ) -> AsyncIterator[Session]:
-    """An open session. Raises `BLOCKS_OUT_OF_RANGE`, `BLOCKS_UNSERVED`, `NO_PEERS`, `TOO_LONG`, `BUSY`."""
+    """An open session, which ends early when we leave the swarm.
+
+    Raises `BLOCKS_OUT_OF_RANGE`, `BLOCKS_UNSERVED`, `NO_PEERS`, `TOO_LONG`, `BUSY`, `BAD_REQUEST`; at the end
+    what the block raised, or `SESSION_LOST` when we left.
+    """
     end = facts.num_blocks if wanted.end == -1 else wanted.end
     if not 0 <= wanted.start < end <= facts.num_blocks:
         raise error(
             Code.BLOCKS_OUT_OF_RANGE,
             f"blocks {wanted.start}:{end} of {facts.name}, which has {facts.num_blocks}",
             f"choose a range within 0:{facts.num_blocks}",
+        )
+    if not (1 <= wanted.max_rows <= MAX_ROWS and wanted.max_tokens >= 1):
+        raise error(
+            Code.BAD_REQUEST,
+            f"a session of {wanted.max_rows} rows of {wanted.max_tokens} tokens",
+            f"ask for 1 to {MAX_ROWS} rows of at least 1 token",
         )
     if wanted.max_tokens > facts.max_position:
         raise error(
@@ -101,20 +110,37 @@ async def opened(
         async for event in events:
             on_event(event)
 
+    async def end_with_swarm(scope: trio.CancelScope) -> None:
+        await belonging.over.wait()
+        scope.cancel()
+
+    failure: Exception | None = None
+    is_done = False
     async with (
         open_session(belonging.network, belonging.routes, terms, settings, charge=charge) as session,
-        anyio.create_task_group() as tasks,
+        trio.open_nursery() as nursery,
     ):
-        tasks.start_soon(tell, session.events())
-        yield session
-        tasks.cancel_scope.cancel()
+        nursery.start_soon(tell, session.events())
+        nursery.start_soon(end_with_swarm, nursery.cancel_scope)
+        try:
+            yield session
+            is_done = True
+        except Exception as problem:  # raised again outside, so that the nursery does not wrap it
+            failure = problem
+        nursery.cancel_scope.cancel()
+    if belonging.over.is_set() and not is_done:
+        raise belonging.left() from failure
+    if failure is not None:
+        raise failure
 
 
 class ProgramSession:
     """One session that a program holds by its handle."""
 
-    def __init__(self, session: Session, facts: ModelFacts, encoding: Encoding) -> None:
+    def __init__(self, session: Session, belonging: Belonging, facts: ModelFacts, encoding: Encoding) -> None:
         self.session: Final = session
+        self.belonging: Final = belonging
+        self.encoding: Final = encoding
         self.token_bytes: Final = encoding.token_bytes(facts.hidden_size)
         self.closing: Final = trio.Event()
 
@@ -151,19 +177,18 @@ async def open_for_program(
     context = opened(belonging, facts, wanted, replacement_wait_s=replacement_wait_s, on_event=on_event)
     end = facts.num_blocks if wanted.end == -1 else wanted.end
     ready: trio.MemorySendChannel[CorollaError | None]
-    ready, outcome = trio.open_memory_channel(1)
+    ready, outcome = trio.open_memory_channel(2)
 
     async def hold() -> None:
         try:
             with counted():
                 async with context as session:
-                    held = ProgramSession(session, facts, encoding)
+                    held = ProgramSession(session, belonging, facts, encoding)
                     connection.opened[handle] = held
                     ready.send_nowait(None)
                     await held.closing.wait()
-        except CorollaError as problem:
-            if handle not in connection.opened:
-                ready.send_nowait(problem)
+        except CorollaError as problem:  # heard by whoever opens it, and after that by who takes a step
+            ready.send_nowait(problem)
         finally:
             connection.opened.pop(handle, None)
 
@@ -185,11 +210,22 @@ async def open_for_program(
 
 
 async def step_for_program(ask: Ask) -> Reply:
-    """Answer `session.step`. Raises `BAD_SHAPE`, and what the session ends with."""
+    """Answer `session.step`. Raises `BAD_SHAPE`, `NOT_FINITE`, and what the session ends with."""
     arguments: SessionStep = ask.arguments
     held = _held(ask.connection, arguments.handle)
     check_payload(arguments.rows, ask.payload, held.token_bytes)
-    return Reply(payload=await held.session.step(arguments.rows, ask.payload, arguments.reply))
+    if not is_finite(ask.payload, held.encoding):
+        raise error(
+            Code.NOT_FINITE,
+            f"hidden states with values that are NaN or infinite as {held.encoding}",
+            "look for an overflow in what computed them; float32 holds the largest numbers",
+        )
+    try:
+        return Reply(payload=await held.session.step(arguments.rows, ask.payload, arguments.reply))
+    except CorollaError as problem:
+        if held.belonging.over.is_set():
+            raise held.belonging.left() from problem
+        raise
 
 
 async def close_for_program(ask: Ask) -> Reply:

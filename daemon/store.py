@@ -29,11 +29,15 @@ _MAX_STATE_BYTES: Final = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is remembered. swarm_id and swarm are empty outside a swarm; bootstrap: where its members were."""
+    """What is remembered. swarm_id and swarm are empty outside a swarm; bootstrap: where its members were.
+
+    told_swarm: the swarm whose privacy words were said with a text.
+    """
 
     swarm_id: str = ""
     swarm: str = ""
     bootstrap: tuple[str, ...] = ()
+    told_swarm: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +56,7 @@ class Store:
             "swarm_id": state.swarm_id,
             "swarm": state.swarm,
             "bootstrap": list(state.bootstrap),
+            "told_swarm": state.told_swarm,
             "settings": state.settings,
         }
         self._write(STATE_FILE, json.dumps(content, indent=2) + "\n")
@@ -77,6 +82,7 @@ class Store:
                 swarm_id=str(content.get("swarm_id", "")),
                 swarm=str(content.get("swarm", "")),
                 bootstrap=tuple(str(address) for address in content.get("bootstrap", ())),
+                told_swarm=str(content.get("told_swarm", "")),
                 settings=dict(content.get("settings", {})),
             )
         except FileNotFoundError:

@@ -20,6 +20,12 @@ from .work import ChatMessage, Sampling, TokenRow
 
 CONTROL_VERSION: Final = 1
 
+# Told at each join, and with the first text that a daemon generates in a swarm (DESIGN, section 4, trust).
+PRIVACY: Final = (
+    "This swarm is open. Its members can reconstruct your text, and a dishonest one can alter the answer. "
+    "Send nothing you would not publish. Members see your IP address."
+)
+
 
 class Right(StrEnum):
     """What a local user may do, decided by peer credentials; each includes the ones before it."""
@@ -129,7 +135,9 @@ class Piece:
     text: str
     finish: str | None = None
     logprob: float | None = None
-    event: str | None = None  # instead of a token: `repairing`, `waiting`, `repaired`, … as in `events`
+    event: str | None = (
+        None  # instead of a token: `repairing`, `waiting`, `repaired`, `notice`, … as in `events`
+    )
     detail: Plain = None
 
 
@@ -231,11 +239,15 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`."""
+    """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`.
+
+    notice: what users have to know of this swarm.
+    """
 
     name: str
     swarm_id: str
     token: str
+    notice: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,8 @@ class _Story:
         self._show()
 
     def _event(self, piece: Piece) -> None:
+        if piece.event == "notice":  # of privacy: this swarm is one machine's own
+            return
         text = event_text(piece)
         for member in self._swarm.members:
             if member.peer:

@@ -145,6 +145,11 @@ class HopService:
         """Sessions open on one worker."""
         return sum(key[2] == worker for key in self._places)
 
+    async def wait_idle(self) -> None:
+        """Wait until nobody has a session here."""
+        while self._places:
+            await self._changed.park()
+
     # the client's stream
 
     async def _serve_client(self, stream: Stream) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Final
+from typing import Any
 
 import click
 
+from ...protocol.control import PRIVACY
 from ...protocol.errors import Code, error
 from ...protocol.places import SOCKET_VARIABLE, user_state_folder
 from ..client import Daemon, connect
 from ..output import Output
-
-PRIVACY: Final = (
-    "This swarm is open. Its members can reconstruct your text, and a dishonest one can alter the answer. "
-    "Send nothing you would not publish. Members see your IP address."
-)
 
 
 def asking(function: Callable[..., Any]) -> Callable[..., Any]:

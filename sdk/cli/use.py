@@ -89,6 +89,8 @@ def _write(model: Model, output: Output, given: dict[str, Any], options: Generat
     """Stream to stdout (unless JSON is wanted), events to stderr."""
 
     def tell(piece: Piece) -> None:
+        if piece.event == "notice":  # `tell_privacy` said so already, once for each user
+            return
         output.say(click.style(f"\n[{event_text(piece)}]", dim=True))
 
     with model.generate(stream=True, on_event=tell, **given, **options) as pieces:

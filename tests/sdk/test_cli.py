@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from corolla.protocol.control import Call, DaemonEvent, Item, Return, SpanView, SwarmView
+from corolla.protocol.control import PRIVACY, Call, DaemonEvent, Item, Return, SpanView, SwarmView
 from corolla.protocol.errors import Code, Exit, error
 from corolla.protocol.messages import to_plain
 from corolla.protocol.tensors import DType
 from corolla.sdk.cli import main
-from corolla.sdk.cli.options import PRIVACY
 from corolla.sdk.cli.program import COMMANDS
 
 from .fake import MODEL, Connection, FakeDaemon
