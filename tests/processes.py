@@ -114,9 +114,8 @@ class DaemonProcess:
 
     def worker_pids(self) -> list[int]:
         """The processes that this daemon started."""
-        pid = self.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children]
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")  # any of its threads may have forked
+        return [int(child) for task in tasks for child in task.read_text().split()]
 
     @property
     def pid(self) -> int:
