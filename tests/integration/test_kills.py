@@ -63,7 +63,7 @@ def test_undisturbed_tokens_equal_the_whole_models(fleet: Fleet) -> None:
     before = fleet.charged()
     outcome = generate(fleet, PROMPT)
     assert outcome.tokens == fleet.expected(PROMPT)
-    assert outcome.events == ()
+    assert set(outcome.events) <= {"notice"}  # the first text of a daemon comes with the words on privacy
     assert fleet.charged() == before
 
 
