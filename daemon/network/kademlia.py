@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import structlog
 import trio
-import varint  # type: ignore[import-untyped]
+import varint
 from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
@@ -24,7 +24,7 @@ from libp2p.kad_dht.utils import maybe_consume_signed_record
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
-from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from multiaddr import Multiaddr
 
 REFRESH_EVERY_S: Final = 600.0
 SETTLE_S: Final = 0.5  # connections come in bunches; one look round serves all of them

@@ -22,7 +22,7 @@ from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils.address_validation import expand_wildcard_address
-from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES

@@ -25,8 +25,8 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import Transport
 from libp2p.security.secure_session import SecureSession
-from multiaddr import Multiaddr  # type: ignore[import-untyped]
-from noise.connection import NoiseConnection  # type: ignore[import-untyped]
+from multiaddr import Multiaddr
+from noise.connection import NoiseConnection
 
 MAX_PLAIN_BYTES: Final = 65_519  # of one message: 65,535 less 16 of authentication
 _LENGTH_BYTES: Final = 2

@@ -23,7 +23,7 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from multiaddr import Multiaddr
 
 from .muxing import (
     MAX_FRAME_BODY_BYTES,

@@ -141,7 +141,7 @@ def stock_host() -> Any:
 
 
 async def serve_stock() -> None:
-    from multiaddr import Multiaddr  # type: ignore[import-untyped]
+    from multiaddr import Multiaddr
 
     host = stock_host()
     async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
@@ -154,7 +154,7 @@ async def serve_stock() -> None:
 @asynccontextmanager
 async def dial_stock(port: int, peer: str) -> AsyncIterator[Dial]:
     from libp2p.peer.peerinfo import info_from_p2p_addr
-    from multiaddr import Multiaddr  # type: ignore[import-untyped]
+    from multiaddr import Multiaddr
 
     host = stock_host()
     info = info_from_p2p_addr(Multiaddr(f"/ip4/127.0.0.1/tcp/{port}/p2p/{peer}"))

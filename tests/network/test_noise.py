@@ -12,7 +12,7 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from noise.exceptions import NoiseInvalidMessage  # type: ignore[import-untyped]
+from noise.exceptions import NoiseInvalidMessage
 from trio.testing import open_stream_to_socket_listener
 
 from corolla.daemon.identity import identity_from_seed
