@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import socket
@@ -99,7 +100,7 @@ async def serving(
     programs: list[Program] = []
 
     async def connect() -> Program:
-        programs.append(Program(await trio.open_unix_socket(path)))
+        programs.append(Program(await trio.open_unix_socket(str(path))))
         return programs[-1]
 
     with listen(path) as listener:
@@ -173,10 +174,10 @@ def group(monkeypatch: pytest.MonkeyPatch) -> int:
             raise KeyError(uid)
         return pwd.struct_passwd(("ada", "x", 501, 501, "", "/", "/bin/sh"))
 
-    monkeypatch.setattr(module.grp, "getgrnam", lambda name: module.grp.struct_group((name, "x", 700, [])))
-    monkeypatch.setattr(module.pwd, "getpwuid", users)
-    monkeypatch.setattr(module.os, "getgrouplist", lambda name, gid: [gid, 700] if name == "ada" else [gid])
-    monkeypatch.setattr(module.os, "getuid", lambda: 400)
+    monkeypatch.setattr(grp, "getgrnam", lambda name: grp.struct_group((name, "x", 700, [])))
+    monkeypatch.setattr(pwd, "getpwuid", users)
+    monkeypatch.setattr(os, "getgrouplist", lambda name, gid: [gid, 700] if name == "ada" else [gid])
+    monkeypatch.setattr(os, "getuid", lambda: 400)
     return 700
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from corolla.daemon import store as module
 from corolla.daemon.store import SEQ_FILE, STATE_FILE, State, migrated, open_store
 from corolla.protocol.errors import Code, CorollaError
 
@@ -66,7 +65,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
     with open_store(tmp_path) as store:
         store.update(swarm="roses")
-        monkeypatch.setattr(module.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(CorollaError) as caught:
             store.update(swarm="thorns")
         assert caught.value.code is Code.DISK_FULL
