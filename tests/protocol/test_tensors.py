@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import struct
+
 import pytest
 
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import Row, check_payload
-from corolla.protocol.tensors import DType, Encoding, TensorSpec, count_tokens
+from corolla.protocol.tensors import DType, Encoding, TensorSpec, count_tokens, is_finite
 
 
 def test_bytes_of_a_token() -> None:
@@ -31,3 +34,16 @@ def test_a_payload_must_hold_just_the_rows_tokens() -> None:
     check_payload(rows, bytes(12), 4)
     with pytest.raises(CorollaError, match="expected 12"):
         check_payload(rows, bytes(13), 4)
+
+
+def test_a_number_that_is_not_finite_is_found_in_every_encoding() -> None:
+    rng = random.Random(3)
+    for encoding, form in ((Encoding.FLOAT32, "f"), (Encoding.FLOAT16, "e")):
+        numbers = [rng.uniform(-6e4, 6e4) for _ in range(64)]
+        assert is_finite(struct.pack(f"<64{form}", *numbers), encoding)
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            numbers[rng.randrange(64)] = bad
+            assert not is_finite(struct.pack(f"<64{form}", *numbers), encoding)
+    for bits, finite in ((0x7F7F, True), (0xFF7F, True), (0x7F80, False), (0xFF80, False), (0x7FC0, False)):
+        assert is_finite(struct.pack("<4H", 0, 0x3F80, bits, 1), Encoding.BFLOAT16) is finite
+    assert is_finite(b"", Encoding.FLOAT32)
