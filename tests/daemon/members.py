@@ -74,7 +74,7 @@ class Meadow:
         return member
 
     async def _add(self, worker: WorkerTwin | None) -> Member:
-        member: Member = await self.nursery.start(self._live, worker)
+        member: Member = await self.nursery.start(self._live, worker)  # type: ignore[arg-type]
         self.members.append(member)
         number = len(self.members) - 1
         await until(lambda: len(member.belonging.membership.members()) >= number)
