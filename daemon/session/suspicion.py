@@ -69,7 +69,8 @@ class Suspicion:
         trial = self._trial
         if accused is not None:
             self._accusers.setdefault(accused.hop, set()).add(_hop(accuser))
-        if trial is not None and not trial.swapped and _hop(trial.accuser) == _hop(accuser):
+        repeats = accuser is not None and trial is not None and _hop(trial.accuser) == accuser.hop
+        if trial is not None and repeats and not trial.swapped:  # the client, who cannot be swapped, tries on
             restorable = trial.accused is None or not self._is_discredited(trial.accused.hop)
             if restorable:
                 return self._swap(trial, _hop(accused))
