@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import structlog
@@ -33,8 +33,11 @@ class EventLog:
         self._more = trio.Event()
         _log.info(kind, text=text, **{f"detail_{key}": value for key, value in detail.items()})
 
-    async def read(self, *, follow: bool) -> AsyncIterator[DaemonEvent]:
-        """The events so far; with `follow`, then each that comes. A reader too slow misses the oldest."""
+    async def read(self, *, follow: bool) -> AsyncGenerator[DaemonEvent, None]:
+        """The events so far; with `follow`, then each that comes. A reader too slow misses the oldest.
+
+        Whoever stops reading before the end closes it (`contextlib.aclosing`).
+        """
         at = self._num_ever - len(self._events)
         while True:
             at = max(at, self._num_ever - len(self._events))

@@ -197,6 +197,7 @@ class Lending:
 
     def _start_span(self, number: int, configure: Configure) -> None:
         worker = Worker(number, configure, model=self._config.model)
+        self._told.pop(number, None)  # of the worker before it
         self._spans = [other for other in self._spans if other.number != number] + [worker]
         worker.on_change(lambda: self._changed(worker))
         self._nursery.start_soon(worker.run)

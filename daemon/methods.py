@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import trio
@@ -111,8 +112,9 @@ class Methods:
 
     async def events(self, ask: Ask) -> Reply:
         arguments: Follow = ask.arguments
-        async for event in self._node.events.read(follow=arguments.follow):
-            await ask.item(event)
+        async with aclosing(self._node.events.read(follow=arguments.follow)) as events:
+            async for event in events:
+                await ask.item(event)
         return Reply()
 
     async def config(self, ask: Ask) -> Reply:
