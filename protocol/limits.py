@@ -29,6 +29,12 @@ SESSION_ID_BYTES: Final = 16
 MAX_HOPS: Final = 128
 MAX_BLOCKS: Final = 1024
 
+# Training.
+MAX_SEQUENCES: Final = 256  # of one micro-batch
+MAX_TRAINING_BYTES: Final = 64 * MIB  # hidden states of one micro-batch: 2048 tokens of hidden size 8192
+MAX_PART_BYTES: Final = 64 * MIB  # of one block's adapter: rank 64 on all linears of hidden size 8192
+TRAINING_CHUNK_BYTES: Final = 1 * MIB  # as much as a reader has to hold before it may look
+
 # Time, in seconds.
 SESSION_GRACE_S: Final = 60.0  # a session outlives its streams so long
 REPLACEMENT_WAIT_S: Final = 60.0  # how long a repair waits for somebody to serve the lost blocks

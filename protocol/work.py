@@ -16,6 +16,7 @@ from .limits import MAX_BLOCKS, MAX_POSITION, MAX_ROWS
 from .messages import Message, Plain, Vocabulary, check_range
 from .steps import Reply, Row, check_rows
 from .tensors import DType, Encoding
+from .training import Dropout, Sequence, check_micro_batch
 
 
 class SourceKind(StrEnum):
@@ -102,6 +103,7 @@ class OpenCache(Message):
     encoding: Encoding
     max_rows: int
     max_tokens: int
+    parts: tuple[bytes, ...] = ()  # of an adapter, one name for each block, or nothing
 
     def __post_init__(self) -> None:
         check_range("max_rows", self.max_rows, 1, MAX_ROWS)
@@ -155,6 +157,76 @@ class CloseCache(Message):
 
     KIND: ClassVar[str] = "close"
     session: bytes
+
+
+# training: whole sequences, of which nothing is kept (see `training`)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward(Message):
+    """Hidden states after blocks [start, end) of the span. payload: the inputs. Answered by `Done`.
+
+    Fails with `ADAPTER_MISSING` (hex names in `missing`), `BAD_SHAPE`, `NOT_FINITE`, `BLOCKS_OUT_OF_RANGE`,
+    `OUT_OF_MEMORY`; and as `Compute` does for what the blocks themselves made.
+    """
+
+    KIND: ClassVar[str] = "forward"
+    request: int
+    start: int
+    end: int
+    encoding: Encoding
+    sequences: tuple[Sequence, ...]
+    parts: tuple[bytes, ...] = ()
+    dropout: Dropout | None = None
+    payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_micro_batch(self.start, self.end, self.sequences, self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward(Message):
+    """Gradients of the inputs and of the parts. payload: the inputs, then the gradients of the outputs.
+
+    Answered by `Gradients`. Fails as `Forward` does.
+    """
+
+    KIND: ClassVar[str] = "backward"
+    request: int
+    start: int
+    end: int
+    encoding: Encoding
+    sequences: tuple[Sequence, ...]
+    parts: tuple[bytes, ...] = ()
+    dropout: Dropout | None = None
+    payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_micro_batch(self.start, self.end, self.sequences, self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPart(Message):
+    """Keep an adapter part of this block, least recently used parts making room. Answered by `Done`.
+
+    payload: the safetensors file. Fails with `BAD_SHAPE`, `BAD_REQUEST`, `NOT_FINITE`, `OUT_OF_MEMORY`.
+    """
+
+    KIND: ClassVar[str] = "hold"
+    request: int
+    block: int
+    part: bytes
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients(Message):
+    """payload: the inputs' gradients in the request's encoding, then each part's as a safetensors file."""
+
+    KIND: ClassVar[str] = "gradients"
+    request: int
+    part_bytes: tuple[int, ...] = ()
+    payload: bytes = b""
 
 
 # ends: a user's text, tokens and samples
@@ -369,6 +441,7 @@ class Failed(Message):
 
 
 TO_WORKER: Final = Vocabulary(
-    Configure, OpenCache, Compute, Restore, CloseCache, BeginGeneration, Sample, EndGeneration
-)
-FROM_WORKER: Final = Vocabulary(Loading, Ready, Beat, Done, Restored, Begun, Sampled, Failed)
+    Configure, OpenCache, Compute, Restore, CloseCache, Forward, Backward, HoldPart, BeginGeneration, Sample,
+    EndGeneration,
+)  # fmt: skip
+FROM_WORKER: Final = Vocabulary(Loading, Ready, Beat, Done, Restored, Gradients, Begun, Sampled, Failed)
