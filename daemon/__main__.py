@@ -86,9 +86,11 @@ def run(config_file: Path | None, flags: dict[str, Any]) -> None:
 
 
 async def _live(config: Config, store: Store, socket: Path, cache_folder: Path) -> None:
-    from .node import Node  # here, so that --help and errors of the configuration need not wait for libp2p
+    # Here, so that --help and errors of the configuration need not wait for libp2p.
+    from .methods import handlers
+    from .node import Node
 
-    await Node(config, store, socket, cache_folder).run()
+    await Node(config, store, socket, cache_folder, handlers).run()
 
 
 def _usual_config() -> Path | None:

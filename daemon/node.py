@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -24,15 +24,15 @@ from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.records import TOKEN_PREFIX, decode_token
 from .belonging import Belonging, Entry, Terms, belong, discover
 from .config import Config
-from .control import ControlServer, listen, uids_of
+from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
 from .identity import load_identity
 from .lending import Lending
-from .methods import handlers
 from .network.host import check_port
 from .network.membership import Swarm, found_swarm
 from .routes import no_swarm
 from .store import Store
+from .systemd import Manager
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
 REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
@@ -43,9 +43,19 @@ _log = structlog.get_logger("corolla.node")
 
 
 class Node:
-    """One daemon. `run` is its life; the rest is what calls ask of it."""
+    """One daemon. `run` is its life; the rest is what calls ask of it.
 
-    def __init__(self, config: Config, store: Store, socket: Path, cache_folder: Path) -> None:
+    methods: what answers the calls of this node's control socket.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        socket: Path,
+        cache_folder: Path,
+        methods: Callable[[Node], Mapping[str, Handler]],
+    ) -> None:
         self.config: Final = config
         self.store: Final = store
         self.events: Final = EventLog()
@@ -53,6 +63,8 @@ class Node:
         self.lending: Lending
         self._socket = socket
         self._cache_folder = cache_folder
+        self._methods = methods
+        self._manager = Manager(os.environ)
         self._identity = load_identity(store.folder)
         self._began = time.monotonic()
         self._num_sessions = 0
@@ -95,7 +107,8 @@ class Node:
         self.lending.start()
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
-        await nursery.start(ControlServer(handlers(self), operators).serve, listener)
+        await nursery.start(ControlServer(self._methods(self), operators).serve, listener)
+        nursery.start_soon(self._manager.keep_informed, self._status_line)
         self.events.emit("started", f"corollad {__version__} answers on {self._socket}")
         if self.config.join:
             nursery.start_soon(self._join_configured)
@@ -105,6 +118,7 @@ class Node:
     async def _stop(self) -> None:
         """Drain for as long as asked, then leave the swarm and end the workers."""
         self._is_stopping = True
+        self._manager.stopping()
         self.events.emit("stopping", f"stopping, at most {self._stop_deadline_s:g} s for running sessions")
         with trio.move_on_after(self._stop_deadline_s):
             await self._drain()
@@ -337,6 +351,13 @@ class Node:
             pid=os.getpid(),
             hint=self._hint(),
         )
+
+    def _status_line(self) -> str:
+        """All of it in a line, for the service manager."""
+        status = self.status()
+        place = f"in swarm {status.swarm} with {status.num_peers} peers" if status.swarm else status.state
+        spans = [f"{w.model} {w.start}:{w.end} {w.state}" for w in status.workers if not w.ends]
+        return "; ".join([place, *spans, *([status.hint] if status.hint else [])])
 
     def _hint(self) -> str | None:
         """What to do next, if anything."""
