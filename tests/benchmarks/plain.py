@@ -29,8 +29,13 @@ def random_llama(num_blocks: int = 16, hidden_size: int = 1024) -> Path:
     return folder
 
 
-def measure(folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Prefill and decode times of a plain loop in a process of its own: see `main`."""
+def measure(
+    folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int, is_static: bool = False
+) -> dict[str, Any]:
+    """Prefill and decode times of a plain loop in a process of its own: see `main`.
+
+    is_static: with transformers' StaticCache, which reserves all its length at the start.
+    """
     command = [
         sys.executable,
         __file__,
@@ -39,7 +44,7 @@ def measure(folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int) 
         str(threads),
         str(prompt_tokens),
         str(new_tokens),
-    ]
+    ] + ["--static"] * is_static
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -68,10 +73,12 @@ def _make(folder: Path, num_blocks: int, hidden_size: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def _measure(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+def _measure(
+    folder: Path, threads: int, prompt_tokens: int, new_tokens: int, *, is_static: bool
+) -> dict[str, Any]:
     """Greedy tokens and times in seconds: `prefill_s`, and `decode_s` for each token after the first."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, StaticCache
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -79,8 +86,9 @@ def _measure(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) ->
     ids = torch.tensor([prompt(prompt_tokens, model.config.vocab_size)])
     with torch.inference_mode():
         model(ids[:, :8])  # the first pass pays for lazy set-up
+        cache = StaticCache(model.config, prompt_tokens + new_tokens) if is_static else None
         began = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens = [int(out.logits[0, -1].argmax())]
         prefill_s = time.perf_counter() - began
         decode_s = []
@@ -96,13 +104,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--make", nargs=3, metavar=("FOLDER", "BLOCKS", "HIDDEN"))
     parser.add_argument("--measure", nargs=4, metavar=("FOLDER", "THREADS", "PROMPT", "NEW"))
+    parser.add_argument("--static", action="store_true", help="with transformers' StaticCache")
     options = parser.parse_args()
     if options.make:
         folder, num_blocks, hidden_size = options.make
         _make(Path(folder), int(num_blocks), int(hidden_size))
     elif options.measure:
         folder, *numbers = options.measure
-        print(json.dumps(_measure(Path(folder), *map(int, numbers))))
+        print(json.dumps(_measure(Path(folder), *map(int, numbers), is_static=options.static)))
 
 
 if __name__ == "__main__":

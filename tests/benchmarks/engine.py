@@ -1,0 +1,242 @@
+"""One worker's engine beside plain transformers: decode, prefill, many clients, a prompt beside decodes, memory.
+
+The clients are sessions on the worker's own socket, without daemons. The model is the random Llama of 16 × 1024, and
+whatever else `--model` names (a folder or a GGUF file, such as SmolLM2's), both in float32 unless a part says
+otherwise. The plain process runs before or after each of ours, since machines drift.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from corolla.model.checkpoint import open_checkpoint
+from corolla.model.plain import source_of
+from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.tensors import DType
+from tests.benchmarks import plain
+from tests.benchmarks.clients import Client, Crowd, ServedModel, Setup
+from tests.benchmarks.report import Measured, Report, arguments, median
+
+CONTEXTS = {128: 1.5, 1024: 1.5, 4096: 3.0}  # tokens → target
+CROWDS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under measurement. folder: as transformers reads it. model: as the worker is told."""
+
+    label: str
+    model: str
+    folder: Path
+    threads: int
+    quick: bool
+    contexts: tuple[int, ...]
+    crowds: tuple[int, ...]
+
+    def setup(self, dtype: DType = DType.FLOAT32, quantization: str | None = None) -> Setup:
+        """What a worker of it is started with."""
+        return Setup(self.model, self.threads, dtype, quantization)
+
+    def plain(self, prompt_tokens: int, new_tokens: int, *, is_static: bool = False) -> dict[str, Any]:
+        """Plain transformers' times."""
+        return plain.measure(
+            self.folder,
+            threads=self.threads,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            is_static=is_static,
+        )
+
+
+def one_client(served: ServedModel, prompt_tokens: int, new_tokens: int) -> Client:
+    """One text from beginning to end."""
+    crowd = Crowd(served)
+    client = crowd.join(prompt_tokens, new_tokens)
+    crowd.run()
+    crowd.leave()
+    return client
+
+
+def decode(report: Report, subject: Subject) -> None:
+    """One client, at several lengths of context."""
+    new_tokens = 16 if subject.quick else 48
+    for context in subject.contexts:
+        ours, beside, static, equal = [], [], [], True
+        for _ in range(1 if subject.quick else 3):
+            local = subject.plain(context, new_tokens)
+            beside += local["decode_s"]
+            static += subject.plain(context, new_tokens, is_static=True)["decode_s"]
+            with ServedModel(subject.setup()) as served:
+                client = one_client(served, context, new_tokens)
+            ours += client.gaps_s()
+            equal = equal and client.tokens == local["tokens"]
+        speed = 1 / median(beside)
+        name = f"{subject.label}: decode at {context}"
+        report.add(Measured(name, 1 / median(ours), "tokens/s", speed, CONTEXTS[context]))
+        report.add(Measured(f"{name}, StaticCache", 1 / median(static), "tokens/s", speed))
+        report.add(Measured(f"{name}, tokens equal", float(equal), "", target=1.0))
+
+
+def precision(report: Report, subject: Subject) -> None:
+    """One client with smaller weights, beside plain float32."""
+    new_tokens = 16 if subject.quick else 48
+    kinds = [(DType.FLOAT32, None), (DType.BFLOAT16, None), (DType.FLOAT32, "int8"), (DType.FLOAT32, "int4")]
+    ours: dict[str, list[float]] = {}
+    beside: list[float] = []
+    for _ in range(1 if subject.quick else 3):
+        beside += subject.plain(128, new_tokens)["decode_s"]
+        for dtype, quantization in kinds:
+            with ServedModel(subject.setup(dtype, quantization)) as served:
+                gaps = one_client(served, 128, new_tokens).gaps_s()
+            ours.setdefault(quantization or dtype.value, []).extend(gaps)
+    for kind, gaps in ours.items():
+        target = None if kind == "float32" else 2.5
+        name = f"{subject.label}: decode at 128 in {kind}"
+        report.add(Measured(name, 1 / median(gaps), "tokens/s", 1 / median(beside), target))
+
+
+def prefill(report: Report, subject: Subject) -> None:
+    """A prompt of 1024 tokens."""
+    ours, beside = [], []
+    with ServedModel(subject.setup()) as served:
+        one_client(served, 64, 2)
+        for _ in range(2 if subject.quick else 5):
+            beside.append(subject.plain(1024, 1)["prefill_s"])
+            ours.append(one_client(served, 1024, 1).first_s)
+    name = f"{subject.label}: prefill of 1024"
+    report.add(Measured(name, 1024 / median(ours), "tokens/s", 1024 / median(beside), 1.0))
+
+
+def clients(report: Report, subject: Subject) -> None:
+    """Many clients decoding together, and the share of the slowest."""
+    seconds = 3.0 if subject.quick else 10.0
+    beside = 1 / median(subject.plain(128, 16 if subject.quick else 48)["decode_s"])
+    with ServedModel(subject.setup()) as served:
+        one_client(served, 128, 4)
+        for num_clients in subject.crowds:
+            crowd = Crowd(served, seed_prompts=True)
+            for _ in range(num_clients):
+                crowd.join(128, 1024)
+            crowd.prefill()
+            began = time.perf_counter()
+            crowd.release()
+            while time.perf_counter() - began < seconds:
+                crowd.turn()
+            took = time.perf_counter() - began
+            counts = [len(client.tokens) - 1 for client in crowd.clients]
+            crowd.leave()
+            name = f"{subject.label}: {num_clients} clients"
+            target = 8.0 if num_clients == 8 else None
+            report.add(Measured(name, sum(counts) / took, "tokens/s", beside, target))
+            fair = min(counts) / (sum(counts) / num_clients)
+            report.add(Measured(f"{name}, slowest to mean", fair, "", target=0.75))
+
+
+def stall(report: Report, subject: Subject) -> None:
+    """The time between tokens of seven decoding clients while an eighth brings a long prompt."""
+    num_tokens = 60 if subject.quick else 200
+    with ServedModel(subject.setup()) as served:
+        one_client(served, 128, 4)
+        crowd = Crowd(served, seed_prompts=True)
+        for _ in range(7):
+            crowd.join(128, 4096)
+        crowd.prefill()
+        began = time.perf_counter()
+        crowd.release()
+        while len(crowd.clients[0].tokens) < num_tokens:
+            crowd.turn()
+        arrived = time.perf_counter()
+        eighth = crowd.join(4096, 2)
+        while not eighth.tokens:
+            crowd.turn()
+        gaps = [gap for client in crowd.clients[:7] for gap in client.gaps_s(arrived, eighth.times[0])]
+        calm = [gap for client in crowd.clients[:7] for gap in client.gaps_s(began, arrived)]
+        crowd.leave()
+    name = f"{subject.label}: p99 between tokens beside a prefill of 4096"
+    report.add(Measured(name, high(gaps) * 1000, "ms", high(calm) * 1000, 3.0, at_most=True))
+    report.add(Measured(f"{subject.label}: median, likewise", median(gaps) * 1000, "ms", median(calm) * 1000))
+    report.add(Measured(f"{subject.label}: that prefill", 4096 / eighth.first_s, "tokens/s"))
+
+
+def high(values: list[float]) -> float:
+    """The 99th percentile."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
+
+
+def memory(report: Report, subject: Subject) -> None:
+    """Sessions of up to 4096 tokens that now hold 512, in a cache of 16384."""
+    cache_tokens, max_tokens, used_tokens = 16384, 4096, 512
+    setup = Setup(subject.model, subject.threads, cache_tokens=cache_tokens)
+    with ServedModel(setup) as served:
+        crowd = Crowd(served)
+        num_held = 0
+        try:
+            while num_held < cache_tokens // used_tokens:
+                crowd.join(used_tokens, max_tokens - used_tokens)
+                crowd.prefill()
+                num_held += 1
+        except CorollaError as problem:
+            if problem.code is not Code.BUSY:
+                raise
+    name = f"{subject.label}: sessions of ≤ {max_tokens} holding {used_tokens}"
+    report.add(Measured(name, num_held, "sessions", cache_tokens // max_tokens, 2.0))
+
+
+def start(report: Report, subject: Subject) -> None:
+    """A worker's start with quantized weights, the first time and the second."""
+    with tempfile.TemporaryDirectory() as folder:
+        for quantization in ("int8", "int4"):
+            setup = Setup(
+                subject.model, subject.threads, quantization=quantization, cache_folder=Path(folder)
+            )
+            times = []
+            for _ in range(2):
+                with ServedModel(setup) as served:
+                    times.append(served.start_s)
+            name = f"{subject.label}: second start with {quantization}"
+            report.add(Measured(name, times[1], "s", times[0], 1.0, at_most=True))
+
+
+PARTS: dict[str, Callable[[Report, Subject], None]] = {
+    part.__name__: part for part in (decode, precision, prefill, clients, stall, memory, start)
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="some parts alone")
+    parser.add_argument("--model", action="append", default=[], help="measure this model too")
+    parser.add_argument("--no-random", action="store_true", help="leave the random Llama out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--contexts", type=int, nargs="*", choices=CONTEXTS, default=list(CONTEXTS))
+    parser.add_argument("--crowds", type=int, nargs="*", default=list(CROWDS))
+    options = parser.parse_args()
+    report = Report()
+    models = [] if options.no_random else [str(plain.random_llama())]
+    for model in models + options.model:
+        checkpoint = open_checkpoint(source_of(model), Setup(model, 1).cache_folder)
+        subject = Subject(
+            checkpoint.name,
+            model,
+            checkpoint.folder,
+            options.threads,
+            options.quick,
+            tuple(options.contexts),
+            tuple(options.crowds),
+        )
+        for part in options.only:
+            PARTS[part](report, subject)
+    report.finish(options.json)
+
+
+if __name__ == "__main__":
+    main()
