@@ -1,26 +1,76 @@
-"""Which blocks a new worker should serve. Pure.
+"""Which blocks a worker should serve, and who moves when that changes. Pure.
 
-First whatever nobody serves; then the weakest stretch: each block's throughput is the sum over the spans that
-serve it, and a stretch is as weak as its weakest blocks. Source of the second rule: Borzunov et al. 2023,
-Distributed Inference and Fine-tuning of Large Language Models Over The Internet (NeurIPS), load balancing.
+First that every block is served, then that each is served twice, then that the slowest block becomes faster. All
+that see the same swarm make the same plan of a few moves, best first, and each carries out its own part only: so a
+gap that ten thousand see at once is closed by one. Who is named but does not move is passed over by leaving it out
+(`excluded`).
+
+How good a layout is: its risk, which counts blocks served by nobody or by one; and, among equals, its strain, the
+sum over blocks of exp(-SHARPNESS * supply / mean supply), a smooth stand-in for the slowest block. Speeds multiply
+in the strain, so that the gain of any move comes from sums over intervals: a plan for ten thousand workers takes a
+fraction of a second. The rule that this is measured against is `petals.py`.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import accumulate
 from typing import Final
 
 from ...protocol.errors import Code, error
 from ...protocol.records import SpanState
-from .view import Span, SwarmView
+from ...protocol.steps import Hop
+from .coverage import UNKNOWN_TOKENS_PER_S, Coverage, coverage_of, speed_of, stays
+from .view import SwarmView
 
-UNKNOWN_TOKENS_PER_S: Final = 1.0  # of a span whose speed is not known: it serves, so it is not nothing
+SHARPNESS: Final = 60.0  # two blocks that differ by 2 % of the mean differ threefold in strain
+MAX_MOVES: Final = 16  # in one plan; the next plan goes on from there
+MIN_GAIN: Final = 0.02  # of the model's tokens/s: moves for speed that bring less are not made
+MIN_SPARED: Final = 0.25  # of a span's blocks that must gain a second replica to be worth a move
+MAX_TRIED: Final = 20_000  # group and start pairs looked at exactly in one step; beyond, the best start only
+_MAX_EXPONENT: Final = 600.0  # of a float that is still finite
 
 
-def choose_span(view: SwarmView, num_fitting: int) -> tuple[int, int]:
-    """The blocks [start, end) that a worker with room for `num_fitting` of them should serve.
+class Purpose(StrEnum):
+    """What a move is for, the most urgent first."""
 
-    Spans that are loading count as serving, so that several workers that start together spread out. Of equal
-    stretches the first is taken, so that spans touch rather than overlap.
+    GAP = "gap"  # blocks that nobody serves
+    SPARE = "spare"  # blocks that only one serves
+    SPEED = "speed"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A worker's span becomes [start, end)."""
+
+    hop: Hop
+    start: int
+    end: int
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a move changes: coverage before and after."""
+
+    before: Coverage
+    after: Coverage
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole model; may be negative."""
+        return self.after.tokens_per_s - self.before.tokens_per_s
+
+
+def choose_span(view: SwarmView, num_fitting: int, tokens_per_s: float = 0.0) -> tuple[int, int]:
+    """The blocks [start, end) that a new worker with room for `num_fitting` of them should serve.
+
+    tokens_per_s: of it, through so many blocks; 0 if unknown. Spans that are loading count as serving, so that
+    workers that start together spread out. Of equal stretches the first is taken, so that spans touch.
     Raises `DOES_NOT_FIT` if there is no room for a single block.
     """
     if num_fitting < 1:
@@ -30,26 +80,261 @@ def choose_span(view: SwarmView, num_fitting: int) -> tuple[int, int]:
             "free memory, or choose a smaller --dtype or a --quantization",
         )
     length = min(num_fitting, view.num_blocks)
-    throughputs = block_throughputs(view)
-
-    def weakness(start: int) -> tuple[int, list[float], int]:
-        stretch = throughputs[start : start + length]
-        num_unserved = sum(throughput == 0 for throughput in stretch)
-        return (-num_unserved, sorted(stretch), start)
-
-    start = min(range(view.num_blocks - length + 1), key=weakness)
+    layout = _Layout(view, frozenset())
+    start = layout.best_start(length, tokens_per_s or layout.usual_speed(length))
     return start, start + length
 
 
-def block_throughputs(view: SwarmView) -> tuple[float, ...]:
-    """For each block, the tokens per second of all spans that serve it, or are about to."""
-    totals = [0.0] * view.num_blocks
-    for span in view.spans:
-        if _stays(span):
-            for block in range(span.start, min(span.end, view.num_blocks)):
-                totals[block] += span.tokens_per_s or UNKNOWN_TOKENS_PER_S
-    return tuple(totals)
+def plan_moves(
+    view: SwarmView, *, excluded: frozenset[Hop] = frozenset(), max_moves: int = MAX_MOVES
+) -> tuple[Move, ...]:
+    """The moves that help the swarm most, the best first; usually none.
+
+    excluded: workers that are not to be asked. Moves for speed come only if all of them together raise the
+    model's tokens per second by `MIN_GAIN`, and no more of them than it takes. The same view, without regard to
+    the order of spans and to what only its reader sees (distance, penalties), gives the same plan.
+    """
+    layout = _Layout(view, excluded)
+    moves: list[Move] = []
+    while len(moves) < max_moves and (move := layout.best_move()) is not None:
+        if move.purpose is Purpose.SPEED:
+            return (*moves, *_moves_for_speed(layout, move, max_moves - len(moves)))
+        layout.carry_out(move)
+        moves.append(move)
+    return tuple(moves)
 
 
-def _stays(span: Span) -> bool:
-    return span.state in (SpanState.ONLINE, SpanState.LOADING) and not span.suspect
+def _moves_for_speed(layout: _Layout, first: Move, max_moves: int) -> list[Move]:
+    """Moves until nothing is gained, cut where almost all has been gained; none if that is too little."""
+    before = layout.tokens_per_s
+    moves: list[Move] = []
+    reached = [before]
+    move: Move | None = first
+    while move is not None and len(moves) < max_moves:
+        layout.carry_out(move)
+        moves.append(move)
+        reached.append(layout.tokens_per_s)
+        move = layout.best_move()
+    gained = max(reached) - before
+    if gained < MIN_GAIN * before or gained <= 0:
+        return []
+    enough = next(i for i, speed in enumerate(reached) if speed >= before + 0.9 * gained)
+    return moves[:enough]
+
+
+def gain_of(view: SwarmView, hop: Hop, start: int, end: int) -> Gain:
+    """What it would change if a worker served [start, end). Raises `BLOCKS_OUT_OF_RANGE`, `UNKNOWN_SESSION`."""
+    if not 0 <= start < end <= view.num_blocks:
+        raise error(
+            Code.BLOCKS_OUT_OF_RANGE,
+            f"blocks {start}:{end} of a model that has {view.num_blocks}",
+            f"choose blocks within 0:{view.num_blocks}",
+        )
+    layout = _Layout(view, frozenset())
+    before = layout.coverage()
+    own = next((span for span in view.spans if span.hop == hop and stays(span)), None)
+    if own is not None:
+        speed = speed_of(own)
+        layout.add(own.start, min(own.end, view.num_blocks), -speed, -1)
+        layout.add(start, end, speed * own.num_blocks / (end - start), 1)
+    return Gain(before, layout.coverage())
+
+
+def best_for(view: SwarmView, hop: Hop) -> tuple[int, int] | None:
+    """Where a worker would help most if it alone could move; None if it is not in the view."""
+    own = next((span for span in view.spans if span.hop == hop), None)
+    if own is None:
+        return None
+    others = SwarmView(
+        view.fingerprint, view.num_blocks, tuple(span for span in view.spans if span.hop != hop)
+    )
+    return choose_span(others, own.num_blocks, own.tokens_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Sums from the first block on: sums[b] - sums[a] is that of blocks [a, b). Exact for integers."""
+
+    sums: Sequence[float]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> _Sums:
+        return cls(tuple(accumulate(values, initial=0)))
+
+    def over(self, start: int, end: int) -> float:
+        return self.sums[end] - self.sums[start]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What a span more (`add`) or less (`remove`) at each block does to the risk; strain; sole online servers."""
+
+    add: _Sums
+    remove: _Sums
+    strain: list[float]  # summed directly: differences of running sums would drown the small ones
+    sole: _Sums
+
+    def strain_over(self, start: int, end: int) -> float:
+        return sum(self.strain[start:end])
+
+
+class _Layout:
+    """Spans over blocks while a plan is made: coverage that changes, and who may move, by place."""
+
+    def __init__(self, view: SwarmView, excluded: frozenset[Hop]) -> None:
+        found = coverage_of(view)
+        self._num_blocks = view.num_blocks
+        self._replicas = list(found.replicas)
+        self._online = list(found.online)
+        self._supply = list(found.supply)
+        self._scale = sum(found.supply) / view.num_blocks or UNKNOWN_TOKENS_PER_S
+        self._groups: dict[tuple[int, int], list[tuple[float, Hop]]] = {}  # by place: speeds, in order
+        self._places: dict[Hop, tuple[tuple[int, int], float]] = {}
+        for span in view.spans:
+            may_move = span.movable and span.state is SpanState.ONLINE and span.end <= view.num_blocks
+            if may_move and not span.suspect and span.hop not in excluded:
+                place, speed = (span.start, span.end), speed_of(span)
+                self._groups.setdefault(place, []).append((speed, span.hop))
+                self._places[span.hop] = (place, speed)
+        for group in self._groups.values():
+            group.sort(key=_by_speed)
+        self._prices = self._price()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the slowest block."""
+        return min(self._supply)
+
+    def coverage(self) -> Coverage:
+        """As it is now."""
+        return Coverage(tuple(self._replicas), tuple(self._online), tuple(self._supply))
+
+    def usual_speed(self, length: int) -> float:
+        """A guess for a worker of unknown speed: what brings the weakest stretch up to the mean, at most."""
+        return self._scale * length / self._num_blocks
+
+    def best_start(self, length: int, speed: float) -> int:
+        """Where one more span helps most."""
+        part = 1 - self._shrink(speed)
+        prices = self._prices
+        starts = range(self._num_blocks - length + 1)
+        return max(
+            starts,
+            key=lambda s: (
+                prices.add.over(s, s + length),
+                round(part * prices.strain_over(s, s + length), 12),
+                -s,
+            ),
+        )
+
+    def best_move(self) -> Move | None:
+        """The move that gains most; None if none is worth making."""
+        best: tuple[float, float] = (0, 0.0)
+        chosen: Move | None = None
+        everywhere = len(self._groups) * self._num_blocks <= MAX_TRIED
+        best_starts: dict[int, int] = {}
+        for (start, end), group in self._groups.items():
+            length = end - start
+            starts: Iterable[int]
+            if everywhere:
+                starts = range(self._num_blocks - length + 1)
+            else:
+                if length not in best_starts:
+                    best_starts[length] = self.best_start(length, self._scale)
+                starts = (best_starts[length],)
+            for target in starts:
+                risk = self._risk_gain(start, target, length)
+                if target == start or risk < best[0]:
+                    continue
+                strain, hop = self._lightest(group, start, target, length)
+                if (risk, strain) > best and self._is_worth(risk, start, target, length):
+                    best = (risk, strain)
+                    chosen = Move(hop, target, target + length, self._purpose(risk))
+        return chosen
+
+    def carry_out(self, move: Move) -> None:
+        """Suppose that a move was made. Nobody moves twice in a plan."""
+        (start, end), speed = self._places[move.hop]
+        group = self._groups[start, end]
+        group.remove((speed, move.hop))
+        if not group:
+            del self._groups[start, end]
+        self.add(start, end, -speed, -1, online=-1)
+        self.add(move.start, move.end, speed, 1)
+
+    def add(self, start: int, end: int, speed: float, count: int, *, online: int = 0) -> None:
+        """One span more or less."""
+        for block in range(start, end):
+            self._replicas[block] += count
+            self._online[block] += online
+            self._supply[block] = max(0.0, self._supply[block] + speed) if self._replicas[block] else 0.0
+        self._prices = self._price()
+
+    def _price(self) -> _Prices:
+        slowest = min(self._supply)
+        steep = SHARPNESS / self._scale
+        has_gap = 0 in self._replicas
+        gap_price = 2 * self._num_blocks  # one gap outweighs a second replica of every block
+        return _Prices(
+            _Sums.of({0: gap_price, 1: 1}.get(count, 0) for count in self._replicas),
+            _Sums.of({1: gap_price, 2: 1}.get(count, 0) for count in self._replicas),
+            [math.exp(-min(_MAX_EXPONENT, steep * (s - slowest))) for s in self._supply],
+            # A span that is moved serves nothing while it loads: with no gap, it must not make one meanwhile.
+            _Sums.of(not has_gap and count == 1 for count in self._online),
+        )
+
+    def _shrink(self, speed: float) -> float:
+        """What a span of this speed multiplies the strain of its blocks by."""
+        return math.exp(-min(_MAX_EXPONENT, SHARPNESS * speed / self._scale))
+
+    def _risk_gain(self, start: int, target: int, length: int) -> float:
+        if self._prices.sole.over(start, start + length):
+            return -math.inf
+        (left, left_end), (taken, taken_end) = _difference(start, target, length)
+        return self._prices.add.over(taken, taken_end) - self._prices.remove.over(left, left_end)
+
+    def _lightest(
+        self, group: Sequence[tuple[float, Hop]], start: int, target: int, length: int
+    ) -> tuple[float, Hop]:
+        """Who of those at one place should move, and how much strain that takes away.
+
+        With q what its speed multiplies strain by, a move takes away a (1 - q) - c (1/q - 1), where a and c are
+        the strain where it goes and where it leaves: concave in q, and largest at q = sqrt(c / a).
+        """
+        (left, left_end), (taken, taken_end) = _difference(start, target, length)
+        gained = self._prices.strain_over(taken, taken_end)
+        lost = self._prices.strain_over(left, left_end)
+        best_q = math.sqrt(lost / gained) if gained > 0 else 1.0
+        speed = -math.log(max(best_q, 1e-250)) * self._scale / SHARPNESS
+        index = bisect_left(group, speed, key=_speed)
+        best = (-math.inf, group[0][1])
+        for entry_speed, hop in group[max(0, index - 1) : index + 1] or group[-1:]:
+            q = self._shrink(entry_speed)
+            strain = gained * (1 - q) - lost * (1 / q - 1)
+            if strain > best[0]:
+                best = (strain, hop)
+        return best
+
+    def _is_worth(self, risk: float, start: int, target: int, length: int) -> bool:
+        return risk == 0 or risk >= self._num_blocks or risk >= MIN_SPARED * length
+
+    def _purpose(self, risk: float) -> Purpose:
+        if risk >= self._num_blocks:
+            return Purpose.GAP
+        return Purpose.SPARE if risk > 0 else Purpose.SPEED
+
+
+def _speed(entry: tuple[float, Hop]) -> float:
+    return entry[0]
+
+
+def _by_speed(entry: tuple[float, Hop]) -> tuple[float, str, int]:
+    return entry[0], entry[1].peer, entry[1].worker
+
+
+def _difference(start: int, target: int, length: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The blocks that are left and those that are taken when a span of `length` moves; overlap cancels out."""
+    if target >= start:
+        left_end = min(start + length, target)
+        return (start, left_end), (max(target, start + length), target + length)
+    return (max(start, target + length), start + length), (target, min(target + length, start))

@@ -22,6 +22,7 @@ class Span:
     tokens_per_s: of decoding one row through the whole span; 0 if unknown.
     rtt_s: round trip from us to its peer; None if never measured. queue: requests waiting there.
     penalty_s: what routing adds for past failures. suspect: our connection to its peer broke just now.
+    movable: may placement send it elsewhere, or did its owner fix its blocks?
     """
 
     peer: str
@@ -40,6 +41,7 @@ class Span:
     penalty_s: float = 0.0
     suspect: bool = False
     mine: bool = False
+    movable: bool = False
 
     @property
     def num_blocks(self) -> int:

@@ -1,0 +1,83 @@
+"""How well each block of a model is served: replicas and tokens per second, block by block. Pure.
+
+The common ground of the placement policies (`placement.py`, `petals.py`) and of the simulator. It decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+from ...protocol.records import SpanState
+from .view import Span, SwarmView
+
+UNKNOWN_TOKENS_PER_S: Final = 1.0  # of a span whose speed is not known: it serves, so it is not nothing
+QUEUE_AT_EASE: Final = 8.0  # requests waiting at which a span counts as half of what it is: demand uses it up
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Per block: spans that serve it or are about to, those that do so now, and tokens per second of the former.
+
+    A block is as fast as the sum of its spans, each of which computes whole spans, and a model as fast as its
+    slowest block. Source: Borzunov et al. 2023 (NeurIPS), section 3.2.
+    """
+
+    replicas: tuple[int, ...]
+    online: tuple[int, ...]
+    supply: tuple[float, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the model: of its slowest block."""
+        return min(self.supply, default=0.0)
+
+    @property
+    def num_gaps(self) -> int:
+        """Blocks that nobody serves nor loads."""
+        return sum(count == 0 for count in self.replicas)
+
+    @property
+    def num_single(self) -> int:
+        """Blocks that one failure would take away."""
+        return sum(count == 1 for count in self.replicas)
+
+
+def coverage_of(view: SwarmView) -> Coverage:
+    """The coverage in a view. Spans that load count as served, spans that drain or are suspect do not."""
+    return coverage(view.spans, view.num_blocks)
+
+
+def coverage(spans: Iterable[Span], num_blocks: int) -> Coverage:
+    """The coverage of `num_blocks` blocks by these spans, in one pass over them."""
+    replicas, online, supply = ([0] * (num_blocks + 1) for _ in range(3))
+    flow = [float(value) for value in supply]
+    for span in spans:
+        if not stays(span) or span.start >= num_blocks:
+            continue
+        end, speed = min(span.end, num_blocks), speed_of(span)
+        replicas[span.start] += 1
+        replicas[end] -= 1
+        flow[span.start] += speed
+        flow[end] -= speed
+        if span.state is SpanState.ONLINE:
+            online[span.start] += 1
+            online[end] -= 1
+    counts = tuple(accumulate(replicas[:-1]))
+    # Sums of floats that go up and down leave crumbs where nobody serves.
+    speeds = tuple(
+        max(0.0, speed) if count else 0.0 for count, speed in zip(counts, accumulate(flow[:-1]), strict=True)
+    )
+    return Coverage(counts, tuple(accumulate(online[:-1])), speeds)
+
+
+def stays(span: Span) -> bool:
+    """Does it serve its blocks, or will it soon?"""
+    return span.state in (SpanState.ONLINE, SpanState.LOADING) and not span.suspect
+
+
+def speed_of(span: Span) -> float:
+    """Tokens per second that a span has to give: less if requests wait for it already."""
+    return (span.tokens_per_s or UNKNOWN_TOKENS_PER_S) / (1 + span.queue / QUEUE_AT_EASE)
