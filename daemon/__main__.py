@@ -40,7 +40,7 @@ from .store import Store, open_store
 @click.option("--cache-dir", metavar="DIR", help="Where fetched and converted weights are kept.")
 @click.option("--device", multiple=True, metavar="DEVICE", help="auto, cpu, cuda:0, …; one worker each.")
 @click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; the device's best if left out.")
-@click.option("--quantization", metavar="KIND", help="How weights are kept; none in this version.")
+@click.option("--quantization", metavar="KIND", help="Keep weights in fewer bits: int8, int4 (CPU), nf4.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads of each worker.")
 @click.option("--memory-bytes", type=int, metavar="N", help="Memory of each worker, for weights and caches.")
 @click.option("--cache-tokens", type=int, metavar="N", help="Tokens that each worker's KV cache holds.")

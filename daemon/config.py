@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..protocol.errors import Code, error
 from ..protocol.limits import REPLACEMENT_WAIT_S, SESSION_GRACE_S
-from ..protocol.tensors import DType
+from ..protocol.tensors import DType, Quantization
 
 VARIABLE_PREFIX: Final = "COROLLA_"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
@@ -68,8 +68,8 @@ class Config:
                 raise _bad(name, getattr(self, name), "0 or more")
         if not self.device:
             raise _bad("device", [], "at least one, such as auto")
-        if self.quantization:
-            raise _bad("quantization", self.quantization, "nothing: this version serves weights as they are")
+        if self.quantization and self.quantization not in list(Quantization):
+            raise _bad("quantization", self.quantization, f"one of {', '.join(Quantization)}")
 
     def span(self) -> tuple[int, int] | None:
         """The blocks of `START:END`; None for `auto`, and (0, 0) for `none`."""

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..protocol.errors import Code, error
+from ..protocol.tensors import Quantization
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
+from .quantization import can_hold, weight_bytes
 
 
 class Layout(NamedTuple):
@@ -99,6 +101,9 @@ class Skeleton:
         self._blocks: Any = self._base.get_submodule(layout.blocks)  # an nn.ModuleList
         self.num_blocks = len(self._blocks)
         self.tensors: dict[str, Tensor] = self.model.state_dict()  # all on the meta device
+        self._linear = {
+            f"{name}.weight" for name, module in self.model.named_modules() if type(module) is nn.Linear
+        }
 
     @property
     def hidden_size(self) -> int:
@@ -118,10 +123,18 @@ class Skeleton:
             "head": f"{self._head_name()}.",
         }
 
-    def block_bytes(self, block: int, dtype: torch.dtype) -> int:
-        """Bytes of a block's weights in `dtype`."""
+    def block_bytes(self, block: int, dtype: torch.dtype, scheme: Quantization | None = None) -> int:
+        """Bytes of a block's weights in `dtype`, those of linear layers in `scheme`."""
         prefix = self.block_prefix(block)
-        return sum(t.numel() * dtype.itemsize for name, t in self.tensors.items() if name.startswith(prefix))
+        total = 0
+        for name, tensor in self.tensors.items():
+            if not name.startswith(prefix):
+                continue
+            if scheme is not None and name in self._linear and can_hold(scheme, *tensor.shape):
+                total += weight_bytes(scheme, *tensor.shape)
+            else:
+                total += tensor.numel() * dtype.itemsize
+        return total
 
     def ends_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the ends' weights in `dtype`; tied ones count twice, because the head is packed."""

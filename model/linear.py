@@ -1,80 +1,299 @@
-"""A linear layer whose weights lie as the device's fastest kernel wants them.
+"""Linear layers whose weights lie as the device's fastest kernel wants them; nobody trains these weights.
+
+Every layer here keeps one copy of its weights, chooses the kernel by the number of rows, and knows the gradient
+of its input, which none of the fast kernels gives by itself.
 
 On a CPU torch computes one row on one thread and reads memory at a third of its speed. oneDNN's prepacked
 weights do not: rows of 1024 → 2816 in float32 take 392 µs instead of 679 for one row, 448 instead of 1094
-for eight, and less for 512 too, so that one packed copy serves every number of rows and the plain weights
-are not kept. On other devices, and for dtypes that oneDNN does not compute here, the layer stays as it is.
+for eight, and less for 512 too. On other devices, and for dtypes that oneDNN does not compute here, plain
+layers stay as they are.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor, nn
 
+from ..protocol.errors import Code, error
+from ..protocol.tensors import Quantization
+from .quantization import Stored, from_nf4
+
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
 _FEWEST_ROWS: Final = 4
 
+# Weights of 8 and 4 bits, 1024 → 2816, µs on two shared cores. int8: 86 for one row, 164 for 4, 514 for 8: the
+# kernel's tiles end at 4 rows, so more are cut into fours. Dequantized: 510 for 8, 640 for 16, 930 for 32 (1230
+# in fours), 7400 for 512. int4: 112 for one row, 172 for 4, 327 for 8, 618 for 16, 1130 for 32 (3000
+# dequantized), and 128 take 4300 either way; 512 take 9500.
+_INT8_AT_ONCE: Final = 4
+_INT8_ROWS: Final = 15
+_INT4_AT_ONCE: Final = 8
+_INT4_ROWS: Final = 96
+_TILE_FEATURES: Final = 512  # of output, dequantized at a time: a few MB, which stay in the cache
 
-class PackedLinear(nn.Module):
-    """A linear layer of a CPU: packed weights, frozen; the gradient of its input is known.
 
-    `packed` is an opaque oneDNN tensor and deliberately neither parameter nor buffer: `state_dict` and `to`
-    cannot handle it. `dense_weight` unpacks a copy.
+class FrozenLinear(nn.Module, ABC):
+    """A linear layer with weights in a form of its own: neither parameters nor buffers, since `state_dict`
+    and `to` could not handle most of them.
+
+    bytes: of weight and bias. A low-rank term is added around a layer: `layer(rows) + b(a(rows))`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, weight_bytes: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias: Tensor | None = bias
+        self.bytes = weight_bytes + (bias.nbytes if bias is not None else 0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features) in the dtype of `rows`; the gradient of `rows` flows."""
+        if rows.requires_grad and torch.is_grad_enabled():
+            product: Tensor = _Product.apply(rows, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.multiply(rows)
+
+    @abstractmethod
+    def multiply(self, rows: Tensor) -> Tensor:
+        """`rows @ weight.T + bias`, without a graph."""
+
+    @abstractmethod
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """`gradient @ weight`: (…, out_features) → (…, in_features)."""
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """A plain copy of the weights that the layer computes with, (out_features, in_features)."""
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, {self.bytes:,} bytes"
+
+
+class _Product(torch.autograd.Function):
+    """A frozen layer's product and the gradient of its input."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, layer: FrozenLinear) -> Tensor:
+        context.layer = layer
+        return layer.multiply(rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return context.layer.multiply_back(gradients[0]), None
+
+
+class PackedLinear(FrozenLinear):
+    """Weights as oneDNN packs them, on a CPU. `packed` is an opaque oneDNN tensor.
+
+    Backward unpacks them for a moment: 2 ms for 1024 → 2816, a few percent of a micro-batch, against keeping
+    a second copy of all weights.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: (out_features, in_features), contiguous, on the CPU."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        super().__init__(weight.shape[1], weight.shape[0], bias, weight.nbytes)
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.bias: Tensor | None = bias
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(…, in_features) → (…, out_features)."""
-        if rows.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Product.apply(rows, self.packed, self.bias)  # type: ignore[no-untyped-call]
-            return product
-        return _multiply(rows, self.packed, self.bias)
+    def multiply(self, rows: Tensor) -> Tensor:
+        num_rows = rows.numel() // rows.shape[-1]
+        if num_rows >= _FEWEST_ROWS:
+            return self._product(rows)
+        filled = F.pad(rows.reshape(num_rows, -1), (0, 0, 0, _FEWEST_ROWS - num_rows))
+        return self._product(filled)[:num_rows].view(*rows.shape[:-1], -1)
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.packed.to_dense()
 
     def dense_weight(self) -> Tensor:
-        """A plain copy of the weights, (out_features, in_features)."""
         return self.packed.to_dense()
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features} → {self.out_features}, {self.packed.dtype}"
-
-
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    num_rows = rows.numel() // rows.shape[-1]
-    if num_rows >= _FEWEST_ROWS:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    def _product(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return product
-    filled = F.pad(rows.reshape(num_rows, -1), (0, 0, 0, _FEWEST_ROWS - num_rows))
-    product = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
-    return product[:num_rows].view(*rows.shape[:-1], -1)
 
 
-class _Product(torch.autograd.Function):
-    """oneDNN's product gives no gradient, silently; this is it.
+class _Rounded(FrozenLinear):
+    """What int8 and int4 on a CPU share: rows are rounded to bfloat16, each by itself, and so are products.
 
-    Weights are unpacked for the moment of the backward pass: 2 ms for 1024 → 2816, a few percent of a
-    micro-batch, against keeping a second copy of all weights.
+    Only with bfloat16 rows are torch's kernels fast (a hundred times). Sums are kept in float32. Above `_rows`
+    rows the weights are dequantized tile by tile into a matrix product. Gradients keep the dtype they come in.
     """
 
-    @staticmethod
-    def forward(context: Any, rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        context.packed = packed
-        return _multiply(rows, packed, bias)
+    _rows: int
+    _at_once: int
 
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return gradient @ context.packed.to_dense(), None, None
+    def multiply(self, rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1, self.in_features).to(torch.bfloat16)  # (num_rows, in_features)
+        if flat.shape[0] <= self._rows:
+            parts = [self._multiply_few(part) for part in torch.split(flat, self._at_once)]
+            product = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            product = self._multiply_many(flat)
+        product = product.to(rows.dtype)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*rows.shape[:-1], self.out_features)
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        flat = gradient.reshape(-1, self.out_features)
+        back = flat.new_zeros((flat.shape[0], self.in_features))
+        for first in range(0, self.out_features, _TILE_FEATURES):
+            last = min(first + _TILE_FEATURES, self.out_features)
+            back.addmm_(flat[:, first:last], self._tile(first, last, gradient.dtype))
+        return back.view(*gradient.shape[:-1], self.in_features)
+
+    def dense_weight(self) -> Tensor:
+        return self._tile(0, self.out_features, torch.float32)
+
+    def _multiply_many(self, rows: Tensor) -> Tensor:
+        """(num_rows, out_features) in bfloat16, or in float32 where the CPU knows no bfloat16."""
+        wide = rows if is_packable(torch.bfloat16, rows.device) else rows.float()
+        product = wide.new_empty((rows.shape[0], self.out_features))
+        for first in range(0, self.out_features, _TILE_FEATURES):
+            last = min(first + _TILE_FEATURES, self.out_features)
+            product[:, first:last] = wide @ self._tile(first, last, wide.dtype).T
+        return product.to(torch.bfloat16)
+
+    @abstractmethod
+    def _multiply_few(self, rows: Tensor) -> Tensor:
+        """(num_rows, in_features) → (num_rows, out_features), both bfloat16."""
+
+    @abstractmethod
+    def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Weights of outputs [first, last), a multiple of `_TILE_FEATURES` first: (last - first, in_features)."""
+
+
+class Int8Linear(_Rounded):
+    """8 bits a weight and one scale a row, on a CPU."""
+
+    _rows = _INT8_ROWS
+    _at_once = _INT8_AT_ONCE
+
+    def __init__(self, stored: Stored, bias: Tensor | None) -> None:
+        codes, scales = stored.tensors["codes"], stored.tensors["scales"]
+        super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
+        self._codes, self._scales = codes, scales
+
+    def _multiply_few(self, rows: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(rows, self._codes, self._scales)
+
+    def _multiply_many(self, rows: Tensor) -> Tensor:
+        wide = rows if is_packable(torch.bfloat16, rows.device) else rows.float()
+        product = wide.new_empty((rows.shape[0], self.out_features))
+        for first in range(0, self.out_features, _TILE_FEATURES):
+            tile = self._codes[first : first + _TILE_FEATURES].to(wide.dtype)  # exact: codes are small
+            product[:, first : first + _TILE_FEATURES] = wide @ tile.T
+        return product.mul_(self._scales).to(torch.bfloat16)
+
+    def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return (self._codes[first:last].float() * self._scales[first:last, None].float()).to(dtype)
+
+
+class Int4Linear(_Rounded):
+    """4 bits a weight, a step and a middle for each 64 weights of a row, on a CPU that torch has a kernel for.
+
+    Codes lie as `_convert_weight_to_int4pack_for_cpu` puts them: blocks of output features, in each of them
+    input after input, and in a byte two outputs half a block apart. Outputs are filled up to whole blocks.
+    """
+
+    _rows = _INT4_ROWS
+    _at_once = _INT4_AT_ONCE
+
+    def __init__(self, stored: Stored, bias: Tensor | None) -> None:
+        out_features, in_features = stored.shape
+        codes, scales = stored.tensors["codes"], stored.tensors["scales"]
+        self._block = int4_block()
+        missing = -out_features % self._block
+        wide = torch.stack([codes & 15, codes >> 4], dim=-1).view(stored.shape).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(wide, (0, 0, 0, missing)), 1)
+        super().__init__(in_features, out_features, bias, packed.nbytes + scales.nbytes)
+        self._packed: Tensor = packed  # (filled outputs, in_features / 2) uint8, by name
+        self._scales = F.pad(scales, (0, 0, 0, missing)).contiguous()  # (in / group, filled outputs, 2)
+        self._group = in_features // scales.shape[0]
+
+    def _multiply_few(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self._packed, self._group, self._scales
+        )
+        return product[:, : self.out_features]
+
+    def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        filled = first + -(-(last - first) // self._block) * self._block
+        half = self._block // 2
+        pairs = self._packed.view(-1, half)[first // self._block * self.in_features :]
+        pairs = pairs[: (filled - first) // self._block * self.in_features].view(-1, self.in_features, half)
+        codes = torch.cat([pairs & 15, pairs >> 4], dim=-1)  # (blocks, in_features, block)
+        steps, middles = self._scales[:, first:filled].permute(2, 1, 0)[..., None]  # (outputs, groups, 1)
+        by_output = codes.transpose(1, 2).reshape(filled - first, -1, self._group)
+        weights = (by_output.float() - 8).mul_(steps).add_(middles)
+        return weights.view(filled - first, -1)[: last - first].to(dtype)
+
+
+class Nf4Linear(FrozenLinear):
+    """NF4 as bitsandbytes keeps it, on any device: dequantized whole for each product."""
+
+    def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
+        codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
+        super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
+        self._codes, self._scales = codes, scales
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self._weight(rows.dtype), self.bias)
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self._weight(gradient.dtype)
+
+    def dense_weight(self) -> Tensor:
+        return self._weight(torch.float32)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        return from_nf4(self._codes, self._scales, (self.out_features, self.in_features), dtype)
+
+
+class PlainInt8Linear(FrozenLinear):
+    """int8 where torch has no kernel for it: dequantized whole for each product."""
+
+    def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
+        codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
+        super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
+        self._codes, self._scales = codes, scales
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        product = F.linear(rows, self._codes.to(rows.dtype)) * self._scales.to(rows.dtype)
+        return product if self.bias is None else product + self.bias
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        return (gradient * self._scales.to(gradient.dtype)) @ self._codes.to(gradient.dtype)
+
+    def dense_weight(self) -> Tensor:
+        return self._codes.float() * self._scales.float()[:, None]
+
+
+def check_scheme(scheme: Quantization | None, device: torch.device) -> None:
+    """Raise `BAD_CONFIG` unless this device computes with weights of this scheme."""
+    if scheme is Quantization.INT4 and (device.type != "cpu" or not int4_block()):
+        raise error(
+            Code.BAD_CONFIG,
+            f"quantization int4 needs a CPU with AVX2 or AVX-512, the device is {device}"
+            f" ({torch.backends.cpu.get_cpu_capability()})",
+            "choose int8 or nf4",
+        )
+
+
+def int4_block() -> int:
+    """Output features in a block of torch's packed int4 weights here; 0 if their layout is not known."""
+    size = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if not size:
+        return 0
+    codes = torch.arange(size, dtype=torch.int32)[:, None].expand(-1, 2).contiguous() % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view(2, size // 2)
+    back = torch.cat([packed & 15, packed >> 4], dim=-1)  # (2, size)
+    return size if torch.equal(back.T.to(torch.int32), codes) else 0
 
 
 def is_packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -100,3 +319,14 @@ def packed(layer: nn.Module) -> nn.Module:
         return layer
     bias = layer.bias.detach() if layer.bias is not None else None
     return PackedLinear(weight.contiguous(), bias)
+
+
+def quantized(stored: Stored, bias: Tensor | None, device: torch.device) -> FrozenLinear:
+    """The layer that computes with these weights on this device; bias: there already."""
+    match stored.scheme:
+        case Quantization.NF4:
+            return Nf4Linear(stored, bias, device)
+        case Quantization.INT8:
+            return Int8Linear(stored, bias) if device.type == "cpu" else PlainInt8Linear(stored, bias, device)
+        case Quantization.INT4:
+            return Int4Linear(stored, bias)

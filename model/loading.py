@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from ..protocol.errors import Code, error
-from ..protocol.tensors import DType
+from ..protocol.tensors import DType, Quantization
 from ..protocol.work import Configure, ModelFacts, Ready
 from .cache import page_bytes
 from .checkpoint import Checkpoint, open_checkpoint
@@ -23,8 +23,10 @@ from .encodings import torch_dtype
 from .ends import Ends
 from .families import Skeleton
 from .generation import end_tokens
+from .linear import check_scheme
 from .pages import PAGE_TOKENS
 from .profile import Speed, measure
+from .quantization import Shelf, scheme_of
 from .span import Span
 
 Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
@@ -42,6 +44,7 @@ class Loaded:
     facts: ModelFacts
     folder: Path
     dtype: DType
+    quantization: Quantization | None
     device: torch.device
     span: Span | None
     ends: Ends | None
@@ -57,7 +60,7 @@ class Loaded:
             start=span.start if span else 0,
             end=span.end if span else 0,
             dtype=self.dtype,
-            quantization=None,
+            quantization=self.quantization.value if self.quantization else None,
             device=str(self.device),
             weight_bytes=(span.bytes if span else 0) + (ends.bytes if ends else 0),
             cache_tokens=self.num_pages * PAGE_TOKENS,
@@ -73,13 +76,9 @@ def load(ask: Configure, report: Report) -> Loaded:
     Raises `BAD_CONFIG`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
     `open_checkpoint` and `Span.load` raise.
     """
-    if ask.quantization is not None:
-        raise error(
-            Code.BAD_CONFIG,
-            f"quantization {ask.quantization!r} is not available in this version",
-            "leave it out, or choose --dtype bfloat16",
-        )
     device = choose_device(ask.device)
+    scheme = scheme_of(ask.quantization)
+    check_scheme(scheme, device)
     dtype = ask.dtype or (DType.BFLOAT16 if device.type == "cuda" else DType.FLOAT32)
     checkpoint = open_checkpoint(ask.source, Path(ask.cache_folder), report)
     facts = checkpoint.facts()
@@ -93,12 +92,16 @@ def load(ask: Configure, report: Report) -> Loaded:
         def report_blocks(done: int, total: int) -> None:
             report("loading", done, total)
 
-        span = Span.load(checkpoint, plan.start, plan.end, torch_dtype(dtype), device, report=report_blocks)
+        shelf = Shelf.of(Path(ask.cache_folder), facts.fingerprint, scheme) if scheme else None
+        span = Span.load(
+            checkpoint, plan.start, plan.end, torch_dtype(dtype), device, shelf=shelf, report=report_blocks
+        )
         span.allocate(plan.num_pages)
         speed = measure(span)
     return Loaded(
         facts=facts,
         dtype=dtype,
+        quantization=scheme,
         device=device,
         span=span,
         ends=ends,
@@ -171,6 +174,7 @@ class _Costs:
 def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Plan:
     """Which blocks, and how large a cache. Raises `BLOCKS_OUT_OF_RANGE` and `DOES_NOT_FIT`."""
     skeleton = Skeleton(checkpoint.config)
+    scheme = scheme_of(ask.quantization)
     num_blocks = skeleton.num_blocks
     is_open = (ask.start, ask.end) == (0, -1)
     if not is_open and not (0 <= ask.start <= ask.end <= num_blocks):
@@ -181,7 +185,7 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
         )
     memory = ask.memory_bytes or int(_SHARE_OF_FREE * free_bytes(device))
     costs = _Costs(
-        weights=tuple(skeleton.block_bytes(block, dtype) for block in range(num_blocks)),
+        weights=tuple(skeleton.block_bytes(block, dtype, scheme) for block in range(num_blocks)),
         pages=tuple(
             page_bytes([skeleton.cache_shape(skeleton.take_block(block))], dtype)
             for block in range(num_blocks)
@@ -220,7 +224,9 @@ def _does_not_fit(
 ) -> Exception:
     weights, cache = sum(costs.weights[start:end]), num_pages * sum(costs.pages[start:end])
     ends = f", the ends {costs.ends:,}" if costs.ends else ""
-    remedy = "choose a smaller model, a smaller dtype or a smaller cache, or allow more memory"
+    remedy = (
+        "choose a smaller model, a smaller dtype, --quantization or a smaller cache, or allow more memory"
+    )
     if num_fitting:
         remedy = f"choose blocks {start}:{start + num_fitting}, a smaller dtype or a smaller cache"
     return error(

@@ -17,6 +17,7 @@ from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
 from .families import Rotary, Skeleton
 from .pages import PAGE_TOKENS, PageCopy
+from .quantization import Shelf
 from .weights import fetch_parts, load_part
 
 
@@ -50,11 +51,13 @@ class Span:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        shelf: Shelf | None = None,
         memory_bytes: int = 0,
         report: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Load just these blocks' tensors, block by block.
 
+        shelf: linear layers are quantized in its scheme, and kept there.
         memory_bytes: limit for the weights; 0 is none. report: called with bytes done and in total.
         Raises `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `DAMAGED_WEIGHTS`, `UNREADABLE`, and what fetching from
         the hub may raise.
@@ -66,7 +69,9 @@ class Span:
                 f"blocks {start}:{end} of a model with {skeleton.num_blocks}",
                 f"choose a range within 0:{skeleton.num_blocks}",
             )
-        sizes = [skeleton.block_bytes(block, dtype) for block in range(start, end)]
+        sizes = [
+            skeleton.block_bytes(block, dtype, shelf.scheme if shelf else None) for block in range(start, end)
+        ]
         _check_fits(start, sizes, memory_bytes)
         fetch_parts(checkpoint, skeleton, [skeleton.block_prefix(block) for block in range(start, end)])
         blocks: dict[int, nn.Module] = {}
@@ -75,7 +80,7 @@ class Span:
             module = skeleton.take_block(block)
             shapes[block] = skeleton.cache_shape(module)
             prefix = skeleton.block_prefix(block)
-            blocks[block] = load_part(checkpoint, skeleton, prefix, module, dtype, device)
+            blocks[block] = load_part(checkpoint, skeleton, prefix, module, dtype, device, shelf)
             if report is not None:
                 report(sum(sizes[: len(blocks)]), sum(sizes))
         span = cls(blocks, shapes, skeleton.rotary().to(device))

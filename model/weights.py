@@ -23,7 +23,8 @@ from ..protocol.errors import Code, error
 from . import hub
 from .checkpoint import Checkpoint, open_safetensors
 from .families import Skeleton
-from .linear import is_packable, packed
+from .linear import is_packable, packed, quantized
+from .quantization import Shelf, Stored, can_hold, quantize
 
 # More than malloc ever keeps for itself, so that the buffer goes back to the system; memory that no weight
 # touches is never taken.
@@ -62,18 +63,22 @@ def load_part(
     module: nn.Module,
     dtype: torch.dtype,
     device: torch.device,
+    shelf: Shelf | None = None,
 ) -> nn.Module:
     """Fill `module`, whose tensors are called `prefix` + … in the model, and pack its linear layers.
 
+    shelf: its linear layers are quantized by the shelf's scheme, or taken from the shelf if they lie there.
     Returns the module, or its packed form if it is a linear layer itself.
 
     A linear layer is packed straight from its file, or from one buffer that all share.
     Raises `DAMAGED_WEIGHTS` if a tensor is missing or has another shape, `UNREADABLE`.
     """
     recipes = _of_part(checkpoint, skeleton, prefix)
-    placer = _Placer(module, dtype, device)
+    placer = _Placer(module, dtype, device, _Quantizer(shelf, prefix) if shelf is not None else None)
     with _Reader(checkpoint) as reader:
         for target in sorted(recipes, key=_natural):
+            if placer.place_kept(target.removeprefix(prefix)):
+                continue
             tensor = _made(target, recipes[target], skeleton, reader.read)
             expected = tuple(skeleton.tensors[target].shape)
             if tuple(tensor.shape) != expected:
@@ -83,6 +88,7 @@ def load_part(
                     "fetch the model again",
                 )
             placer.place(target.removeprefix(prefix), tensor)
+    placer.finish()
     for part in placer.module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             part._buffers[name] = buffer.to(device)
@@ -176,6 +182,28 @@ class _Reader:
         return stored
 
 
+class _Quantizer:
+    """The quantized weights of one part of a model: those on the shelf, and those that are new."""
+
+    def __init__(self, shelf: Shelf, part: str) -> None:
+        self._shelf = shelf
+        self._part = part
+        self.kept = shelf.read(part)
+        self._new: dict[str, Stored] = {}
+
+    def quantized(self, name: str, weight: Tensor) -> Stored | None:
+        """The weight in the shelf's scheme; None if its shape does not allow it."""
+        if not can_hold(self._shelf.scheme, weight.shape[0], weight.shape[1]):
+            return None
+        self._new[name] = quantize(weight, self._shelf.scheme)
+        return self._new[name]
+
+    def keep(self) -> None:
+        """Put all of the part on the shelf, if anything is new."""
+        if self._new:
+            self._shelf.write(self._part, {**self.kept, **self._new})
+
+
 class _Placer:
     """Puts tensors into a module, in their final dtype and place, and packs its linear layers.
 
@@ -184,16 +212,24 @@ class _Placer:
     packed tensors want more alignment (measured: 24 MB of memory for 13 MB of weights).
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, quantizer: _Quantizer | None
+    ) -> None:
         self.module = module
         self._dtype = dtype
         self._device = device
+        self._quantizer = quantizer
         self._staging = torch.empty(0, dtype=dtype)
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Set the parameter or buffer `name` of the module to `tensor`, which may vanish afterwards."""
         path, _, leaf = name.rpartition(".")
         owner = self.module.get_submodule(path)
+        if self._quantizer is not None and type(owner) is nn.Linear and leaf == "weight":
+            stored = self._quantizer.quantized(name, tensor)
+            if stored is not None:
+                self._put(path, quantized(stored, owner.bias, self._device))
+                return
         if type(owner) is nn.Linear and leaf == "weight" and is_packable(self._dtype, self._device):
             owner.weight = nn.Parameter(self._staged(tensor), requires_grad=False)
             self._put(path, packed(owner))
@@ -203,6 +239,23 @@ class _Placer:
             owner._buffers[leaf] = own
         else:
             owner._parameters[leaf] = nn.Parameter(own, requires_grad=False)
+
+    def place_kept(self, name: str) -> bool:
+        """Set the weight `name` from the shelf, if it lies there; whether it does."""
+        stored = self._quantizer.kept.get(name) if self._quantizer is not None else None
+        path = name.rpartition(".")[0]
+        if stored is None:
+            return False
+        owner = self.module.get_submodule(path)
+        if type(owner) is not nn.Linear or tuple(owner.weight.shape) != stored.shape:
+            return False
+        self._put(path, quantized(stored, owner.bias, self._device))
+        return True
+
+    def finish(self) -> None:
+        """Keep what was quantized."""
+        if self._quantizer is not None:
+            self._quantizer.keep()
 
     def _staged(self, tensor: Tensor) -> Tensor:
         if tensor.dtype is self._dtype and tensor.is_contiguous():

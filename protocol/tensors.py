@@ -26,6 +26,17 @@ class DType(StrEnum):
         return 4 if self is DType.FLOAT32 else 2
 
 
+class Quantization(StrEnum):
+    """How weights are kept in fewer bits; computing goes on in the worker's dtype.
+
+    INT8: one scale for each output. INT4, NF4: groups of 64 weights of an output.
+    """
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NF4 = "nf4"
+
+
 class Encoding(StrEnum):
     """How hidden states are written on the wire; fixed when a session opens."""
 

@@ -70,7 +70,7 @@ def test_a_key_like_no_other_gets_the_list(tmp_path: Path) -> None:
         ('blocks = "all"', "blocks is 'all'"),
         ('log_level = "loud"', "log_level is 'loud'"),
         ('log_format = "xml"', "log_format is 'xml'"),
-        ('quantization = "int8"', "quantization is 'int8'"),
+        ('quantization = "int9"', "quantization is 'int9'"),
         ("replacement_wait_s = nan", "replacement_wait_s is nan"),
         ("session_grace_s = inf", "session_grace_s is inf"),
     ],

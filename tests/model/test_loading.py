@@ -103,7 +103,7 @@ def test_memory_for_not_even_a_block_is_refused(checkpoint: Checkpoint) -> None:
     [
         ({"end": NUM_BLOCKS + 1}, Code.BLOCKS_OUT_OF_RANGE),
         ({"start": 3, "end": 2}, Code.BLOCKS_OUT_OF_RANGE),
-        ({"quantization": "int4"}, Code.BAD_CONFIG),
+        ({"quantization": "int9"}, Code.BAD_CONFIG),
         ({"device": "abacus"}, Code.BAD_CONFIG),
         ({"device": "cuda:99"}, Code.BAD_CONFIG),
         ({"device": "meta"}, Code.BAD_CONFIG),

@@ -1,0 +1,232 @@
+"""Weights in fewer bits: the schemes, how a weight is put into each, and the shelf where that is kept.
+
+Owns the stored form of quantized weights, which is the same on every machine; how a device computes with
+them is the business of `linear`. Only plain linear layers of blocks are quantized: norms, experts fused into
+one tensor, and the ends stay in the worker's dtype.
+
+Weights are quantized by themselves, without looking at any activation, and activations are never quantized.
+What a row gives is thus a function of that row and the weights; rows beside it can change the order of a sum,
+as they can without quantization, and nothing else.
+
+Source: Dettmers et al. 2022, LLM.int8(), for one scale a row; Dettmers et al. 2023, QLoRA, for NF4.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..protocol.errors import Code, error
+from ..protocol.tensors import Quantization
+
+logger = logging.getLogger(__name__)
+
+# Changed whenever the same weights would be stored otherwise, so that older shelves are not read.
+VERSION: Final = 1
+_GROUP: Final = 64  # weights that share a scale and a zero in int4: 4.5 bits a weight
+_NF4_GROUP: Final = 64  # bitsandbytes' own choice: 4.5 bits a weight
+_INT8_MULTIPLE: Final = 32  # torch's int8 kernel reads beyond rows that are no multiple of 16
+# Ranges tried for each group in int4, as shares of the whole: cutting off a lone outlier often costs less
+# than coarser steps for all others.
+_SHARES: Final = (1.0, 0.92, 0.84, 0.76)
+_ROWS_AT_ONCE: Final = 256  # a few MB of intermediates, which stay in the processor's cache
+
+
+class Stored(NamedTuple):
+    """A quantized weight (out_features, in_features).
+
+    tensors: INT8: codes (out, in) int8, scales (out,) bfloat16. INT4: codes (out, in / 2) uint8, the first of
+    two in the low bits, scales (in / group, out, 2) bfloat16, a step and the value of code 8. NF4: codes and
+    scales as bitsandbytes lays them out.
+    """
+
+    scheme: Quantization
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+
+
+def scheme_of(name: str | None) -> Quantization | None:
+    """The scheme of this name; None is none. Raises `BAD_CONFIG`."""
+    if name is None:
+        return None
+    try:
+        return Quantization(name)
+    except ValueError:
+        raise error(
+            Code.BAD_CONFIG, f"quantization {name!r} is unknown", f"choose one of {', '.join(Quantization)}"
+        ) from None
+
+
+def can_hold(scheme: Quantization, out_features: int, in_features: int) -> bool:
+    """Whether weights of this shape can be kept so; others stay as they are."""
+    multiple = _INT8_MULTIPLE if scheme is Quantization.INT8 else _GROUP
+    return out_features > 0 and in_features > 0 and in_features % multiple == 0
+
+
+def weight_bytes(scheme: Quantization, out_features: int, in_features: int) -> int:
+    """Bytes of such a weight, without its bias."""
+    count = out_features * in_features
+    if scheme is Quantization.INT8:
+        return count + 2 * out_features
+    return count // 2 + count // _GROUP * 4
+
+
+def quantize(weight: Tensor, scheme: Quantization) -> Stored:
+    """weight: (out_features, in_features) on the CPU, of a shape that `can_hold` allows."""
+    shape = (weight.shape[0], weight.shape[1])
+    match scheme:
+        case Quantization.INT8:
+            tensors = _to_int8(weight.float())
+        case Quantization.INT4:
+            tensors = _to_int4(weight.float())
+        case Quantization.NF4:
+            tensors = _to_nf4(weight.float())
+    return Stored(scheme, shape, tensors)
+
+
+def dequantize(stored: Stored) -> Tensor:
+    """The weights that a stored form stands for, (out_features, in_features) float32: what kernels are held to."""
+    codes, scales = stored.tensors["codes"], stored.tensors["scales"]
+    match stored.scheme:
+        case Quantization.INT8:
+            return codes.float() * scales.float()[:, None]
+        case Quantization.INT4:
+            steps, middles = scales.float().permute(2, 1, 0)[..., None]  # (out, in / group, 1) each
+            pairs = torch.stack([codes & 15, codes >> 4], dim=-1).view(stored.shape)
+            grouped = pairs.view(stored.shape[0], -1, _GROUP).float() - 8
+            weights: Tensor = (grouped * steps).add_(middles)
+            return weights.view(stored.shape)
+        case Quantization.NF4:
+            return from_nf4(codes, scales, stored.shape, torch.float32)
+
+
+def _to_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Codes are chosen for the scales as kept, so that rounding a scale costs no accuracy but a step's width."""
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    scales = _at_least((largest / 127).clamp_min(1e-30))
+    codes = (weight / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
+    return {"codes": codes.contiguous(), "scales": scales[:, 0].contiguous()}
+
+
+def _at_least(values: Tensor) -> Tensor:
+    """Positive float32 as bfloat16, rounded up."""
+    rounded = values.to(torch.bfloat16)
+    return torch.where(rounded.float() < values, rounded * (1 + 2**-7), rounded)
+
+
+def _to_int4(weight: Tensor) -> dict[str, Tensor]:
+    parts = [_int4_rows(rows) for rows in torch.split(weight, _ROWS_AT_ONCE)]
+    return {
+        "codes": torch.cat([codes for codes, _ in parts]),
+        "scales": torch.cat([scales for _, scales in parts]).transpose(0, 1).contiguous(),
+    }
+
+
+def _int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (num_rows, in / 2), and steps and middles (num_rows, in / group, 2) of some rows."""
+    groups = weight.view(weight.shape[0], -1, _GROUP)
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    steps, middles = torch.zeros_like(low), torch.zeros_like(low)
+    for share in _SHARES:
+        step, middle = _int4_range(low * share, high * share)
+        wrong = _int4_codes(groups, step, middle).sub_(8).mul_(step).add_(middle).sub_(groups)
+        squared = wrong.square_().sum(dim=-1, keepdim=True)
+        better = squared < best
+        best = torch.where(better, squared, best)
+        steps, middles = torch.where(better, step, steps), torch.where(better, middle, middles)
+    pairs = _int4_codes(groups, steps, middles).to(torch.uint8).view(weight.shape[0], -1, 2)
+    scales = torch.cat([steps, middles], dim=-1).to(torch.bfloat16)  # exact: they were rounded before
+    return pairs[..., 0] | (pairs[..., 1] << 4), scales
+
+
+def _int4_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Step, and value of code 8, as float32 that bfloat16 holds."""
+    step = ((high - low) / 15).clamp_min(1e-30).to(torch.bfloat16).float()
+    return step, (low + 8 * step).to(torch.bfloat16).float()
+
+
+def _int4_codes(groups: Tensor, step: Tensor, middle: Tensor) -> Tensor:
+    return (groups - middle).div_(step).add_(8).round_().clamp_(0, 15)
+
+
+def _to_nf4(weight: Tensor) -> dict[str, Tensor]:
+    from bitsandbytes import functional  # here: it takes a second, and no other scheme needs it
+
+    codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=_NF4_GROUP, quant_type="nf4")
+    return {"codes": codes, "scales": state.absmax}
+
+
+def from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weights of NF4 codes, on the codes' device."""
+    from bitsandbytes import functional
+
+    state = functional.QuantState(  # type: ignore[no-untyped-call]
+        absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=_NF4_GROUP, quant_type="nf4"
+    )
+    weight: Tensor = functional.dequantize_4bit(codes, state)
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Quantized weights of one model on disk, so that a restart need not quantize again.
+
+    folder: of this model's fingerprint. One file holds one part of the model, such as a block.
+    """
+
+    folder: Path
+    scheme: Quantization
+
+    @classmethod
+    def of(cls, cache_folder: Path, fingerprint: str, scheme: Quantization) -> Shelf:
+        """Where this model's weights in this scheme lie; nothing need be there."""
+        return cls(cache_folder / "quantized" / f"{fingerprint[:32]}-{scheme}-{VERSION}", scheme)
+
+    def read(self, part: str) -> dict[str, Stored]:
+        """Name → weight of everything kept of a part; empty if nothing is, or if its file is damaged."""
+        path = self._path(part)
+        if not path.exists():
+            return {}
+        found: dict[str, dict[str, Tensor]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name, value in file.metadata().items():
+                    out_features, in_features = value.split("x")
+                    shapes[name] = (int(out_features), int(in_features))
+                for key in file.keys():  # noqa: SIM118 - it is no map
+                    name, _, leaf = key.rpartition("/")
+                    found.setdefault(name, {})[leaf] = file.get_tensor(key)
+        except (SafetensorError, OSError, ValueError, AttributeError) as problem:
+            logger.warning("%s is unreadable, its weights are quantized again: %s", path, problem)
+            return {}
+        return {name: Stored(self.scheme, shapes[name], tensors) for name, tensors in found.items()}
+
+    def write(self, part: str, weights: Mapping[str, Stored]) -> None:
+        """Keep a part's weights. A full disk costs only the next start's time, so it is logged."""
+        path = self._path(part)
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+        tensors = {
+            f"{name}/{leaf}": tensor for name, s in weights.items() for leaf, tensor in s.tensors.items()
+        }
+        shapes = {name: f"{stored.shape[0]}x{stored.shape[1]}" for name, stored in weights.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, scratch, metadata=shapes)
+            scratch.replace(path)
+        except (SafetensorError, OSError) as problem:
+            logger.warning("cannot keep quantized weights in %s: %s", path, problem)
+            scratch.unlink(missing_ok=True)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part.strip('.') or 'model'}.safetensors"
