@@ -20,6 +20,19 @@ MAX_CBOR_DEPTH: Final = 12
 MAX_TEXT_CHARS: Final = 4 * MIB  # the longest prompt, in a control message
 MAX_NAME_CHARS: Final = 256  # of models, swarms, peers and errors
 
+# The muxer. A stream's window is what the far side may have on its way to our reader. The first size is the
+# specification's; the opening and its answer raise it at once, to hold a step of a session without a round
+# trip for credit. From there it follows what its reader takes in a few round trips, up to 16 MiB (a gigabit
+# over 130 ms), and all of a connection's windows grow within one budget.
+INITIAL_WINDOW_BYTES: Final = 256 * KIB
+RAISED_WINDOW_BYTES: Final = MIB
+MAX_WINDOW_BYTES: Final = 16 * MIB
+WINDOW_BUDGET_BYTES: Final = 64 * MIB
+MAX_UNREAD_BYTES: Final = 128 * MIB  # of all streams of a connection; beyond, the filling one is reset
+MAX_STREAMS: Final = 2048  # that the far side may have open on one connection: sessions, with much room
+MAX_UNACKNOWLEDGED: Final = 256  # streams we open without an answer: what go-yamux queues for its acceptor
+MAX_QUEUED_FRAMES: Final = 32_768  # a far side that asks and asks, and never reads, runs into it
+
 # Sessions.
 MAX_ROWS: Final = 256  # independent sequences of one session: beams and samples, with room
 MAX_STEPS_IN_FLIGHT: Final = 4  # unacknowledged per session: enough to fill a pipeline, and backpressure
@@ -67,10 +80,31 @@ MAX_KEYS_PER_FIND: Final = 136  # of a model of 1024 blocks, 8 blocks to a key, 
 REGISTRY_TIMEOUT_S: Final = 3.0  # one question to a holder: a dictionary look-up and a round trip
 
 # Membership.
-MAX_HELLO_BYTES: Final = 64 * KIB  # spoken before anything is known of the other side
+MAX_HELLO_BYTES: Final = 128 * KIB  # spoken before anything is known of the other side; holds all that follows
 MAX_MEMBERS_TOLD: Final = 16  # a sample of whom the greeter knows
 MAX_ADDRESSES_TOLD: Final = 4  # of each of them, best first
 HELLO_TIMEOUT_S: Final = 10.0  # a connection that has not proved its swarm by then is closed
+INVITE_LIFETIME_S: Final = 7 * 86400.0
+MAX_INVITE_LIFETIME_S: Final = 366 * 86400.0  # whoever finds a token that nobody used may use it so long
+MAX_INVITE_USES: Final = 1000
+MAX_REVOKED: Final = 1024  # peers and invitations in the owner's list
+MAX_SEALED_BYTES: Final = 60 * KIB  # of a signed statement; the longest is such a list
+MAX_ADMITTED: Final = 4096  # memberships remembered: who accepted which invitation
+MAX_ADMITTED_TOLD: Final = 64  # of them in one greeting
+
+# Relays. libp2p's usual 128 KiB and two minutes carry no tensors: a 70B model's step is 32 KiB, its prefill
+# of a thousand tokens 32 MiB.
+MAX_CIRCUIT_MESSAGE_BYTES: Final = 4096  # as the specification says
+MAX_RESERVATIONS: Final = 128  # of one relay; each keeps a connection open
+MAX_CIRCUITS: Final = 64
+MAX_CIRCUITS_PER_PEER: Final = 16
+RELAY_CIRCUIT_S: Final = 2 * 3600.0
+RELAY_CIRCUIT_BYTES: Final = 16 * 1024 * MIB
+RELAY_BYTES_PER_S: Final = 12.0 * MIB  # of all circuits: a hundred megabits
+RESERVATION_S: Final = 900.0
+MAX_RELAYS: Final = 3  # where a private peer holds reservations: two may die
+RELAYS_EVERY_S: Final = 20.0  # how often a private peer looks whether it has enough
+CIRCUIT_TIMEOUT_S: Final = 5.0  # one message to a relay, or through it
 
 # Control socket.
 MAX_CALLS_PER_CONNECTION: Final = 256

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 import structlog
 import trio
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
@@ -163,13 +163,16 @@ class OurSwarm(Swarm):
 
     async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
         """A new connection to `address`; whoever answers is accepted when `expected` is None."""
-        raw = await self._tcp.dial(address)
+        return await self.upgrade_outbound(await self._tcp.dial(address), expected)
+
+    async def upgrade_outbound(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
+        """A connection of ours made of what reaches a peer: a socket, or a circuit through a relay."""
         try:
             security = self.upgrader.security_multistream
             secured = await security.secure_outbound(raw, expected)  # type: ignore[arg-type]
             found = secured.get_remote_peer()
             if found == self.self_id:
-                raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address")
+                raise error(Code.BAD_REQUEST, "this is the daemon's own address")
             return await self.add_conn(await self.upgrader.upgrade_connection(secured, found), "outbound")
         except BaseException:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):

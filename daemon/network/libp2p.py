@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from enum import StrEnum
 from functools import partial
 from typing import Any, Final
 
 import structlog
 import trio
-from libp2p.abc import INetStream
+from libp2p.abc import INetStream, IRawConnection
 from libp2p.custom_types import TProtocol
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
@@ -33,6 +34,8 @@ from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
+from .relaying import RelayLimits, RelayService
+from .relays import Relays
 from .seam import Guard, Handler, PeerView, Stream
 from .yamux import Yamux, YamuxStream
 
@@ -44,6 +47,14 @@ _RECEIVE_BYTES: Final = 1024 * 1024
 _log = structlog.get_logger("corolla.libp2p")
 
 
+class Reachability(StrEnum):
+    """What the owner says of it."""
+
+    AUTO = "auto"  # find out
+    PUBLIC = "public"
+    PRIVATE = "private"  # behind a NAT or a firewall: others come through relays
+
+
 @asynccontextmanager
 async def open_network(
     identity: Identity,
@@ -53,12 +64,15 @@ async def open_network(
     kad_protocol: str | None = None,
     guard: Guard | None = None,
     max_connections: int = MAX_CONNECTIONS,
+    reachability: Reachability = Reachability.AUTO,
+    relay: RelayLimits | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running network. Leaving the block closes it in bounded time; the same port can be opened again.
 
     listen: multiaddresses; none of them makes a network that only dials. announce: addresses to tell others
     first, such as a forwarded port. kad_protocol: the swarm's own Kademlia protocol id; None while in no
-    swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. Raises `PORT_TAKEN`, or
+    swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. relay: what we carry for others;
+    None is nothing. Raises `PORT_TAKEN`, or
     `BAD_CONFIG` for an address that this machine cannot listen on.
     """
     quieten()
@@ -66,7 +80,14 @@ async def open_network(
         check_port(address)
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        network = Libp2pNetwork(identity, nursery, announce=announce, max_connections=max_connections)
+        network = Libp2pNetwork(
+            identity,
+            nursery,
+            announce=announce,
+            max_connections=max_connections,
+            reachability=reachability,
+            relay=relay,
+        )
         network.restrict(guard)
         try:
             await nursery.start(network.run, tuple(listen), kad_protocol)
@@ -139,7 +160,14 @@ class Libp2pNetwork:
     """See `seam.Network`. Made by `open_network`."""
 
     def __init__(
-        self, identity: Identity, nursery: trio.Nursery, *, announce: Sequence[str], max_connections: int
+        self,
+        identity: Identity,
+        nursery: trio.Nursery,
+        *,
+        announce: Sequence[str],
+        max_connections: int,
+        reachability: Reachability = Reachability.AUTO,
+        relay: RelayLimits | None = None,
     ) -> None:
         self._peer = identity.peer
         self._nursery = nursery
@@ -154,6 +182,9 @@ class Libp2pNetwork:
         self._scope = trio.CancelScope(shield=True)
         self.failure: CorollaError | None = None  # why it could not start, or broke down
         self._bound: tuple[Multiaddr, ...] = ()  # where we listen, with real ports
+        self._was_called = False  # from outside our own network, directly
+        self._reachability = reachability
+        self.relays: Final = Relays(self, self._take_circuit, self.is_private)
         self._swarm, self._host = make_host(
             identity,
             reach=self._reach,
@@ -162,6 +193,8 @@ class Libp2pNetwork:
             admits=self._handlers.admits,
             max_connections=max_connections,
         )
+        self.relays.serve()
+        self.relaying: Final = RelayService(self, relay) if relay is not None else None
 
     # the seam
 
@@ -212,7 +245,7 @@ class Libp2pNetwork:
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         bare, peer = split_peer(address)
-        if peer == self._peer or bare in self._own_addresses():
+        if peer == self._peer or bare in self._direct_addresses():
             raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
         if peer is not None and self._live(peer) is not None:
             return peer
@@ -238,6 +271,18 @@ class Libp2pNetwork:
     async def closest_peers(self, key: bytes, count: int) -> tuple[str, ...]:
         found = await self._routing.closest(key, count) if self._routing is not None else ()
         return tuple(peer for peer in found if peer != self._peer and self._is_dialable(peer))[:count]
+
+    def is_private(self) -> bool:
+        """Whether others cannot dial us, as far as is known: we dial out into the world, nobody dials in."""
+        if self._reachability is not Reachability.AUTO:
+            return self._reachability is Reachability.PRIVATE
+        if self._announce or self._was_called or not self._bound:
+            return False
+        return any(
+            reach_of(address) is Reach.PUBLIC and not (view.relayed or view.inbound)
+            for view in self.peers()
+            for address in view.addresses
+        )
 
     # its life
 
@@ -276,6 +321,7 @@ class Libp2pNetwork:
                 self._host, kad_protocol, lambda peer: self._handlers.admits(peer, kad_protocol)
             )
             nursery.start_soon(self._routing.run)
+        nursery.start_soon(self.relays.run)
 
     def stop(self) -> None:
         """Begin to close; `run` ends in bounded time."""
@@ -324,12 +370,14 @@ class Libp2pNetwork:
 
         Raises `PEER_LOST`, its message only the reason.
         """
-        if reach_of(address) is Reach.RELAYED:
-            raise error(Code.PEER_LOST, "no relay is in use here")
         try:
             expected = None if peer is None else ID.from_string(peer)
             with trio.fail_after(CONNECT_TIMEOUT_S):
-                return await self._swarm.dial_address(Multiaddr(address), expected)
+                if reach_of(address) is not Reach.RELAYED:
+                    return await self._swarm.dial_address(Multiaddr(address), expected)
+                if peer is None or expected is None:
+                    raise error(Code.BAD_REQUEST, f"{address} does not say whom the relay shall call")
+                return await self._swarm.upgrade_outbound(await self.relays.dial(address, peer), expected)
         except trio.TooSlowError as failure:
             raise error(Code.PEER_LOST, f"no answer in {CONNECT_TIMEOUT_S:g} s") from failure
         except CorollaError:
@@ -342,7 +390,7 @@ class Libp2pNetwork:
             heard = [split_peer(str(a))[0] for a in self._host.get_peerstore().addrs(ID.from_string(peer))]
         except (PeerStoreError, ValueError):
             heard = []
-        own = self._own_addresses()
+        own = self._direct_addresses()  # two peers at one relay share their relayed ones
         known = (a for a in (*self._book.known(peer), *heard[:MAX_ADDRESSES]) if a not in own)
         return tuple(dict.fromkeys(known))
 
@@ -366,6 +414,9 @@ class Libp2pNetwork:
         muxed.on_broken = partial(self._on_broken, peer, connection)
         if len(connections) == 1:
             self._tell(peer, connected=True)
+        self._was_called |= connection.direction is Direction.INBOUND and any(
+            reach_of(str(address)) is Reach.PUBLIC for address in connection.get_transport_addresses()
+        )
         if connection.direction is Direction.OUTBOUND:
             self._book.learn(peer, [str(address) for address in connection.get_transport_addresses()])
         if self._routing is not None:
@@ -384,6 +435,14 @@ class Libp2pNetwork:
                 listener(peer, connected)
             except Exception:  # a defect of the listener; the others, and the connection, go on
                 _log.exception("listener_failed", peer=peer, connected=connected)
+
+    async def _take_circuit(self, circuit: IRawConnection, address: str) -> None:
+        """Somebody called us through a relay; its handshake tells who."""
+        try:
+            await self._swarm.upgrade_inbound_raw_conn(circuit, Multiaddr(address))
+        except Exception as failure:  # whatever a stranger sends
+            _log.debug("circuit_failed", relay=address, reason=root_cause(failure))
+            await circuit.close()
 
     # streams
 
@@ -421,11 +480,17 @@ class Libp2pNetwork:
     # addresses
 
     def _own_addresses(self) -> tuple[str, ...]:
+        """Announced and public addresses first, then relayed ones, then those in our network, on this machine."""
+        direct = self._direct_addresses()
+        public = [address for address in direct if reach_of(address) is Reach.PUBLIC]
+        announced = (*self._announce, *public, *self.relays.addresses())
+        return tuple(dict.fromkeys((*announced, *direct)))
+
+    def _direct_addresses(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
         for bound in self._bound:
             found.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
-        # Others reach us at announced and public addresses first, then in our network, then on this machine.
-        return tuple(dict.fromkeys((*self._announce, *sorted(found, key=_distance_outwards))))
+        return (*self._announce, *sorted(found, key=_distance_outwards))
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:

@@ -1,0 +1,191 @@
+"""Our use of relays: reservations kept where we are private, circuits dialled and taken.
+
+It owns the reservations. A relay is any member that we reach directly and that grants one. Which connection of
+several a stream takes, `libp2p.py` decides; a direct one always comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import structlog
+import trio
+from libp2p.abc import IRawConnection
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
+
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import CIRCUIT_TIMEOUT_S, MAX_RELAYS, RELAYS_EVERY_S, RESERVATION_S
+from .circuits import (
+    HOP_PROTOCOL,
+    STOP_PROTOCOL,
+    CircuitConnection,
+    Preamble,
+    check_status,
+    circuit_address,
+    peer_of,
+    split_circuit,
+    stop_status,
+)
+from .seam import Network, PeerView, Stream
+
+RENEW_AFTER_S: Final = RESERVATION_S / 3  # so that two renewals may fail
+REFUSED_S: Final = 300.0  # before a member that gave no reservation is asked again
+
+_log = structlog.get_logger("corolla.relays")
+
+
+class Upgrade(Protocol):
+    """Secures and multiplexes a circuit that somebody made to us; it is then one of our connections."""
+
+    async def __call__(self, circuit: IRawConnection, address: str) -> None: ...
+
+
+class Relays:
+    """The circuits of one network, and where we can be called.
+
+    take: makes a connection of an inbound circuit. is_private: whether nobody can dial us directly.
+    changed: called when our relayed addresses are others.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        take: Upgrade,
+        is_private: Callable[[], bool],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._network = network
+        self._take = take
+        self._is_private = is_private
+        self._changed = changed
+        self._held: dict[str, tuple[str, float]] = {}  # relay → its address, when the reservation was made
+        self._refused: dict[str, float] = {}  # member → when it refused
+        self._stirred = trio.Event()
+
+    def serve(self) -> None:
+        """Answer relays from now on."""
+        self._network.handle(STOP_PROTOCOL, self._answer)
+        self._network.on_peer(self._peer_changed)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Relays where we hold a reservation."""
+        return tuple(self._held)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where we are called through relays, without our own `/p2p/…`."""
+        return tuple(circuit_address(address, relay) for relay, (address, _) in self._held.items())
+
+    def stir(self) -> None:
+        """Look at once whether reservations are needed: it became known whether we are private."""
+        self._stirred.set()
+
+    async def run(self) -> None:
+        """Keep as many reservations as are useful, until cancelled."""
+        while True:
+            self._stirred = trio.Event()
+            if self._is_private():
+                await self._renew()
+                await self._reserve_more()
+            elif self._held:
+                self._held.clear()
+                self._changed()
+            with trio.move_on_after(RELAYS_EVERY_S):
+                await self._stirred.wait()
+
+    async def dial(self, address: str, peer: str) -> CircuitConnection:
+        """A circuit to `peer` by the relay in the address. Raises `PEER_LOST`, `BUSY`, `UNSUPPORTED`."""
+        relay_address, relay = split_circuit(address)
+        self._network.learn(relay, (relay_address,))
+        stream = await self._network.open(relay, HOP_PROTOCOL, timeout_s=CIRCUIT_TIMEOUT_S)
+        try:
+            with trio.fail_after(CIRCUIT_TIMEOUT_S):
+                talk = Preamble(stream)
+                target = PeerId(id=ID.from_string(peer).to_bytes())
+                await talk.say(HopMessage(type=HopMessage.CONNECT, peer=target))
+                answer = await talk.hear(HopMessage)
+            check_status(answer.status, f"relay {relay} does not connect to {peer}")
+        except trio.TooSlowError as problem:
+            stream.reset()
+            raise error(Code.PEER_LOST, f"relay {relay} did not answer") from problem
+        except BaseException:
+            stream.reset()
+            raise
+        return CircuitConnection(stream, talk.rest, circuit_address(relay_address, relay), is_initiator=True)
+
+    # being called
+
+    async def _answer(self, stream: Stream) -> None:
+        """A relay says that somebody calls."""
+        talk = Preamble(stream)
+        with trio.fail_after(CIRCUIT_TIMEOUT_S):
+            message = await talk.hear(StopMessage)
+        if message.type != StopMessage.CONNECT:
+            await talk.say(stop_status(Status.UNEXPECTED_MESSAGE))
+            await stream.close()
+            return
+        caller = peer_of(message.peer)
+        known = self._held.get(stream.peer)
+        if known is None:
+            await talk.say(stop_status(Status.PERMISSION_DENIED))
+            await stream.close()
+            return
+        await talk.say(stop_status(Status.OK))
+        address = circuit_address(known[0], stream.peer)
+        _log.debug("called", by=caller, relay=stream.peer)
+        await self._take(CircuitConnection(stream, talk.rest, address, is_initiator=False), address)
+
+    # reservations
+
+    async def _renew(self) -> None:
+        due = trio.current_time() - RENEW_AFTER_S
+        for relay, (address, since) in tuple(self._held.items()):
+            if since <= due:
+                await self._reserve(relay, address)
+
+    async def _reserve_more(self) -> None:
+        for view in candidates(self._network.peers(), self._held, self._refused, trio.current_time()):
+            if len(self._held) >= MAX_RELAYS:
+                break
+            await self._reserve(view.peer, view.addresses[0])
+
+    async def _reserve(self, relay: str, address: str) -> None:
+        before = self.addresses()
+        try:
+            stream = await self._network.open(relay, HOP_PROTOCOL, timeout_s=CIRCUIT_TIMEOUT_S)
+            try:
+                with trio.fail_after(CIRCUIT_TIMEOUT_S):
+                    talk = Preamble(stream)
+                    await talk.say(HopMessage(type=HopMessage.RESERVE))
+                    answer = await talk.hear(HopMessage)
+            finally:
+                stream.reset()
+            check_status(answer.status, f"{relay} gives no reservation")
+        except (CorollaError, trio.TooSlowError) as problem:
+            self._held.pop(relay, None)
+            self._refused[relay] = trio.current_time()
+            _log.info("no_reservation", relay=relay, reason=str(problem))
+        else:
+            self._held[relay] = (address, trio.current_time())
+            self._refused.pop(relay, None)
+        if self.addresses() != before:
+            self._changed()
+
+    def _peer_changed(self, peer: str, connected: bool) -> None:
+        if not connected and self._held.pop(peer, None) is not None:
+            self._changed()
+        self._stirred.set()
+
+
+def candidates(
+    peers: Sequence[PeerView], held: dict[str, tuple[str, float]], refused: dict[str, float], now: float
+) -> list[PeerView]:
+    """Members that may relay for us: reached directly, by us, and not asked in vain lately; nearest first."""
+
+    def fits(view: PeerView) -> bool:
+        lately = now - refused.get(view.peer, -REFUSED_S) < REFUSED_S
+        return bool(view.addresses) and not (view.relayed or view.inbound or lately or view.peer in held)
+
+    return sorted(filter(fits, peers), key=lambda view: (view.rtt_s or float("inf"), view.peer))
