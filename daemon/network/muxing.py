@@ -1,8 +1,8 @@
 """The rules of /yamux/1.0.0 for one connection: bytes in, events out, frames queued to be sent.
 
-It owns windows, stream states and every bound on what the far side may make us keep. It knows no sockets,
+It owns windows and stream states, and keeps the far side within `protocol/limits.py`. It knows no sockets,
 no tasks and no clock of its own: `yamux.py` waits, this decides.
-Source: https://github.com/hashicorp/yamux/blob/master/spec.md; the growth of windows follows go-yamux.
+Source: https://github.com/hashicorp/yamux/blob/master/spec.md; how windows grow is in `windows.py`.
 
     version u8 = 0 | type u8 | flags u16 | stream u32 | length u32 | body, for DATA only      (big endian)
 """
@@ -15,6 +15,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from ...protocol.limits import (
+    INITIAL_WINDOW_BYTES,
+    MAX_QUEUED_FRAMES,
+    MAX_STREAMS,
+    MAX_UNACKNOWLEDGED,
+    MAX_UNREAD_BYTES,
+    RAISED_WINDOW_BYTES,
+    WINDOW_BUDGET_BYTES,
+)
+from .windows import MAX_CREDIT_BYTES, fair_window_bytes, is_long_wait, wanted_window_bytes
+
 _HEADER: Final = struct.Struct(">BBHII")
 HEADER_BYTES: Final = _HEADER.size
 
@@ -26,20 +37,6 @@ _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 MAX_MESSAGE_BYTES: Final = 65_519
 MAX_FRAME_BODY_BYTES: Final = MAX_MESSAGE_BYTES - HEADER_BYTES
 
-# Windows. The first size is the specification's; the opening and its answer raise it at once, to hold a step
-# of a session without a round trip for credit. When a reader empties half a window within a few round trips
-# it is made four times as large, until 16 MiB (a gigabit over 130 ms), within a budget for the connection.
-INITIAL_WINDOW_BYTES: Final = 256 * 1024
-RAISED_WINDOW_BYTES: Final = 1024 * 1024
-MAX_WINDOW_BYTES: Final = 16 * 1024 * 1024
-WINDOW_BUDGET_BYTES: Final = 64 * 1024 * 1024
-MAX_UNREAD_BYTES: Final = (
-    128 * 1024 * 1024
-)  # of all streams of a connection; beyond, the filling one is reset
-
-MAX_STREAMS: Final = 2048  # that the far side may have open on one connection: sessions, with much room
-MAX_UNACKNOWLEDGED: Final = 256  # streams we open without an answer: what go-yamux queues for its acceptor
-MAX_QUEUED_FRAMES: Final = 32_768  # a far side that asks and asks, and never reads, runs into it
 SMALL_PIECE_BYTES: Final = 1024  # smaller ones are joined as they arrive: an object costs more than it holds
 _JOINED_BYTES: Final = 64 * 1024
 _MAX_U32: Final = (1 << 32) - 1
@@ -63,12 +60,13 @@ class MuxStream:
     __slots__ = (
         "acknowledged",
         "consumed_bytes",
-        "granted_at",
         "granted_bytes",
         "inbox",
         "inbox_bytes",
         "local_end",
         "ours",
+        "paced_at",
+        "paced_bytes",
         "remote_end",
         "reset",
         "send_window_bytes",
@@ -85,7 +83,8 @@ class MuxStream:
         self.window_bytes = INITIAL_WINDOW_BYTES  # what the far side may have on its way to our reader
         self.granted_bytes = INITIAL_WINDOW_BYTES  # what the far side may still send
         self.consumed_bytes = 0  # read here since the last grant
-        self.granted_at = 0.0
+        self.paced_at = 0.0  # the last grant, or the end of the reader's last long wait since
+        self.paced_bytes = 0  # read here since then
         self.inbox: deque[bytes | bytearray | memoryview] = deque()
         self.inbox_bytes = 0
         self.acknowledged = False
@@ -217,8 +216,13 @@ class Mux:
             return size
         return 0
 
-    def read(self, stream: MuxStream, limit: int | None, now: float) -> bytes:
-        """What has arrived, at most `limit` bytes; opens the far side's window again in large batches."""
+    def read(self, stream: MuxStream, limit: int | None, now: float, waited_s: float = 0.0) -> bytes:
+        """What has arrived, at most `limit` bytes; opens the far side's window again in large batches.
+
+        waited_s: how long the reader, ready, has waited for it. What comes after a long wait is a new burst.
+        """
+        if not stream.paced_at or is_long_wait(waited_s, self.rtt_s):
+            stream.paced_at, stream.paced_bytes = now, 0
         inbox = stream.inbox
         if limit is None or stream.inbox_bytes <= limit:
             data = bytes(inbox[0]) if len(inbox) == 1 else b"".join(inbox)
@@ -238,6 +242,7 @@ class Mux:
         stream.inbox_bytes -= len(data)
         self._unread_bytes -= len(data)
         stream.consumed_bytes += len(data)
+        stream.paced_bytes += len(data)
         self._grant(stream, now)
         return data
 
@@ -413,19 +418,17 @@ class Mux:
     # bookkeeping
 
     def _grant(self, stream: MuxStream, now: float) -> None:
-        if not stream.granted_at:
-            stream.granted_at = now  # the first read: the window's pace is measured from here
-        if stream.consumed_bytes * 2 < stream.window_bytes or stream.remote_end or stream.reset:
+        batch = min(stream.window_bytes // 2, MAX_CREDIT_BYTES)
+        if stream.consumed_bytes < batch or stream.remote_end or stream.reset:
             return
-        # A larger window if half of it lasted less than four round trips: then it, and not the sender or
-        # the wire, sets the pace. The 5 ms keep a loopback from never growing.
-        quick = now - stream.granted_at < max(4 * self.rtt_s, 0.005)
         delta = stream.consumed_bytes
         stream.granted_bytes += stream.consumed_bytes
-        if quick:
-            delta += self._grow(stream, min(4 * stream.window_bytes, MAX_WINDOW_BYTES))
-        stream.consumed_bytes = 0
-        stream.granted_at = now
+        if stream.paced_bytes * 2 >= batch:  # else it trickles
+            wanted = wanted_window_bytes(stream.paced_bytes, now - stream.paced_at, self.rtt_s)
+            fair = fair_window_bytes(stream.window_bytes, WINDOW_BUDGET_BYTES - self._extra_window_bytes)
+            delta += self._grow(stream, min(wanted, fair))
+        stream.consumed_bytes = stream.paced_bytes = 0
+        stream.paced_at = now
         self._enqueue_urgent(_frame(_WINDOW_UPDATE, 0, stream.stream_id, delta))
 
     def _grow(self, stream: MuxStream, window_bytes: int) -> int:

@@ -79,6 +79,7 @@ class YamuxStream(IMuxedStream):
         """
         stream = self._stream
         await trio.lowlevel.checkpoint_if_cancelled()
+        asked_at = trio.current_time()
         while not stream.inbox_bytes:
             if stream.reset:
                 raise MuxedStreamReset(f"stream {self.stream_id} was reset")
@@ -87,7 +88,8 @@ class YamuxStream(IMuxedStream):
             self.muxed_conn.check_alive()
             await self.readers.park()
         limit = None if n is None or n < 0 else n
-        data = self._mux.read(stream, limit, trio.current_time())
+        now = trio.current_time()
+        data = self._mux.read(stream, limit, now, now - asked_at)
         self.muxed_conn.wake_writer()
         return data
 

@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 
 from corolla.daemon.network import muxing
 from corolla.daemon.network.muxing import (
-    INITIAL_WINDOW_BYTES,
     MAX_FRAME_BODY_BYTES,
     MAX_MESSAGE_BYTES,
-    MAX_STREAMS,
-    MAX_WINDOW_BYTES,
-    RAISED_WINDOW_BYTES,
     Acknowledged,
     Departed,
     Event,
@@ -29,6 +25,16 @@ from corolla.daemon.network.muxing import (
     Readable,
     ViolationError,
     Writable,
+)
+from corolla.daemon.network.windows import wanted_window_bytes
+from corolla.protocol.limits import (
+    INITIAL_WINDOW_BYTES,
+    MAX_STREAMS,
+    MAX_UNACKNOWLEDGED,
+    MAX_WINDOW_BYTES,
+    MIB,
+    RAISED_WINDOW_BYTES,
+    WINDOW_BUDGET_BYTES,
 )
 
 DATA, UPDATE, PING, GO_AWAY = range(4)
@@ -163,7 +169,69 @@ def test_windows_stay_for_a_slow_reader() -> None:
         couple.two.read(far, None, 100.0 * (1 + round_number))
         couple.settle()
     # The first grant cannot know the reader's pace yet, and takes it for quick.
-    assert far.window_bytes == 4 * RAISED_WINDOW_BYTES
+    assert far.window_bytes == 5 * RAISED_WINDOW_BYTES
+
+
+def read_slices(couple: Couple, far: MuxStream, at: float, slice_s: float, waited_s: float) -> float:
+    """Read all in pieces of 64 KiB, one each `slice_s`, the first after a wait; gives the time of the last."""
+    while far.inbox_bytes:
+        couple.two.read(far, 65536, at, waited_s)
+        at, waited_s = at + slice_s, 0.0
+    couple.settle()
+    return at
+
+
+def test_the_first_burst_after_a_pause_opens_a_far_window_at_once() -> None:
+    couple = Couple()
+    near, far = couple.stream()
+    couple.two.rtt_s = 0.05
+    send_all(couple, couple.one, near, b"a question")
+    couple.two.read(far, None, 100.0)
+    send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES // 2))
+    read_slices(couple, far, 103.0, 0.0002, waited_s=3.0)
+    assert far.window_bytes == MAX_WINDOW_BYTES
+
+
+def test_a_stream_that_trickles_keeps_its_window() -> None:
+    couple = Couple()
+    near, far = couple.stream()
+    couple.two.rtt_s = 0.05
+    for step in range(200):
+        send_all(couple, couple.one, near, bytes(14_000))
+        couple.two.read(far, None, 100.0 + step * 0.1, 0.1)
+        couple.settle()
+    assert far.window_bytes == RAISED_WINDOW_BYTES
+
+
+@pytest.mark.parametrize(
+    ("consumed_bytes", "elapsed_s", "rtt_s", "expected"),
+    [
+        (MIB, 0.5, 0.25, 2 * MIB),  # a window a round trip would be read: four of them
+        (MIB, 64.0, 0.25, MIB // 64),  # slow
+        (MIB, 0.5, 0.0, MIB // 100),  # near: the horizon is 5 ms
+        (MIB, 0.0, 0.0, 5 * MIB),  # read at once
+        (MIB, 0.002, 0.05, MAX_WINDOW_BYTES),
+    ],
+)
+def test_a_window_follows_its_readers_pace(
+    consumed_bytes: int, elapsed_s: float, rtt_s: float, expected: int
+) -> None:
+    assert wanted_window_bytes(consumed_bytes, elapsed_s, rtt_s) == expected
+
+
+def test_a_quick_stream_leaves_budget_to_later_ones() -> None:
+    couple = Couple()
+    couple.two.rtt_s = 0.05
+    claims = []
+    for _ in range(6):
+        near, far = couple.stream()
+        for _ in range(5):
+            send_all(couple, couple.one, near, bytes(RAISED_WINDOW_BYTES))
+            read_slices(couple, far, 100.0, 0.0001, waited_s=1.0)
+        claims.append(far.window_bytes - INITIAL_WINDOW_BYTES)
+    assert claims[0] == MAX_WINDOW_BYTES - INITIAL_WINDOW_BYTES
+    assert all(claim > RAISED_WINDOW_BYTES - INITIAL_WINDOW_BYTES for claim in claims)
+    assert sum(claims) <= WINDOW_BUDGET_BYTES
 
 
 def test_all_windows_together_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +309,7 @@ def test_a_farewell_is_reported_with_its_reason() -> None:
 
 def test_openers_wait_for_answers() -> None:
     couple = Couple()
-    streams = [couple.one.open() for _ in range(muxing.MAX_UNACKNOWLEDGED)]
+    streams = [couple.one.open() for _ in range(MAX_UNACKNOWLEDGED)]
     assert not couple.one.may_open
     couple.settle()
     opened = couple.events[couple.two][0]
