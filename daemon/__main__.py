@@ -34,6 +34,14 @@ from .store import Store, open_store
 @click.option("--blocks", metavar="auto|START:END|none", help="Which blocks of it; none serves nothing.")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="Multiaddress to listen on; may repeat.")
 @click.option("--announce", multiple=True, metavar="ADDRESS", help="Address that others should try first.")
+@click.option(
+    "--reachability",
+    metavar="auto|public|private",
+    help="private: behind a NAT or firewall; others come through relays.",
+)
+@click.option(
+    "--relay/--no-relay", default=None, help="Whether to carry others' connections if we are public."
+)
 @click.option("--join", metavar="TOKEN", help="Enter this swarm: a token, or a member's multiaddress.")
 @click.option("--state-dir", metavar="DIR", help="Identity and memory: one daemon's own.")
 @click.option("--socket", metavar="PATH", help="The control socket.")

@@ -18,10 +18,13 @@ from typing import Any, Final
 from ..protocol.errors import Code, error
 from ..protocol.limits import REPLACEMENT_WAIT_S, SESSION_GRACE_S
 from ..protocol.tensors import DType, Quantization
+from .network.dialling import Reachability
 
 VARIABLE_PREFIX: Final = "COROLLA_"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
 _LISTS: Final = ("listen", "announce", "device", "operators")
+_NAMES: Final[dict[type, str]] = {int: "a whole number", float: "a number", bool: "true or false"}
+_TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 _NOT_KEPT: Final = ("state_dir",)  # `config.set` keeps its values in the state folder itself
 
 
@@ -30,6 +33,8 @@ class Config:
     """Everything that can be set. Empty strings and zeros mean: as the daemon thinks best.
 
     model: folder, hub id or GGUF file. blocks: `auto`, `START:END` or `none`. listen, announce: multiaddresses.
+    reachability: `auto`, `public`, or `private` behind a NAT or firewall, where others come through relays.
+    relay: whether to carry others' connections, within limits, if we are public.
     join: a token or multiaddress, taken up at start. device: one worker each. memory_bytes, cache_tokens,
     threads: of each worker. operators: users who may manage this daemon, besides root and its own.
     state_dir, socket, cache_dir: the user's own places if empty.
@@ -39,6 +44,8 @@ class Config:
     blocks: str = "auto"
     listen: tuple[str, ...] = DEFAULT_LISTEN
     announce: tuple[str, ...] = ()
+    reachability: str = Reachability.AUTO
+    relay: bool = True
     join: str = ""
     device: tuple[str, ...] = ("auto",)
     dtype: str = ""
@@ -59,6 +66,8 @@ class Config:
         self.span()
         if self.dtype and self.dtype not in list(DType):
             raise _bad("dtype", self.dtype, f"one of {', '.join(DType)}")
+        if self.reachability not in list(Reachability):
+            raise _bad("reachability", self.reachability, f"one of {', '.join(Reachability)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise _bad("log_level", self.log_level, "debug, info, warning or error")
         if self.log_format not in ("auto", "text", "json"):
@@ -135,8 +144,8 @@ def check_value(key: str, value: Any, where: object = "the configuration") -> An
         return tuple(items)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise _bad(key, value, {int: "a whole number", float: "a number"}.get(expected, "a string"))
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise _bad(key, value, _NAMES.get(expected, "a string"))
     return value
 
 
@@ -158,10 +167,9 @@ def _from_text(key: str, text: str) -> Any:
     if key in _LISTS:
         return tuple(item for item in text.split(",") if item)
     try:
-        return expected(text)
-    except ValueError as problem:
-        kind = {int: "a whole number", float: "a number"}[expected]
-        raise _bad(VARIABLE_PREFIX + key.upper(), text, kind) from problem
+        return _TRUTHS[text.lower()] if expected is bool else expected(text)
+    except (ValueError, KeyError) as problem:
+        raise _bad(VARIABLE_PREFIX + key.upper(), text, _NAMES[expected]) from problem
 
 
 def _bad(key: str, value: Any, expected: str) -> Exception:

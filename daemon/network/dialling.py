@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Final, TypeVar
 
 import trio
@@ -22,6 +22,14 @@ T = TypeVar("T")
 AVOID_FAILED_S: Final = 60.0  # an address that failed so recently is tried last
 MAX_PEERS: Final = 4096  # of whom we remember addresses; the ones not heard of for longest are forgotten
 _MAX_TOLD: Final = 4  # addresses in an error message; details hold all of them
+
+
+class Reachability(StrEnum):
+    """Whether others can dial us, as the owner says."""
+
+    AUTO = "auto"  # find out
+    PUBLIC = "public"
+    PRIVATE = "private"  # behind a NAT or a firewall: others come through relays
 
 
 class Reach(IntEnum):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from enum import StrEnum
 from functools import partial
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from multiaddr import Multiaddr
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
 from ..identity import Identity
-from .dialling import AddressBook, Reach, reach_of, split_peer, try_each, unreachable
+from .dialling import AddressBook, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
 from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
@@ -45,14 +44,6 @@ CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then ever
 _RECEIVE_BYTES: Final = 1024 * 1024
 
 _log = structlog.get_logger("corolla.libp2p")
-
-
-class Reachability(StrEnum):
-    """What the owner says of it."""
-
-    AUTO = "auto"  # find out
-    PUBLIC = "public"
-    PRIVATE = "private"  # behind a NAT or a firewall: others come through relays
 
 
 @asynccontextmanager

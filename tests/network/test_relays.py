@@ -21,7 +21,8 @@ from corolla.daemon.network.circuits import (
     circuit_address,
     split_circuit,
 )
-from corolla.daemon.network.libp2p import Libp2pNetwork, Reachability, open_network
+from corolla.daemon.network.dialling import Reachability
+from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
 from corolla.daemon.network.relaying import RelayLimits
 from corolla.daemon.network.relays import candidates
 from corolla.daemon.network.seam import PeerView, Stream
