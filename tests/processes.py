@@ -54,14 +54,17 @@ class DaemonProcess:
         """Its control socket."""
         return self.folder / "s"
 
+    def command(self) -> list[str]:
+        """How it is started."""
+        command = [sys.executable, "-m", "corolla.daemon", "--state-dir", str(self.folder / "state")]
+        return [*command, "--socket", str(self.socket), "--listen", "/ip4/127.0.0.1/tcp/0", *self.arguments]
+
     def start(self) -> None:
         """Start the process; `wait_ready` waits until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "corolla.daemon", "--state-dir", str(self.folder / "state")]
-        command += ["--socket", str(self.socket), "--listen", "/ip4/127.0.0.1/tcp/0", *self.arguments]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
