@@ -141,6 +141,7 @@ class ProgramSession:
         self.session: Final = session
         self.belonging: Final = belonging
         self.encoding: Final = encoding
+        self.hidden_size: Final = facts.hidden_size
         self.token_bytes: Final = encoding.token_bytes(facts.hidden_size)
         self.closing: Final = trio.Event()
 
@@ -214,7 +215,7 @@ async def step_for_program(ask: Ask) -> Reply:
     arguments: SessionStep = ask.arguments
     held = _held(ask.connection, arguments.handle)
     check_payload(arguments.rows, ask.payload, held.token_bytes)
-    if not is_finite(ask.payload, held.encoding):
+    if not is_finite(ask.payload, held.encoding, held.hidden_size):
         raise error(
             Code.NOT_FINITE,
             f"hidden states with values that are NaN or infinite as {held.encoding}",

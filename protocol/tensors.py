@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from .errors import Code, error
 
@@ -37,16 +38,32 @@ class Quantization(StrEnum):
     NF4 = "nf4"
 
 
+# Numbers of a token that share a scale in `Encoding.INT8`: an outlier coarsens only so many; a scale costs 3 %.
+INT8_BLOCK: Final = 64
+
+
 class Encoding(StrEnum):
-    """How hidden states are written on the wire; fixed when a session opens."""
+    """How hidden states are written on the wire; fixed when a session opens.
+
+    INT8: of each token first the scales of its blocks of `INT8_BLOCK` numbers (the last may be shorter), as
+    bfloat16, then a signed byte for each number. A number is its byte, -127 to 127, times its block's scale.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
 
     def token_bytes(self, hidden_size: int) -> int:
         """Bytes of one token's hidden state."""
+        if self is Encoding.INT8:
+            return 2 * int8_blocks(hidden_size) + hidden_size
         return DType(self.value).num_bytes * hidden_size
+
+
+def int8_blocks(hidden_size: int) -> int:
+    """Blocks, and so scales, of one token in `Encoding.INT8`."""
+    return -(-hidden_size // INT8_BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +95,16 @@ def count_tokens(payload: bytes, encoding: Encoding, hidden_size: int) -> int:
     return num_tokens
 
 
-def is_finite(payload: bytes, encoding: Encoding) -> bool:
+def is_finite(payload: bytes, encoding: Encoding, hidden_size: int) -> bool:
     """Whether no number of these is NaN or infinite: none has an exponent of ones alone.
 
     Little endian, so a number's last byte holds its sign and seven bits of the exponent (float16: all five).
-    Such bytes are rare, so that mostly two searches in C answer for all numbers.
+    Such bytes are rare, so that mostly two searches in C answer for all numbers. In `INT8` the scales decide.
     """
+    if encoding is Encoding.INT8:
+        token, scales = encoding.token_bytes(hidden_size), 2 * int8_blocks(hidden_size)
+        payload = b"".join(payload[at : at + scales] for at in range(0, len(payload), token))
+        encoding = Encoding.BFLOAT16
     size = DType(encoding.value).num_bytes
     high = payload[size - 1 :: size]
     if encoding is Encoding.FLOAT16:

@@ -260,7 +260,7 @@ class Model:
         """Open a session of hidden states; use it as a context manager.
 
         max_length: tokens of one row. rows: how many at most. blocks: [start, end) of them; None is all.
-        encoding: of hidden states on the wire ("float32", "bfloat16", "float16"); None: the daemon chooses.
+        encoding: of hidden states on the wire ("float32", "bfloat16", "float16", "int8"); None: the daemon chooses.
         wait_s: how long to wait for blocks that nobody serves yet.
         """
         asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..protocol.errors import Code, error
-from ..protocol.tensors import DType, Encoding
+from ..protocol.tensors import INT8_BLOCK, DType, Encoding, int8_blocks
 
 _REMEDY: Final = "give a numpy array or a torch tensor of float32, float16 or (torch) bfloat16"
 
@@ -88,6 +88,8 @@ def _not_finite(count: int, total: int, encoding: Encoding) -> Exception:
 def _torch_bytes(hidden: Any, encoding: Encoding) -> bytes:
     import torch
 
+    if encoding is Encoding.INT8:
+        return _numpy_bytes(hidden.detach().to(device="cpu", dtype=torch.float32).numpy(), encoding)
     wire = hidden.detach().to(device="cpu", dtype=getattr(torch, encoding.value)).contiguous()
     if not bool(wire.isfinite().all()):
         raise _not_finite(int((~wire.isfinite()).sum()), wire.numel(), encoding)
@@ -98,6 +100,9 @@ def _torch_bytes(hidden: Any, encoding: Encoding) -> bytes:
 def _torch_from(data: bytes, shape: tuple[int, ...], kind: Kind, encoding: Encoding) -> Any:
     import torch
 
+    if encoding is Encoding.INT8:
+        wire = torch.from_numpy(_int8_numbers(data, shape[-1]))
+        return wire.reshape(shape).to(device=kind.device, dtype=getattr(torch, kind.dtype.value))
     wire = torch.frombuffer(bytearray(data), dtype=getattr(torch, encoding.value))
     return wire.reshape(shape).to(device=kind.device, dtype=getattr(torch, kind.dtype.value))
 
@@ -113,6 +118,8 @@ def _numpy_bytes(hidden: Any, encoding: Encoding) -> bytes:
     finite = numpy.isfinite(hidden)
     if not finite.all():
         raise _not_finite(int((~finite).sum()), hidden.size, encoding)
+    if encoding is Encoding.INT8:
+        return _int8_bytes(hidden.reshape(-1, hidden.shape[-1]))
     if encoding is not Encoding.BFLOAT16:
         data: bytes = hidden.tobytes()
         return data
@@ -126,9 +133,40 @@ def _numpy_bytes(hidden: Any, encoding: Encoding) -> bytes:
 def _numpy_from(data: bytes, shape: tuple[int, ...], kind: Kind, encoding: Encoding) -> Any:
     import numpy
 
-    if encoding is Encoding.BFLOAT16:
+    if encoding is Encoding.INT8:
+        wire = _int8_numbers(data, shape[-1])
+    elif encoding is Encoding.BFLOAT16:
         bits = numpy.frombuffer(data, dtype="<u2").astype("<u4") << 16
         wire = bits.view("<f4")
     else:
         wire = numpy.frombuffer(data, dtype="<f4" if encoding is Encoding.FLOAT32 else "<f2")
     return wire.reshape(shape).astype(kind.dtype.value)  # a copy: the caller may write to it
+
+
+def _int8_bytes(hidden: Any) -> bytes:
+    """hidden: (num_tokens, hidden_size) float32. Scales are rounded up to bfloat16, codes chosen for them."""
+    import numpy
+
+    num_tokens, hidden_size = hidden.shape
+    if not num_tokens:
+        return b""
+    blocks = numpy.pad(hidden, ((0, 0), (0, -hidden_size % INT8_BLOCK))).reshape(num_tokens, -1, INT8_BLOCK)
+    exact = (numpy.abs(blocks).max(axis=-1) / numpy.float32(127)).astype("<f4")
+    halves = ((exact.view("<u4") + 0xFFFF) >> 16).astype("<u2")
+    scales = (halves.astype("<u4") << 16).view("<f4")
+    codes = numpy.rint(blocks / numpy.where(scales > 0, scales, numpy.float32(1))[..., None])
+    signed = codes.clip(-127, 127).astype("i1").reshape(num_tokens, -1)[:, :hidden_size]
+    data: bytes = numpy.concatenate([halves.view("u1"), signed.view("u1")], axis=1).tobytes()
+    return data
+
+
+def _int8_numbers(data: bytes, hidden_size: int) -> Any:
+    """(num_tokens, hidden_size) float32."""
+    import numpy
+
+    tokens = numpy.frombuffer(data, dtype="u1").reshape(-1, Encoding.INT8.token_bytes(hidden_size))
+    num_scale_bytes = 2 * int8_blocks(hidden_size)
+    halves = numpy.ascontiguousarray(tokens[:, :num_scale_bytes]).view("<u2")
+    scales = (halves.astype("<u4") << 16).view("<f4")
+    codes = numpy.ascontiguousarray(tokens[:, num_scale_bytes:]).view("i1").astype("<f4")
+    return codes * numpy.repeat(scales, INT8_BLOCK, axis=1)[:, :hidden_size]

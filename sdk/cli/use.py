@@ -26,7 +26,7 @@ def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--top-k", default=0, help="Choose among so many."),
             click.option("--seed", type=int, help="The same seed gives the same text."),
             click.option("--stop", multiple=True, help="A text that ends the answer (repeats)."),
-            click.option("--encoding", help="Of hidden states: float32, bfloat16, float16."),
+            click.option("--encoding", help="Of hidden states: float32, bfloat16, float16, int8."),
             click.option(
                 "--wait", "wait_s", default=0.0, help="Seconds to wait for blocks nobody serves yet."
             ),

@@ -40,10 +40,20 @@ def test_a_number_that_is_not_finite_is_found_in_every_encoding() -> None:
     rng = random.Random(3)
     for encoding, form in ((Encoding.FLOAT32, "f"), (Encoding.FLOAT16, "e")):
         numbers = [rng.uniform(-6e4, 6e4) for _ in range(64)]
-        assert is_finite(struct.pack(f"<64{form}", *numbers), encoding)
+        assert is_finite(struct.pack(f"<64{form}", *numbers), encoding, 8)
         for bad in (float("nan"), float("inf"), float("-inf")):
             numbers[rng.randrange(64)] = bad
-            assert not is_finite(struct.pack(f"<64{form}", *numbers), encoding)
+            assert not is_finite(struct.pack(f"<64{form}", *numbers), encoding, 8)
     for bits, finite in ((0x7F7F, True), (0xFF7F, True), (0x7F80, False), (0xFF80, False), (0x7FC0, False)):
-        assert is_finite(struct.pack("<4H", 0, 0x3F80, bits, 1), Encoding.BFLOAT16) is finite
-    assert is_finite(b"", Encoding.FLOAT32)
+        assert is_finite(struct.pack("<4H", 0, 0x3F80, bits, 1), Encoding.BFLOAT16, 4) is finite
+    assert is_finite(b"", Encoding.FLOAT32, 4)
+
+
+def test_scales_decide_whether_bytes_in_blocks_are_finite() -> None:
+    """Of 100 numbers a token has two blocks; its codes are any bytes, also those that look like infinity."""
+    token = struct.pack("<2H", 0x3F80, 0x7F7F) + bytes([0x80, 0x7F] * 50)
+    assert len(token) == Encoding.INT8.token_bytes(100) == 104
+    assert is_finite(token * 3, Encoding.INT8, 100)
+    for bits in (0x7F80, 0xFF80, 0x7FC0):
+        bad = struct.pack("<2H", 0, bits) + bytes(100)
+        assert not is_finite(token + bad, Encoding.INT8, 100)
