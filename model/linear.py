@@ -195,7 +195,7 @@ class Int8Linear(_Rounded):
 
 
 class Int4Linear(_Rounded):
-    """4 bits a weight, a step and a middle for each 64 weights of a row, on a CPU that torch has a kernel for.
+    """4 bits a weight, a step and a middle for each 32 weights of a row, on a CPU that torch has a kernel for.
 
     Codes lie as `_convert_weight_to_int4pack_for_cpu` puts them: blocks of output features, in each of them
     input after input, and in a byte two outputs half a block apart. Outputs are filled up to whole blocks.

@@ -30,7 +30,7 @@ class DType(StrEnum):
 class Quantization(StrEnum):
     """How weights are kept in fewer bits; computing goes on in the worker's dtype.
 
-    INT8: one scale for each output. INT4, NF4: groups of 64 weights of an output.
+    INT8: one scale for each output. INT4: a step and a middle for each 32 weights of an output. NF4: a scale for 64.
     """
 
     INT8 = "int8"

@@ -24,8 +24,8 @@ from .tiny import NUM_BLOCKS, save_tiny
 
 CPU = torch.device("cpu")
 # Root mean square error of normally distributed weights, as a share of theirs: half a step of 1/127 of the
-# largest in a row; of 1/15 of the range of 64.
-ERRORS = {Quantization.INT8: 0.01, Quantization.INT4: 0.10, Quantization.NF4: 0.10}
+# largest in a row; of 1/15 of the range of 32.
+ERRORS = {Quantization.INT8: 0.01, Quantization.INT4: 0.08, Quantization.NF4: 0.10}
 # Rows and products are rounded to bfloat16, and above the crossing point int4's weights.
 ROUNDING = 2**-7
 
@@ -58,7 +58,7 @@ def test_a_row_of_zeros_and_one_with_an_outlier_survive(scheme: Quantization) ->
     weight[4, 5] = 40.0
     back = dequantize(quantize(weight, scheme))
     assert torch.equal(back[3], torch.zeros(192))
-    assert float((back[4, 5] - 40).abs()) < 40 * 0.25
+    assert float((back[4, 5] - 40).abs()) < 40 * 0.05
     assert distance(back[5:], weight[5:]) < ERRORS[scheme]
 
 
@@ -121,7 +121,7 @@ def test_a_low_rank_term_goes_around_any_layer() -> None:
 
 def test_shapes_that_no_kernel_takes_are_left_alone() -> None:
     assert not can_hold(Quantization.INT8, 64, 33)
-    assert not can_hold(Quantization.INT4, 64, 96)
+    assert not can_hold(Quantization.NF4, 64, 96)
     assert can_hold(Quantization.INT8, 7, 96)
 
 
