@@ -9,6 +9,7 @@ those of its published defaults.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Final
@@ -29,28 +30,32 @@ def petals_span(supply: tuple[float, ...] | list[float], length: int) -> tuple[i
     return start, start + length
 
 
-def petals_move(view: SwarmView, hop: Hop, rng: random.Random) -> tuple[int, int] | None:
+def petals_quality(view: SwarmView, rng: random.Random) -> float:
+    """The present throughput as a share of what would come out if all moved. 1 where more is not to be had.
+
+    One imagination serves all peers that see the same; in the source each makes its own, beginning with itself.
+    """
+    spans = [span for span in view.spans if stays(span)]
+    supply = list(coverage(spans, view.num_blocks).supply)
+    before, mean = min(supply), sum(supply) / len(supply)
+    if before >= QUALITY * mean:  # no layout reaches more than the mean
+        return 1.0
+    return before / (_imagine(spans, supply, rng) or math.inf)
+
+
+def petals_move(view: SwarmView, hop: Hop, quality: float) -> tuple[int, int] | None:
     """Where this peer's span should go; None to stay."""
     spans = [span for span in view.spans if stays(span)]
     own = next((span for span in spans if span.hop == hop), None)
-    if own is None:
+    if own is None or quality >= QUALITY:
         return None
     supply = list(coverage(spans, view.num_blocks).supply)
     before = min(supply)
-    if before >= QUALITY * sum(supply) / len(supply):  # no layout reaches more than the mean
-        return None
     _add(supply, own, -1)
     if min(supply) <= 0 < before:
         return None  # the swarm would fall apart
     start, end = petals_span(supply, own.num_blocks)
-    if start == own.start:
-        return None
-    moved = replace(own, start=start, end=end)
-    _add(supply, moved, 1)
-    if before < QUALITY * min(supply):
-        return start, end
-    others = [span for span in spans if span is not own]
-    return (start, end) if before < QUALITY * _imagine([*others, moved], supply, rng) else None
+    return None if start == own.start else (start, end)
 
 
 def _imagine(spans: list[Span], supply: list[float], rng: random.Random) -> float:

@@ -29,9 +29,9 @@ from .view import SwarmView
 
 SHARPNESS: Final = 60.0  # two blocks that differ by 2 % of the mean differ threefold in strain
 MAX_MOVES: Final = 16  # in one plan; the next plan goes on from there
-MIN_GAIN: Final = 0.02  # of the model's tokens/s: moves for speed that bring less are not made
+MIN_GAIN: Final = 0.05  # of the model's tokens/s: moves for speed that bring less are not made
 MIN_SPARED: Final = 0.25  # of a span's blocks that must gain a second replica to be worth a move
-MAX_TRIED: Final = 20_000  # group and start pairs looked at exactly in one step; beyond, the best start only
+MAX_TRIED: Final = 4_000  # group and start pairs looked at exactly in one step; beyond, the best start only
 _MAX_EXPONENT: Final = 600.0  # of a float that is still finite
 
 
@@ -98,6 +98,8 @@ def plan_moves(
     moves: list[Move] = []
     while len(moves) < max_moves and (move := layout.best_move()) is not None:
         if move.purpose is Purpose.SPEED:
+            if not layout.is_uneven():
+                break
             return (*moves, *_moves_for_speed(layout, move, max_moves - len(moves)))
         layout.carry_out(move)
         moves.append(move)
@@ -204,6 +206,10 @@ class _Layout:
     def tokens_per_s(self) -> float:
         """Of the slowest block."""
         return min(self._supply)
+
+    def is_uneven(self) -> bool:
+        """Is there anything to gain? No layout makes the slowest block faster than the mean."""
+        return self.tokens_per_s * (1 + MIN_GAIN) < sum(self._supply) / self._num_blocks
 
     def coverage(self) -> Coverage:
         """As it is now."""

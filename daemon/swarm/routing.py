@@ -26,6 +26,8 @@ DEFAULT_BLOCK_S: Final = 0.01  # a block on a machine whose speed is not known: 
 SPREAD: Final = 0.1  # clients with different seeds see costs differ by up to this share, and so spread out
 MISMATCH_S: Final = 3600.0  # any route without a change of precision is better than one with it
 MAX_ALIKE: Final = 32  # spans of the same ends that are looked at, the cheapest first
+MAX_CANDIDATES: Final = 256  # beyond so many, only the best for each block are looked at
+MAX_PER_BLOCK: Final = 16
 MAX_NAMED: Final = 4  # peers named in an error
 
 Link = tuple[str | None, str | None]  # from peer, to peer; None is the client
@@ -143,7 +145,10 @@ class _Candidate:
 
 
 def _prune(candidates: Iterable[_Candidate]) -> list[_Candidate]:
-    """The cheapest of those that serve the same blocks, in a fixed order: a swarm may have thousands."""
+    """The cheapest of those that serve the same blocks, in a fixed order: a swarm may have thousands.
+
+    Of very many, for each block the `MAX_PER_BLOCK` that cost least per block, or more that others need.
+    """
     alike: dict[tuple[int, int], list[_Candidate]] = {}
     for candidate in candidates:
         alike.setdefault((candidate.start, candidate.end), []).append(candidate)
@@ -151,6 +156,18 @@ def _prune(candidates: Iterable[_Candidate]) -> list[_Candidate]:
     for ends in sorted(alike):
         group = sorted(alike[ends], key=lambda c: (c.total_s, c.span.peer, c.span.worker))
         kept += group[:MAX_ALIKE]
+    return kept if len(kept) <= MAX_CANDIDATES else _best_for_each_block(kept)
+
+
+def _best_for_each_block(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    counts: dict[int, int] = {}
+    kept = []
+    for candidate in sorted(candidates, key=lambda c: c.total_s / (c.end - c.start)):
+        blocks = range(candidate.start, candidate.end)
+        if any(counts.get(block, 0) < MAX_PER_BLOCK for block in blocks):
+            kept.append(candidate)
+            for block in blocks:
+                counts[block] = counts.get(block, 0) + 1
     return kept
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from corolla.daemon.swarm.coverage import coverage_of
-from corolla.daemon.swarm.petals import petals_move, petals_span
+from corolla.daemon.swarm.petals import petals_move, petals_quality, petals_span
 from corolla.daemon.swarm.placement import (
     Purpose,
     best_for,
@@ -134,10 +134,15 @@ def test_a_span_that_is_loading_closes_the_gap_already() -> None:
 def test_fixed_draining_and_lost_spans_are_never_asked() -> None:
     view = serving((0, 6, 10.0), (0, 6, 10.0), (0, 6, 10.0), (0, 6, 10.0))
     fixed = tuple(
-        replace(span, **change)
-        for span, change in zip(
+        replace(span, movable=movable, state=state, suspect=suspect)
+        for span, (movable, state, suspect) in zip(
             view.spans,
-            ({"movable": False}, {"state": SpanState.DRAINING}, {"suspect": True}, {"movable": False}),
+            (
+                (False, SpanState.ONLINE, False),
+                (True, SpanState.DRAINING, False),
+                (True, SpanState.ONLINE, True),
+                (False, SpanState.ONLINE, False),
+            ),
             strict=True,
         )
     )
@@ -217,7 +222,10 @@ def test_the_published_rule_takes_the_weakest_stretch_and_moves_below_its_qualit
     assert petals_span((5.0, 1.0, 1.0, 5.0), 2) == (1, 3)
     rng = random.Random(1)
     uneven = serving((0, 6, 10.0), (0, 6, 10.0), (0, 6, 10.0), (6, 12, 10.0))
-    assert petals_move(uneven, Hop("p0", 0), rng) == (6, 12)
-    assert petals_move(uneven, Hop("p3", 0), rng) is None
-    assert petals_move(serving((0, 6, 10.0), (6, 12, 9.0)), Hop("p0", 0), rng) is None
-    assert petals_move(uneven, Hop("nobody", 0), rng) is None
+    quality = petals_quality(uneven, rng)
+    assert quality == 0.5
+    assert petals_move(uneven, Hop("p0", 0), quality) == (6, 12)
+    assert petals_move(uneven, Hop("p3", 0), quality) is None  # the swarm would fall apart
+    assert petals_move(uneven, Hop("p0", 0), 0.8) is None
+    assert petals_move(uneven, Hop("nobody", 0), quality) is None
+    assert petals_quality(serving((0, 6, 10.0), (6, 12, 9.0)), rng) == 1.0
