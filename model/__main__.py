@@ -90,6 +90,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
     connection.report("loading", 0, 0)  # a first sign of life: the imports take seconds
     import torch  # here, because it reads the environment
 
+    from .batch import Policy
     from .engine import Engine, explain
     from .generation import Generations
     from .loading import load as load_parts
@@ -105,7 +106,8 @@ def load(configure: Configure, connection: Connection) -> Engine:
         connection.send(Failed.of(0, explained))
         leave(1, f"loading failed: {explained}")
     generations = Generations(loaded.ends, loaded.end_tokens) if loaded.ends is not None else None
-    engine = Engine(loaded.span, generations, loaded.num_pages, connection.send)
+    policy = Policy.of(loaded.speed.decode_tokens_per_s, loaded.speed.prefill_tokens_per_s)
+    engine = Engine(loaded.span, generations, loaded.num_pages, connection.send, policy)
     connection.send(loaded.ready())
     return engine
 

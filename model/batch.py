@@ -4,9 +4,9 @@ Owns the queue of steps that wait and how far each has come. It decides and retu
 no tensors, no device and no clock (age is counted in passes), and never fails.
 
 A pass is one run through a range of blocks, with tokens of many sessions side by side. Steps of one session
-run one after the other, in order. Decodes go first and a long prefill runs in parts: beside decodes in
-small ones, so that nobody's next token waits for somebody's prompt. Whoever was passed over too often
-leads the next pass.
+run one after the other, in order. Decodes go first and a long prefill runs in parts: in small ones beside
+decodes, and while the next decodes of sessions that just had one are on their way, so that nobody's next
+token waits for somebody's prompt. Whoever was passed over too often leads the next pass.
 
 Source: Yu et al. 2022, Orca, for batching by iteration; Agrawal et al. 2024, Sarathi-Serve, for prefills
 in parts beside decodes.
@@ -16,7 +16,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+# Below, a prefill beside decodes would hardly move; so few rows cost a pass next to nothing.
+_FEWEST_MIXED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,27 @@ class Policy:
 
     decode_tokens: of decodes in one pass. prefill_tokens: of prefills in a pass without decodes; enough to
     keep the device busy. mixed_tokens: of prefills beside decodes; each decode waits for them.
-    patience: passes that a step may be passed over before it leads one.
+    patience: passes that a step may be passed over before it leads one. memory: passes for which a session
+    that had a decode is expected to bring the next.
     """
 
     decode_tokens: int = 512
     prefill_tokens: int = 512
     mixed_tokens: int = 128
     patience: int = 4
+    memory: int = 8
+
+    @classmethod
+    def of(cls, decode_tokens_per_s: float, prefill_tokens_per_s: float) -> Policy:
+        """For a device of these speeds; 0 is unknown.
+
+        A decode then waits for prefills about as long as one pass takes without them, in its own pass and in one
+        before it: prompts of others slow a text to a third at worst.
+        """
+        if not decode_tokens_per_s or not prefill_tokens_per_s:
+            return cls()
+        num_tokens = round(prefill_tokens_per_s / decode_tokens_per_s)
+        return cls(mixed_tokens=max(_FEWEST_MIXED, min(num_tokens, cls().mixed_tokens)))
 
 
 class Job(NamedTuple):
@@ -80,6 +97,8 @@ class Scheduler:
     _lanes: dict[bytes, deque[_Waiting]] = field(default_factory=dict)
     _num_arrived: int = 0
     _num_gone: int = 0
+    _num_passes: int = 0
+    _decoded: dict[bytes, int] = field(default_factory=dict)  # session → pass of its last decode
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +121,10 @@ class Scheduler:
         taken = {part.job.request for part in parts}
         for head in heads:
             head.num_passed_over = 0 if head.job.request in taken else head.num_passed_over + 1
+        self._num_passes += 1
         for part in parts:
+            if part.job.is_decode:
+                self._decoded[part.job.session] = self._num_passes
             self._advance(part)
         return Pass(leader.job.blocks, tuple(parts))
 
@@ -114,6 +136,7 @@ class Scheduler:
 
     def drop(self, session: bytes) -> tuple[Job, ...]:
         """Forget a session's jobs; returns those that were not through, in order."""
+        self._decoded.pop(session, None)
         dropped = tuple(waiting.job for waiting in self._lanes.pop(session, ()))
         self._num_gone += len(dropped)
         return dropped
@@ -126,9 +149,8 @@ class Scheduler:
 
     def _fill(self, mates: list[_Waiting]) -> list[Part]:
         """Parts of these jobs, best first, within what the policy allows. The first always gets something."""
-        has_decodes = any(head.job.is_decode for head in mates)
         decode_room = self.policy.decode_tokens
-        prefill_room = self.policy.mixed_tokens if has_decodes else self.policy.prefill_tokens
+        prefill_room = self.policy.mixed_tokens if self._has_decodes(mates) else self.policy.prefill_tokens
         parts = []
         for head in mates:
             rest = head.job.num_tokens - head.num_done
@@ -141,6 +163,14 @@ class Scheduler:
                 prefill_room -= num
             parts.append(Part(head.job, head.num_done, num))
         return parts
+
+    def _has_decodes(self, mates: list[_Waiting]) -> bool:
+        """Whether decodes are among these jobs, or expected soon from sessions that have none of these."""
+        if any(head.job.is_decode for head in mates):
+            return True
+        oldest = self._num_passes - self.policy.memory
+        self._decoded = {session: at for session, at in self._decoded.items() if at > oldest}
+        return not self._decoded.keys() <= {head.job.session for head in mates}
 
     def _advance(self, part: Part) -> None:
         self._lanes[part.job.session][0].num_done += part.num

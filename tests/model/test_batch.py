@@ -54,6 +54,30 @@ def test_a_long_prefill_runs_in_parts() -> None:
     assert queue.next() is None
 
 
+def test_a_prefill_stays_small_while_the_next_decode_of_another_session_is_expected() -> None:
+    queue = scheduler(decode(1, "a"), prefill(2, "b", 200))
+    assert shape(queue.next()) == [(1, 0, 1), (2, 0, 8)]
+    sizes = [shape(queue.next())[0][2] for _ in range(POLICY.memory + 2)]
+    assert sizes == [8] * POLICY.memory + [32] * 2
+
+
+def test_nothing_is_expected_of_a_session_that_is_gone_or_prefills_itself() -> None:
+    queue = scheduler(decode(1, "a"), prefill(2, "a", 200), prefill(3, "b", 20))
+    assert shape(queue.next()) == [(1, 0, 1), (3, 0, 8)]
+    assert shape(queue.next()) == [(2, 0, 32)]
+    queue = scheduler(decode(1, "a"), prefill(2, "b", 200))
+    queue.next()
+    queue.drop(b"a")
+    assert shape(queue.next()) == [(2, 8, 32)]
+
+
+def test_prefills_beside_decodes_are_as_long_as_the_device_is_fast() -> None:
+    assert Policy.of(25.0, 500.0).mixed_tokens == 20
+    assert Policy.of(100.0, 300.0).mixed_tokens == 16
+    assert Policy.of(50.0, 1e6).mixed_tokens == Policy().mixed_tokens
+    assert Policy.of(0.0, 0.0) == Policy()
+
+
 def test_the_last_part_of_a_job_knows_that_it_is() -> None:
     queue = scheduler(prefill(1, "a", 40))
     passes = [queue.next(), queue.next()]
