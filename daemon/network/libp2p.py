@@ -165,6 +165,7 @@ class Libp2pNetwork:
         self._announce = tuple(split_peer(address)[0] for address in announce)
         self._handlers = Handlers()
         self._listeners: list[Callable[[str, bool], None]] = []
+        self._address_listeners: list[Callable[[], None]] = []
         self._book = AddressBook()
         self._connections: dict[str, list[SwarmConn]] = {}
         self._dials: dict[str, _Dial] = {}
@@ -175,7 +176,7 @@ class Libp2pNetwork:
         self._bound: tuple[Multiaddr, ...] = ()  # where we listen, with real ports
         self._was_called = False  # from outside our own network, directly
         self._reachability = reachability
-        self.relays: Final = Relays(self, self._take_circuit, self.is_private)
+        self.relays: Final = Relays(self, self._take_circuit, self.is_private, self._addresses_changed)
         self._swarm, self._host = make_host(
             identity,
             reach=self._reach,
@@ -195,6 +196,9 @@ class Libp2pNetwork:
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(f"{address}/p2p/{self._peer}" for address in self._own_addresses())
+
+    def on_addresses(self, listener: Callable[[], None]) -> None:
+        self._address_listeners.append(listener)
 
     def handle(self, protocol: str, handler: Handler) -> None:
         self._handlers.add(protocol, handler)
@@ -326,6 +330,7 @@ class Libp2pNetwork:
                     for connection in tuple(connections):
                         nursery.start_soon(connection.muxed_conn.close)
         self._listeners.clear()
+        self._address_listeners.clear()
         await self._host.close()
 
     # connections
@@ -469,6 +474,10 @@ class Libp2pNetwork:
         await self._handlers.serve(Libp2pStream(muxed, str(muxed.muxed_conn.peer_id), protocol))
 
     # addresses
+
+    def _addresses_changed(self) -> None:
+        for listener in tuple(self._address_listeners):
+            listener()
 
     def _own_addresses(self) -> tuple[str, ...]:
         """Announced and public addresses first, then relayed ones, then those in our network, on this machine."""

@@ -191,6 +191,7 @@ class Membership:
             self._network.restrict(self.may_speak)
             self._network.handle(HELLO_PROTOCOL, self._answer)
             self._network.on_peer(self._on_peer)
+            self._network.on_addresses(self._on_addresses)
             for view in self._network.peers():
                 self._on_peer(view.peer, True)
             tasks.start_soon(self._keep_acquaintance)
@@ -213,6 +214,12 @@ class Membership:
                 friend.backoff_s = REDIAL_FIRST_S
                 friend.next_dial_at = self._clock() + self._rng.uniform(0, REDIAL_FIRST_S)
             self._tell(peer, False)
+
+    def _on_addresses(self) -> None:
+        """We are reached elsewhere now: let the members know at once."""
+        if self._tasks is not None:
+            for peer in self._members:
+                self._tasks.start_soon(self._greet_again, peer)
 
     # greeting
 
@@ -315,11 +322,16 @@ class Membership:
 
     def _hear_of(self, told: PeerAddresses, now: float) -> None:
         """Note a member we were told of. It is dialled, not believed: only its own greeting admits it."""
-        if self.is_member(told.peer) or told.peer in self._known or told.peer in self._strangers:
+        if self.is_member(told.peer) or told.peer in self._strangers:
             return
         addresses = tuple(_of_peer(told.addresses, told.peer))
-        if addresses:
+        friend = self._known.get(told.peer)
+        if friend is None and addresses:
             self._known[told.peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)
+        elif friend is not None and not set(addresses) <= set(friend.addresses):  # it may have moved
+            merged = dict.fromkeys((*addresses, *friend.addresses))
+            friend.addresses = tuple(merged)[:MAX_ADDRESSES]
+            friend.next_dial_at = min(friend.next_dial_at, now + REDIAL_FIRST_S)
 
     def _bound_known(self) -> None:
         spare = [peer for peer in self._known if peer not in self._members]
@@ -356,11 +368,14 @@ class Membership:
             await anyio.sleep(GOSSIP_EVERY_S * self._rng.uniform(0.8, 1.2))
             if not self._members:
                 continue
-            peer = self._rng.choice(sorted(self._members))
-            try:
-                await self._greet(peer)
-            except CorollaError as problem:
-                _log.info("gossip_failed", peer=peer, problem=str(problem))
+            await self._greet_again(self._rng.choice(sorted(self._members)))
+
+    async def _greet_again(self, peer: str) -> None:
+        """Tell a member what is new, and hear what is new with it."""
+        try:
+            await self._greet(peer)
+        except CorollaError as problem:
+            _log.info("gossip_failed", peer=peer, problem=str(problem))
 
     async def _keep_acquaintance(self) -> None:
         """Dial members heard of until we have enough; the bootstrap addresses when we have none."""

@@ -382,6 +382,9 @@ class MemoryNetwork:
     def addresses(self) -> tuple[str, ...]:
         return (f"{_PREFIX}{self._peer}/p2p/{self._peer}",)
 
+    def on_addresses(self, listener: Callable[[], None]) -> None:
+        """Addresses in memory never change."""
+
     def handle(self, protocol: str, handler: Handler) -> None:
         self._handlers.add(protocol, handler)
 

@@ -7,7 +7,7 @@ several a stream takes, `libp2p.py` decides; a direct one always comes first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import structlog
 import trio
@@ -31,9 +31,19 @@ from .circuits import (
 from .seam import Network, PeerView, Stream
 
 RENEW_AFTER_S: Final = RESERVATION_S / 3  # so that two renewals may fail
-REFUSED_S: Final = 300.0  # before a member that gave no reservation is asked again
+# Before a member that gave no reservation is asked again: soon at first, since it serves nobody whose
+# membership it has not seen yet; then less and less often.
+FIRST_AGAIN_S: Final = 1.0
+LAST_AGAIN_S: Final = 300.0
 
 _log = structlog.get_logger("corolla.relays")
+
+
+class Refusal(NamedTuple):
+    """A member gave no reservation: when to ask it again, and how long that was put off."""
+
+    again_at: float
+    after_s: float
 
 
 class Upgrade(Protocol):
@@ -61,7 +71,7 @@ class Relays:
         self._is_private = is_private
         self._changed = changed
         self._held: dict[str, tuple[str, float]] = {}  # relay → its address, when the reservation was made
-        self._refused: dict[str, float] = {}  # member → when it refused
+        self._refused: dict[str, Refusal] = {}
         self._stirred = trio.Event()
 
     def serve(self) -> None:
@@ -92,7 +102,9 @@ class Relays:
             elif self._held:
                 self._held.clear()
                 self._changed()
-            with trio.move_on_after(RELAYS_EVERY_S):
+            asks = (refusal.again_at for refusal in self._refused.values())
+            soonest = min(asks, default=trio.current_time() + RELAYS_EVERY_S) - trio.current_time()
+            with trio.move_on_after(min(RELAYS_EVERY_S, max(FIRST_AGAIN_S, soonest))):
                 await self._stirred.wait()
 
     async def dial(self, address: str, peer: str) -> CircuitConnection:
@@ -165,7 +177,9 @@ class Relays:
             check_status(answer.status, f"{relay} gives no reservation")
         except (CorollaError, trio.TooSlowError) as problem:
             self._held.pop(relay, None)
-            self._refused[relay] = trio.current_time()
+            last = self._refused.get(relay)
+            after_s = min(LAST_AGAIN_S, 2 * last.after_s) if last is not None else FIRST_AGAIN_S
+            self._refused[relay] = Refusal(trio.current_time() + after_s, after_s)
             _log.info("no_reservation", relay=relay, reason=str(problem))
         else:
             self._held[relay] = (address, trio.current_time())
@@ -174,18 +188,20 @@ class Relays:
             self._changed()
 
     def _peer_changed(self, peer: str, connected: bool) -> None:
-        if not connected and self._held.pop(peer, None) is not None:
-            self._changed()
+        if not connected:
+            self._refused.pop(peer, None)
+            if self._held.pop(peer, None) is not None:
+                self._changed()
         self._stirred.set()
 
 
 def candidates(
-    peers: Sequence[PeerView], held: dict[str, tuple[str, float]], refused: dict[str, float], now: float
+    peers: Sequence[PeerView], held: dict[str, tuple[str, float]], refused: dict[str, Refusal], now: float
 ) -> list[PeerView]:
     """Members that may relay for us: reached directly, by us, and not asked in vain lately; nearest first."""
 
     def fits(view: PeerView) -> bool:
-        lately = now - refused.get(view.peer, -REFUSED_S) < REFUSED_S
+        lately = view.peer in refused and now < refused[view.peer].again_at
         return bool(view.addresses) and not (view.relayed or view.inbound or lately or view.peer in held)
 
     return sorted(filter(fits, peers), key=lambda view: (view.rtt_s or float("inf"), view.peer))

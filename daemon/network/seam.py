@@ -66,6 +66,9 @@ class Network(Protocol):
     def addresses(self) -> tuple[str, ...]:
         """Multiaddresses, ending in `/p2p/<peer id>`, by which others may reach us, best first."""
 
+    def on_addresses(self, listener: Callable[[], None]) -> None:
+        """Call `listener()` whenever `addresses` may be others than before."""
+
     def handle(self, protocol: str, handler: Handler) -> None:
         """Serve a protocol: `handler` runs in its own task and owns the stream. Its errors end there.
 

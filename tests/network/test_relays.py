@@ -24,7 +24,7 @@ from corolla.daemon.network.circuits import (
 from corolla.daemon.network.dialling import Reachability
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
 from corolla.daemon.network.relaying import RelayLimits
-from corolla.daemon.network.relays import candidates
+from corolla.daemon.network.relays import Refusal, candidates
 from corolla.daemon.network.seam import PeerView, Stream
 from corolla.protocol.errors import Code, CorollaError
 
@@ -254,7 +254,7 @@ def test_candidates_are_reached_directly_and_by_us_nearest_first() -> None:
         view("refused"),
         view("unmeasured", rtt_s=None),
     ]
-    found = candidates(peers, {"held": ("", 0.0)}, {"refused": 90.0}, now=100.0)
+    found = candidates(peers, {"held": ("", 0.0)}, {"refused": Refusal(101.0, 1.0)}, now=100.0)
     assert [one.peer for one in found] == ["near", "far", "unmeasured"]
 
 

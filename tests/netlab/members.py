@@ -1,0 +1,81 @@
+"""Daemons on the hosts of a laboratory, each serving a part of a real model."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..processes import DaemonProcess, LocalSwarm, wait_until
+from .lab import PORT, Host, Lab
+
+OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+
+
+@dataclass
+class LabDaemon(DaemonProcess):
+    """A `corollad` on a host, listening there on `PORT`."""
+
+    host: Host | None = field(default=None)
+
+    def command(self) -> list[str]:
+        command = [sys.executable, "-m", "corolla.daemon", "--state-dir", str(self.folder / "state")]
+        command += ["--socket", str(self.socket), "--listen", f"/ip4/0.0.0.0/tcp/{PORT}", *self.arguments]
+        return self.host.command(*command) if self.host is not None else command
+
+
+class LabSwarm(LocalSwarm):
+    """A swarm whose daemons live on hosts of a lab; control sockets are reached from outside."""
+
+    def on(self, host: Host, name: str, *arguments: str) -> DaemonProcess:
+        """Start a daemon on a host."""
+        daemon = LabDaemon(name, self.folder / name, (*arguments, *self.options), host=host)
+        self.daemons[name] = daemon
+        daemon.start()
+        return daemon
+
+    def found_on(self, host: Host, name: str, *arguments: str) -> DaemonProcess:
+        """Start the first daemon there, and create the swarm."""
+        daemon = self.on(host, name, *arguments)
+        daemon.wait_ready()
+        with daemon.connect() as asked:
+            asked.create_swarm("lab")
+            self.token = asked.status().join_command.split()[-1]
+        return daemon
+
+    def serve_on(self, host: Host, name: str, start: int, end: int) -> DaemonProcess:
+        """Start a daemon that serves blocks [start, end)."""
+        blocks = f"{start}:{end}"
+        return self.on(host, name, "--model", str(self.model), "--blocks", blocks, "--join", self.token)
+
+    def use_on(self, host: Host, name: str) -> DaemonProcess:
+        """Start a user's daemon, which serves nothing."""
+        return self.on(host, name, "--model", str(self.model), "--blocks", "none", "--join", self.token)
+
+
+@contextmanager
+def lab_swarm(model: Path) -> Iterator[tuple[Lab, LabSwarm]]:
+    """A lab and a swarm for it, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder, Lab() as lab:
+        swarm = LabSwarm(Path(folder), model, OPTIONS)
+        try:
+            yield lab, swarm
+        finally:
+            swarm.end()
+
+
+def is_relayed(daemon: DaemonProcess, peer: str) -> bool:
+    """Whether a daemon reaches a peer through a relay alone."""
+    with daemon.connect() as asked:
+        return any(view.relayed for view in asked.peers() if view.peer == peer)
+
+
+def wait_relayed_address(daemon: DaemonProcess) -> None:
+    """Wait until a private daemon can be called through a relay."""
+    wait_until(
+        lambda: any("p2p-circuit" in address for address in daemon.status().addresses),
+        f"{daemon.name} holds a reservation",
+    )
