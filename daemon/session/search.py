@@ -126,7 +126,7 @@ class Search:
     def tick(
         self, now_s: float, *, is_ready: bool, is_idle: bool
     ) -> FindRoute | Replace | Standstill | CorollaError | None:
-        """What to do at the deadline: as `fail` says, or None to look again, with everyone forgiven."""
+        """What to do at the deadline: as `fail` says, or None to look again, with others forgiven."""
         ask = self._ask
         if ask is None:
             return Standstill.WAITS_ON
@@ -138,7 +138,8 @@ class Search:
         self._roster.forgive()
         self._suspicion.forgive()
         self._ask = None
-        return None
+        away = self._suspicion.banned
+        return next((Replace(member.place) for member in self._roster if member.place.hop in away), None)
 
     def _question(
         self, hole: tuple[int, int], request: RouteRequest, now_s: float, *, whole: bool

@@ -57,6 +57,7 @@ class Suspicion:
         self._banned: set[Hop] = set()
         self._guilty: set[Hop] = set()
         self._accusers: dict[Hop, set[Hop | None]] = {}  # of each hop, since the last forgiveness
+        self._accusers_leave = True  # at the next forgiveness; every second time
 
     @property
     def banned(self) -> frozenset[Hop]:
@@ -116,9 +117,15 @@ class Suspicion:
             self._trial = None
 
     def forgive(self) -> None:
-        """There is nobody else: those against whom nothing is proved may come back."""
+        """There is nobody else: those against whom nothing is proved may come back.
+
+        Every second time only the accused do: several accusers that cover for each other, so that one is
+        always on the route while another is tried, show only when all of them are away.
+        """
+        accusers = {hop for hops in self._accusers.values() for hop in hops if hop is not None}
         self._trial = None
-        self._banned.clear()
+        self._banned = accusers if self._accusers_leave else set()
+        self._accusers_leave = not (self._accusers_leave and accusers)
         self._accusers.clear()
 
     def _is_discredited(self, hop: Hop) -> bool:

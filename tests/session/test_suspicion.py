@@ -33,3 +33,14 @@ def test_the_client_gives_up_when_nobodys_answer_is_good() -> None:
     for number in range(MAX_TRIALS):
         assert suspicion.accuse(None, place(f"peer{number}"), 2) is not None
     assert suspicion.accuse(None, place("one more"), 2) is None
+
+
+def test_accusers_that_cover_for_each_other_are_all_away_at_once_and_then_all_come_back() -> None:
+    suspicion = Suspicion()
+    for accuser in ("one", "another"):
+        for accused in ("first", "second"):
+            suspicion.accuse(place(accuser), place(accused), 1)
+    suspicion.forgive()
+    assert suspicion.banned == {Hop("one", 0), Hop("another", 0)}
+    suspicion.forgive()
+    assert suspicion.banned == frozenset()

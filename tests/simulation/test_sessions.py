@@ -38,6 +38,13 @@ def test_no_schedule_of_whole_daemons_changes_an_answer_or_charges_an_innocent(f
         play_daemons(seed)
 
 
+@pytest.mark.parametrize("seed", [7452, 16171, 33096])
+def test_slanderers_that_cover_for_each_other_do_not_end_a_session_that_honest_hops_could_serve(
+    seed: int,
+) -> None:
+    assert len(play_machine(seed).liars) > 1
+
+
 def test_a_schedule_of_the_machine_replays_exactly() -> None:
     assert play_machine(7).lines == play_machine(7).lines
 
