@@ -1,7 +1,8 @@
 """What this daemon lends: its worker processes, for spans and for the ends, and what is announced of them.
 
-It owns the workers. Which blocks a worker of `--blocks auto` serves, `swarm/placement` decides, once the worker
-has told how many fit.
+It owns the workers, and how one is emptied of sessions before its span moves or ends. Which blocks a worker of
+`--blocks auto` serves at first, `swarm/placement` decides, once the worker has told how many fit; whether it moves
+later is `rebalancing.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ MAX_LOADS: Final = 3  # of a worker that somebody waits for, and that dies each 
 ENDS_WORKER: Final = 200  # the first number of workers that hold ends; they serve no peer
 SETTLE_S: Final = 1.0  # after joining, before placement looks at who is there
 SPREAD_S: Final = 2.0  # and up to so much more, so that daemons started together see each other's choice
+MOVE_DEADLINE_S: Final = 20.0  # for sessions to leave a span that moves
+PAUSE_DEADLINE_S: Final = 6.0  # and one that pauses: its device is free within 10 s
+ASK_AGAIN_S: Final = 0.5  # sessions that have not left, or that nobody else could serve yet
+ASK_IDLE_S: Final = 0.02  # between two looks for a moment without steps under way
+ASKS: Final = 10  # such looks; then they are asked amid their steps
 
 _log = structlog.get_logger("corolla.lending")
 
@@ -59,6 +65,11 @@ class Lending:
         self._placed: set[int] = set()
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._is_draining = False
+        self._is_paused = False
+        self._leaving: set[int] = set()  # workers that are being emptied
+        self._came_from: dict[int, Configure] = {}  # of workers that moved: what to go back to
+        self._load_began: dict[int, float] = {}
+        self._load_s: dict[int, float] = {}
 
     def start(self) -> None:
         """Start the workers that the configuration asks for. Raises `UNKNOWN_MODEL` for a model it misnames."""
@@ -72,6 +83,42 @@ class Lending:
         for number, device in enumerate(self._config.device):
             self._start_span(number, self._configure(source, start, end, device))
 
+    def start_paused(self) -> None:
+        """Start nothing until `resume`."""
+        self._is_paused = True
+
+    @property
+    def belonging(self) -> Belonging | None:
+        """Our place in a swarm."""
+        return self._belonging
+
+    @property
+    def is_auto(self) -> bool:
+        """May spans move by themselves?"""
+        return self._config.blocks == "auto"
+
+    @property
+    def is_paused(self) -> bool:
+        """Is nothing lent until `resume`?"""
+        return self._is_paused
+
+    @property
+    def is_draining(self) -> bool:
+        """Are no new sessions taken?"""
+        return self._is_draining
+
+    def serving(self) -> tuple[tuple[Worker, Ready], ...]:
+        """The spans that serve now, and are neither moving nor ending."""
+        return tuple(
+            (worker, worker.ready)
+            for worker in self._spans
+            if worker.ready is not None and worker.number not in self._leaving and not self._is_draining
+        )
+
+    def load_s(self, worker: Worker) -> float:
+        """How long it took to load."""
+        return self._load_s.get(worker.number, 0.0)
+
     def enter(self, belonging: Belonging) -> None:
         """We are in a swarm: offer our spans there."""
         self._belonging = belonging
@@ -84,10 +131,107 @@ class Lending:
         self._belonging = None
 
     def drain(self) -> None:
-        """Tell the swarm that our spans go away soon: no new sessions, please."""
+        """Take no new sessions, and ask those that are open to go on elsewhere."""
         self._is_draining = True
         for worker in self._spans:
             self._announce(worker)
+            self._nursery.start_soon(self._empty, worker, MOVE_DEADLINE_S)
+
+    async def pause(self) -> None:
+        """Let sessions go on elsewhere, then end the workers of our spans; returns when they have ended."""
+        self._is_paused = True
+        workers, self._load_began = tuple(self._spans), {}
+        async with trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(self._empty, worker, PAUSE_DEADLINE_S)
+        for worker in workers:
+            self._end(worker)
+        for worker in workers:
+            await worker.wait_stopped()
+
+    def resume(self) -> None:
+        """Take new sessions again; start the spans again if they were paused. Raises as `start`."""
+        self._is_draining = False
+        self._leaving.clear()
+        for worker in self._spans:
+            if self._belonging is not None:
+                self._belonging.hops.undrain(worker.number)
+            self._announce(worker)
+        if self._is_paused:
+            self._is_paused = False
+            self.start()
+
+    async def move(self, worker: Worker, start: int, end: int) -> None:
+        """Serve [start, end) instead, by a worker with another number: it is claimed while the old one empties."""
+        belonging, ready = self._belonging, worker.ready
+        if belonging is None or ready is None or worker.number in self._leaving:
+            return
+        taken = {other.number for other in self._spans} | set(self._served)
+        number = next(n for n in range(PULL_WORKER) if n not in taken)
+        self._served[number] = replace(ready, start=start, end=end)
+        self._placed.add(number)
+        self._on_event(
+            "moving", f"worker {worker.number} moves to blocks {start}:{end} of {ready.facts.name}"
+        )
+        belonging.registry.announce(self._offer(number, self._served[number], SpanState.LOADING))
+        await self._empty(worker, MOVE_DEADLINE_S)
+        self._end(worker)
+        await worker.wait_stopped()  # its memory is needed
+        if self._is_paused or self._is_draining:
+            belonging.registry.withdraw(number)
+            del self._served[number]
+            return
+        self._came_from[number] = replace(worker.configure, start=ready.start, end=ready.end)
+        self._start_span(number, replace(worker.configure, start=start, end=end))
+
+    async def _empty(self, worker: Worker, deadline_s: float) -> None:
+        """Announce a span as draining and have its sessions go, as soon as others can take them over."""
+        belonging, number = self._belonging, worker.number
+        if belonging is None:
+            return
+        self._leaving.add(number)
+        belonging.hops.drain(number)
+        self._announce(worker)
+        with trio.move_on_after(deadline_s) as deadline:
+            while belonging.hops.num_sessions(number) and self._leaves(number):
+                if self._others_serve(worker):
+                    await self._ask_to_leave(belonging, number)
+                with trio.move_on_after(ASK_AGAIN_S):
+                    await belonging.hops.wait_idle(number)
+        if deadline.cancelled_caught:
+            belonging.hops.ask_to_leave(number, amid_steps=True)
+        self._leaving.discard(number)
+
+    def _leaves(self, number: int) -> bool:
+        return number in self._leaving
+
+    async def _ask_to_leave(self, belonging: Belonging, number: int) -> None:
+        """Between two steps if there is such a moment, so that none is computed twice."""
+        for _ in range(ASKS):
+            belonging.hops.ask_to_leave(number, amid_steps=False)
+            await trio.sleep(ASK_IDLE_S)
+            if not belonging.hops.num_sessions(number):
+                return
+        belonging.hops.ask_to_leave(number, amid_steps=True)
+
+    def _others_serve(self, worker: Worker) -> bool:
+        """Could sessions go elsewhere with all that this worker serves?"""
+        belonging, ready = self._belonging, self._served.get(worker.number)
+        if belonging is None or ready is None:
+            return False
+        view = belonging.routes.view(ready.facts.fingerprint, ready.facts.num_blocks)
+        spans = tuple(s for s in view.spans if not (s.mine and s.worker == worker.number))
+        return not replace(view, spans=spans).gaps(ready.start, ready.end)
+
+    def _end(self, worker: Worker) -> None:
+        """A span ends: nothing of it is offered any more."""
+        self._spans = [other for other in self._spans if other is not worker]
+        self._served.pop(worker.number, None)
+        self._placed.discard(worker.number)
+        if self._belonging is not None:
+            self._belonging.hops.remove_worker(worker)
+            self._belonging.registry.withdraw(worker.number)
+        worker.stop()
 
     def stop(self) -> None:
         """End all workers."""
@@ -198,6 +342,7 @@ class Lending:
     def _start_span(self, number: int, configure: Configure) -> None:
         worker = Worker(number, configure, model=self._config.model)
         self._told.pop(number, None)  # of the worker before it
+        self._load_began[number] = trio.current_time()
         self._spans = [other for other in self._spans if other.number != number] + [worker]
         worker.on_change(lambda: self._changed(worker))
         self._nursery.start_soon(worker.run)
@@ -210,8 +355,16 @@ class Lending:
     def _changed(self, worker: Worker) -> None:
         if worker not in self._spans:
             return
+        if worker.ready is not None and worker.number in self._load_began:
+            self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
         if worker.problem is not None and worker.state is WorkerState.FAILED:
             self._on_event("worker_failed", f"worker {worker.number}: {worker.problem}")
+            before = self._came_from.pop(worker.number, None)
+            if before is not None:  # it does not fit there, say: rather as it was than not at all
+                self._end(worker)
+                self._placed.add(worker.number)
+                self._start_span(worker.number, before)
+                return
         elif self._told.get(worker.number) != worker.state.value:
             self._on_event(f"worker_{worker.state.value}", self._describe(worker))
         self._told[worker.number] = worker.state.value
@@ -232,34 +385,39 @@ class Lending:
         if ready is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
             belonging.registry.withdraw(worker.number)
             return
-        if self._config.blocks == "auto" and worker.number not in self._placed:
+        if self.is_auto and worker.number not in self._placed:
             self._placed.add(worker.number)
             self._nursery.start_soon(self._place, worker)
         state = SpanState.ONLINE if worker.ready is not None else SpanState.LOADING
+        if self._is_draining or worker.number in self._leaving:
+            state = SpanState.DRAINING
         try:
             belonging.registry.announce_model(ready.facts)
-            belonging.registry.announce(
-                Offer(
-                    worker=worker.number,
-                    fingerprint=ready.facts.fingerprint,
-                    start=ready.start,
-                    end=ready.end,
-                    state=SpanState.DRAINING if self._is_draining else state,
-                    dtype=ready.dtype,
-                    quantization=ready.quantization,
-                    encodings=tuple(Encoding),
-                    tokens_per_s=ready.decode_tokens_per_s,
-                    cache_tokens=ready.cache_tokens,
-                )
-            )
+            belonging.registry.announce(self._offer(worker.number, ready, state, queue=worker.queue))
         except CorollaError as problem:
             self._on_event("announce_failed", str(problem))
+
+    def _offer(self, number: int, ready: Ready, state: SpanState, *, queue: int = 0) -> Offer:
+        return Offer(
+            worker=number,
+            fingerprint=ready.facts.fingerprint,
+            start=ready.start,
+            end=ready.end,
+            state=state,
+            dtype=ready.dtype,
+            quantization=ready.quantization,
+            encodings=tuple(Encoding),
+            tokens_per_s=ready.decode_tokens_per_s,
+            cache_tokens=ready.cache_tokens,
+            movable=self.is_auto,
+            queue=queue,
+        )
 
     async def _place(self, worker: Worker) -> None:
         """Move a worker of `auto` to where it helps most, if that is elsewhere than where it began."""
         await trio.sleep(SETTLE_S + self._rng.uniform(0, SPREAD_S))
         belonging, ready = self._belonging, worker.ready
-        if belonging is None or ready is None or self._is_draining:
+        if belonging is None or ready is None or self._is_draining or self._is_paused:
             self._placed.discard(worker.number)  # when it is back
             return
         facts = ready.facts
@@ -271,11 +429,6 @@ class Lending:
         others = replace(
             view, spans=tuple(s for s in view.spans if not (s.mine and s.worker == worker.number))
         )
-        start, end = choose_span(others, ready.end - ready.start)
-        if (start, end) == (ready.start, ready.end):
-            return
-        self._on_event("placed", f"worker {worker.number} moves to blocks {start}:{end} of {facts.name}")
-        belonging.hops.remove_worker(worker)
-        worker.stop()
-        self._served[worker.number] = replace(ready, start=start, end=end)
-        self._start_span(worker.number, replace(worker.configure, start=start, end=end))
+        start, end = choose_span(others, ready.end - ready.start, ready.decode_tokens_per_s)
+        if (start, end) != (ready.start, ready.end):
+            await self.move(worker, start, end)

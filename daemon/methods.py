@@ -16,10 +16,12 @@ from ..protocol.control import (
     Generate,
     Join,
     Joined,
+    Pause,
     PeerView,
     Piece,
     Pulled,
     PullModel,
+    Rebalance,
     SetConfig,
     Stop,
     SwarmView,
@@ -55,6 +57,10 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "swarm.create": methods.create_swarm,
         "swarm.join": methods.join,
         "swarm.leave": methods.leave,
+        "rebalance": methods.rebalance,
+        "drain": methods.drain,
+        "pause": methods.pause,
+        "resume": methods.resume,
         "stop": methods.stop,
     }
 
@@ -197,6 +203,25 @@ class Methods:
 
     async def leave(self, ask: Ask) -> Reply:
         await self._node.leave()
+        return Reply()
+
+    async def rebalance(self, ask: Ask) -> Reply:
+        arguments: Rebalance = ask.arguments
+        return Reply(await self._node.rebalancing.rebalance(arguments))
+
+    async def drain(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        self._node.pausing.drain()
+        return Reply()
+
+    async def pause(self, ask: Ask) -> Reply:
+        arguments: Pause = ask.arguments
+        await self._node.pausing.pause(arguments.for_s)
+        return Reply()
+
+    async def resume(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        self._node.pausing.resume()
         return Reply()
 
     async def stop(self, ask: Ask) -> Reply:

@@ -30,12 +30,15 @@ from .identity import load_identity
 from .lending import Lending
 from .network.host import check_port
 from .network.membership import Swarm, found_swarm
+from .pausing import Pausing
+from .rebalancing import Rebalancing
 from .routes import no_swarm
 from .store import Store
 from .systemd import Manager
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
 REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
+SIGNAL_DEADLINE_S: Final = 30.0  # for sessions to move after SIGTERM; below the unit's TimeoutStopSec
 STOP_TIMEOUT_S: Final = 10.0  # of everything that is left when the daemon stops
 HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
 
@@ -61,6 +64,8 @@ class Node:
         self.events: Final = EventLog()
         self.belonging: Belonging | None = None
         self.lending: Lending
+        self.rebalancing: Rebalancing
+        self.pausing: Pausing
         self._socket = socket
         self._cache_folder = cache_folder
         self._methods = methods
@@ -78,6 +83,7 @@ class Node:
         self._is_stopping = False
         self._stop_asked = trio.Event()
         self._stop_deadline_s = 0.0
+        self._draining = trio.CancelScope()
 
     # its life
 
@@ -104,7 +110,10 @@ class Node:
         self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
     ) -> None:
         self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit)
-        self.lending.start()
+        self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
+        self.pausing = Pausing(self.lending, self.store, nursery, self.events.emit)
+        self.pausing.start()
+        nursery.start_soon(self.rebalancing.run)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
         await nursery.start(ControlServer(self._methods(self), operators).serve, listener)
@@ -120,7 +129,8 @@ class Node:
         self._is_stopping = True
         self._manager.stopping()
         self.events.emit("stopping", f"stopping, at most {self._stop_deadline_s:g} s for running sessions")
-        with trio.move_on_after(self._stop_deadline_s):
+        self._draining.deadline = trio.current_time() + self._stop_deadline_s
+        with self._draining:
             await self._drain()
         with trio.move_on_after(STOP_TIMEOUT_S):
             await self._change_place(None)
@@ -139,7 +149,7 @@ class Node:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 self.events.emit("signal", f"received {signal.Signals(number).name}")
-                self.stop(0.0)
+                self.stop(0.0 if self._is_stopping else SIGNAL_DEADLINE_S)
 
     async def _keep_place(self) -> None:
         """Belong to the swarm of `_entry`, whichever that is at the time."""
@@ -299,8 +309,9 @@ class Node:
     # what calls ask
 
     def stop(self, deadline_s: float) -> None:
-        """Begin to stop; running sessions of this machine's users may finish within the deadline."""
+        """Begin to stop; sessions may move or finish within the deadline. Asked again, the earlier one counts."""
         self._stop_deadline_s = deadline_s
+        self._draining.deadline = min(self._draining.deadline, trio.current_time() + deadline_s)
         self._is_stopping = True
         self._stop_asked.set()
 

@@ -168,6 +168,8 @@ class Routes:
             penalty_s=self._ledger.penalty(record.peer, now),
             suspect=seen.suspect,
             mine=seen.mine,
+            movable=record.movable,
+            queue=record.queue,
         )
 
     def _note_rtts(self, now: float) -> None:

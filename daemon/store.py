@@ -31,13 +31,15 @@ _MAX_STATE_BYTES: Final = 4 * 1024 * 1024
 class State:
     """What is remembered. swarm_id and swarm are empty outside a swarm; bootstrap: where its members were.
 
-    told_swarm: the swarm whose privacy words were said with a text.
+    told_swarm: the swarm whose privacy words were said with a text. paused_until: unix seconds; 0 is for good.
     """
 
     swarm_id: str = ""
     swarm: str = ""
     bootstrap: tuple[str, ...] = ()
     told_swarm: str = ""
+    paused: bool = False
+    paused_until: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +59,8 @@ class Store:
             "swarm": state.swarm,
             "bootstrap": list(state.bootstrap),
             "told_swarm": state.told_swarm,
+            "paused": state.paused,
+            "paused_until": state.paused_until,
             "settings": state.settings,
         }
         self._write(STATE_FILE, json.dumps(content, indent=2) + "\n")
@@ -83,6 +87,8 @@ class Store:
                 swarm=str(content.get("swarm", "")),
                 bootstrap=tuple(str(address) for address in content.get("bootstrap", ())),
                 told_swarm=str(content.get("told_swarm", "")),
+                paused=bool(content.get("paused", False)),
+                paused_until=float(content.get("paused_until", 0.0)),
                 settings=dict(content.get("settings", {})),
             )
         except FileNotFoundError:

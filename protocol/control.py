@@ -265,6 +265,26 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebalance:
+    """Move this daemon's spans to where they help most, or one to [start, end); end 0 is: where it helps.
+
+    dry_run: only say what moving would gain. worker: just this one; -1 is all.
+    """
+
+    dry_run: bool = False
+    start: int = 0
+    end: int = 0
+    worker: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stop lending: sessions move, workers exit. for_s: until then; 0 is until `resume`. Kept over restarts."""
+
+    for_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SetConfig:
     """Change one value of the configuration; kept over restarts."""
 
@@ -274,7 +294,8 @@ class SetConfig:
 
 # What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
 # `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
-# `Pulled`, swarm.create and swarm.join `Joined`; events sends items of `DaemonEvent`. The others return None.
+# `Pulled`, swarm.create and swarm.join `Joined`, rebalance a list of `Rebalanced`; events sends
+# items of `DaemonEvent`. The others return None.
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +325,10 @@ METHODS: Final[dict[str, Method]] = {
         Method("swarm.create", Right.MANAGE, CreateSwarm),
         Method("swarm.join", Right.MANAGE, Join),
         Method("swarm.leave", Right.MANAGE, NoArguments),
+        Method("rebalance", Right.MANAGE, Rebalance),
+        Method("drain", Right.MANAGE, NoArguments),
+        Method("pause", Right.MANAGE, Pause),
+        Method("resume", Right.MANAGE, NoArguments),
         Method("stop", Right.MANAGE, Stop),
     )
 }
@@ -356,6 +381,26 @@ class Status:
     resident_bytes: int
     pid: int
     hint: str | None = None  # what to do next, if anything
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalanced:
+    """What became, or would become, of one span of this daemon: from [start, end) to [to_start, to_end).
+
+    moves: whether it moves (or would). Pairs are before and after: tokens per second of the model's slowest
+    block, blocks that nobody serves, blocks that only one serves.
+    """
+
+    worker: int
+    model: str
+    start: int
+    end: int
+    to_start: int
+    to_end: int
+    moves: bool
+    tokens_per_s: tuple[float, float]
+    num_gaps: tuple[int, int]
+    num_single: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Code(StrEnum):
     BLOCKS_UNSERVED = "blocks_unserved"
     NOT_READY = "not_ready"
     BUSY = "busy"
+    DRAINING = "draining"  # what served this goes elsewhere in a moment; others serve it
     TIMEOUT = "timeout"
     SESSION_LOST = "session_lost"
     PEER_LOST = "peer_lost"

@@ -67,6 +67,8 @@ class SpanRecord:
     tokens_per_s: float = 0.0
     cache_tokens: int = 0
     protocol_majors: tuple[int, ...] = (1,)
+    movable: bool = False  # may placement ask it to serve other blocks?
+    queue: int = 0  # requests that waited there lately, on average
 
     def __post_init__(self) -> None:
         _check_common(self.peer, self.seq, self.lifetime_s)
@@ -78,6 +80,7 @@ class SpanRecord:
         check_length("encodings", self.encodings, MAX_NAMES)
         check_length("protocol_majors", self.protocol_majors, MAX_NAMES)
         check_range("cache_tokens", self.cache_tokens, 0, 1 << 62)
+        check_range("queue", self.queue, 0, 1 << 31)
         if self.tokens_per_s < 0:
             raise ValueError(f"tokens_per_s {self.tokens_per_s}, expected 0 or more")
         check_addresses(self.addresses)

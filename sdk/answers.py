@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ..protocol.control import Item, ModelView, OpenModelSession
+from ..protocol.control import Item, ModelView, OpenModelSession, Rebalance
 from ..protocol.errors import Code, error
 from ..protocol.limits import MAX_ROWS
 from ..protocol.messages import from_plain
@@ -33,6 +33,14 @@ def several(cls: type[T], value: Any) -> tuple[T, ...]:
 def item(cls: type[T], message: Any) -> T | None:
     """The view in an item, None for the end of the answer."""
     return from_plain(cls, message.value) if isinstance(message, Item) else None
+
+
+def rebalance_request(dry_run: bool, to: tuple[int, int] | None, worker: int | None) -> Rebalance:
+    """The arguments of `rebalance`. Raises `BAD_REQUEST` for a span that holds no block."""
+    start, end = to or (0, 0)
+    if to is not None and not 0 <= start < end:
+        raise error(Code.BAD_REQUEST, f"blocks {start}:{end} are none", "give START:END such as 0:15")
+    return Rebalance(dry_run, start, end, -1 if worker is None else worker)
 
 
 def find_model(name: str, models: tuple[ModelView, ...]) -> ModelView:

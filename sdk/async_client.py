@@ -16,10 +16,12 @@ from ..protocol.control import (
     Join,
     Joined,
     ModelView,
+    Pause,
     PeerView,
     Pulled,
     PullModel,
     PullProgress,
+    Rebalanced,
     SessionOpened,
     SetConfig,
     Status,
@@ -29,7 +31,7 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.tensors import Encoding
 from ..protocol.work import ChatMessage
-from .answers import find_model, item, one, session_request, several
+from .answers import find_model, item, one, rebalance_request, session_request, several
 from .async_wire import AsyncWire
 from .generation import RECONNECT_WITHIN_S, RETRY_EVERY_S, GenerateOptions, Generation, OnEvent, request
 from .session import AsyncSession
@@ -125,6 +127,27 @@ class AsyncDaemon:
         finally:
             await stream.aclose()
         return one(Pulled, value)
+
+    async def rebalance(
+        self, *, dry_run: bool = False, to: tuple[int, int] | None = None, worker: int | None = None
+    ) -> tuple[Rebalanced, ...]:
+        """Move this machine's spans to where they help most, or one to blocks `to`; what that changes.
+
+        dry_run: only say what moving would gain. worker: just this one. Moves go on after this has returned.
+        """
+        return several(Rebalanced, await self._call("rebalance", rebalance_request(dry_run, to, worker)))
+
+    async def drain(self) -> None:
+        """Take no new sessions; those of other members move or finish. `resume` ends it."""
+        await self._call("drain")
+
+    async def pause(self, *, for_s: float = 0.0) -> None:
+        """Lend nothing for so long, or until `resume`; returns when the devices' memory is free."""
+        await self._call("pause", Pause(for_s))
+
+    async def resume(self) -> None:
+        """Lend again."""
+        await self._call("resume")
 
     async def stop(self, *, deadline_s: float = 30.0) -> None:
         """Let running sessions move or finish for at most so long, then exit."""

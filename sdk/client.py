@@ -21,10 +21,12 @@ from ..protocol.control import (
     Join,
     Joined,
     ModelView,
+    Pause,
     PeerView,
     Pulled,
     PullModel,
     PullProgress,
+    Rebalanced,
     SessionOpened,
     SetConfig,
     Status,
@@ -34,7 +36,7 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.tensors import Encoding
 from ..protocol.work import ChatMessage
-from .answers import find_model, item, one, session_request, several
+from .answers import find_model, item, one, rebalance_request, session_request, several
 from .generation import (
     RECONNECT_WITHIN_S,
     RETRY_EVERY_S,
@@ -144,6 +146,27 @@ class Daemon:
             elif on_progress is not None:
                 on_progress(progress)
         return one(Pulled, value)
+
+    def rebalance(
+        self, *, dry_run: bool = False, to: tuple[int, int] | None = None, worker: int | None = None
+    ) -> tuple[Rebalanced, ...]:
+        """Move this machine's spans to where they help most, or one to blocks `to`; what that changes.
+
+        dry_run: only say what moving would gain. worker: just this one. Moves go on after this has returned.
+        """
+        return several(Rebalanced, self._call("rebalance", rebalance_request(dry_run, to, worker)))
+
+    def drain(self) -> None:
+        """Take no new sessions; those of other members move or finish. `resume` ends it."""
+        self._call("drain")
+
+    def pause(self, *, for_s: float = 0.0) -> None:
+        """Lend nothing for so long, or until `resume`; returns when the devices' memory is free."""
+        self._call("pause", Pause(for_s))
+
+    def resume(self) -> None:
+        """Lend again."""
+        self._call("resume")
 
     def stop(self, *, deadline_s: float = 30.0) -> None:
         """Let running sessions move or finish for at most so long, then exit."""

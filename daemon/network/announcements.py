@@ -37,6 +37,8 @@ class Offer:
     encodings: tuple[Encoding, ...] = (Encoding.FLOAT32,)
     tokens_per_s: float = 0.0
     cache_tokens: int = 0
+    movable: bool = False
+    queue: int = 0
 
 
 class Announcements:
@@ -151,8 +153,10 @@ class Announcements:
             tokens_per_s=item.tokens_per_s,
             cache_tokens=item.cache_tokens,
             protocol_majors=PROTOCOL_MAJORS,
+            movable=item.movable,
+            queue=item.queue,
         )
 
 
 def _without_speed(offer: Offer) -> Offer:
-    return dataclasses.replace(offer, tokens_per_s=0.0, cache_tokens=0)
+    return dataclasses.replace(offer, tokens_per_s=0.0, cache_tokens=0, queue=0)

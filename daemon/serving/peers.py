@@ -89,6 +89,7 @@ class HopService:
         self._network = network
         self._workers: dict[int, WorkerPort] = {}
         self._forget: dict[int, Callable[[], None]] = {}  # how each worker's listener is taken back
+        self._draining: set[int] = set()  # workers that take no new sessions
         self._grace_s = grace_s
         self._history_bytes = history_bytes
         self._admits = admits
@@ -114,9 +115,27 @@ class HopService:
         if self._workers.get(worker.number) is worker:
             del self._workers[worker.number]
             self._forget.pop(worker.number)()
+            self._draining.discard(worker.number)
         for key, place in tuple(self._places.items()):
             if place.served.worker is worker:
                 self._free(key, place.served)
+
+    def drain(self, worker: int) -> None:
+        """Take no new sessions on a worker; those that are open go on."""
+        self._draining.add(worker)
+
+    def undrain(self, worker: int) -> None:
+        """Take new sessions on it again."""
+        self._draining.discard(worker)
+
+    def ask_to_leave(self, worker: int, *, amid_steps: bool) -> None:
+        """Tell the sessions of a worker to go elsewhere now: `DRAINING`, which charges nobody.
+
+        Those with a step under way only if `amid_steps`: they would have to compute it again.
+        """
+        for key, place in tuple(self._places.items()):
+            if key[2] == worker and (amid_steps or not place.served.num_under_way):
+                place.served.ask_to_leave()
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the sessions' tasks until cancelled; then every session is freed."""
@@ -145,9 +164,9 @@ class HopService:
         """Sessions open on one worker."""
         return sum(key[2] == worker for key in self._places)
 
-    async def wait_idle(self) -> None:
-        """Wait until nobody has a session here."""
-        while self._places:
+    async def wait_idle(self, worker: int | None = None) -> None:
+        """Wait until nobody has a session here, or none on one worker."""
+        while self._places if worker is None else self.num_sessions(worker):
             await self._changed.park()
 
     # the client's stream
@@ -177,6 +196,8 @@ class HopService:
     async def _open(self, key: _Key, message: OpenSession) -> Served:
         """The session, as new or resumed. Raises why the client cannot have it."""
         ready, nursery = self._ready(message)
+        if key not in self._places and message.worker in self._draining:
+            raise error(Code.DRAINING, f"worker {message.worker} takes no new sessions", "use another peer")
         if self._admits is not None and key not in self._places:
             self._admits(key[0])
         place = self._places.get(key)

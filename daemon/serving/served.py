@@ -140,6 +140,11 @@ class Served:
         self._has_cache = False
         self._fail(error(Code.WORKER_LOST, "the worker ended"))
 
+    def ask_to_leave(self) -> None:
+        """Tell the client to go on elsewhere; until it does, it is served as before."""
+        problem = error(Code.DRAINING, "the worker is given up here", "use another peer")
+        self.say(Failure.of(self.hop.opened.session, self.hop.epoch, problem))
+
     @property
     def has_push(self) -> bool:
         """Whether a push stream to the next hop stands."""

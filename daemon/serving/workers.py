@@ -165,6 +165,11 @@ class Worker:
             await self._changed.wait()
         return ready
 
+    async def wait_stopped(self) -> None:
+        """Wait until its process has ended for good, and with it whatever it held."""
+        while self.state not in (WorkerState.FAILED, WorkerState.STOPPED):
+            await self._changed.wait()
+
     def status(self) -> WorkerStatus:
         """For people."""
         ready, beat, loading = self._ready, self._beat, self._loading
