@@ -47,6 +47,23 @@ CERTIFIED: Final[Mapping[str, Layout]] = {
     "Qwen3MoeForCausalLM": Layout(),
     "GptOssForCausalLM": Layout(),
     "GPTNeoXForCausalLM": Layout(embeddings="embed_in", norm="final_layer_norm"),
+    "ApertusForCausalLM": Layout(),
+    "ArceeForCausalLM": Layout(),
+    "Ernie4_5ForCausalLM": Layout(),
+    "Exaone4ForCausalLM": Layout(),
+    "GemmaForCausalLM": Layout(),
+    "GlmForCausalLM": Layout(),
+    "Glm4ForCausalLM": Layout(),
+    "HeliumForCausalLM": Layout(),
+    "HunYuanDenseV1ForCausalLM": Layout(),
+    "OlmoForCausalLM": Layout(),
+    "Olmo3ForCausalLM": Layout(),
+    "OlmoeForCausalLM": Layout(),
+    "PhiForCausalLM": Layout(norm="final_layernorm"),
+    "Qwen2MoeForCausalLM": Layout(),
+    "SeedOssForCausalLM": Layout(),
+    "SmolLM3ForCausalLM": Layout(),
+    "Starcoder2ForCausalLM": Layout(),
 }
 
 # Rope types whose frequencies follow the longest position of the batch that they are asked for.

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from corolla.model.checkpoint import open_checkpoint
 from corolla.model.ends import Ends
+from corolla.model.families import CERTIFIED
 from corolla.model.linear import PackedLinear
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.work import ModelSource, SourceKind
@@ -49,7 +50,7 @@ def test_ends_without_blocks_equal_the_whole_model_without_blocks(tmp_path: Path
     ids = torch.arange(VOCAB_SIZE)
     with torch.inference_mode():
         embedded = whole.get_input_embeddings()(ids[None])
-        norm = getattr(whole.base_model, "norm", None) or whole.base_model.final_layer_norm
+        norm = whole.base_model.get_submodule(CERTIFIED[type(whole).__name__].norm)
         logits = whole.get_output_embeddings()(norm(embedded))[0]
         cap = getattr(whole.config, "final_logit_softcapping", None)
         expected = logits if cap is None else cap * torch.tanh(logits / cap)

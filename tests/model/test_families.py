@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +92,29 @@ def test_the_architecture_is_the_class_that_the_model_was_saved_as() -> None:
 @pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "MistralForCausalLM"])
 def test_a_class_that_is_not_the_configurations_own_is_refused(name: str) -> None:
     assert name in refused(LlamaConfig(architectures=[name])).message
+
+
+# README
+
+README = Path(__file__).parents[2] / "README.md"
+COLUMNS = 4
+WRITE = "COROLLA_WRITE_TABLES"  # set it to have the table written instead of compared
+
+
+def families_table() -> str:
+    """The certified architectures, four a row."""
+    names = [name.removesuffix("ForCausalLM") for name in sorted(CERTIFIED, key=str.casefold)]
+    names += [""] * (-len(names) % COLUMNS)
+    rows = [names[first : first + COLUMNS] for first in range(0, len(names), COLUMNS)]
+    rule = "|" + "---|" * COLUMNS
+    return "\n".join([f"| {' | '.join(rows[0])} |", rule, *(f"| {' | '.join(row)} |" for row in rows[1:])])
+
+
+def test_the_readme_lists_just_the_certified_families() -> None:
+    text = README.read_text("utf-8")
+    start, end = "<!-- families: made by tests/model/test_families.py -->\n", "\n<!-- /families -->"
+    before, found = text.split(start)[0], text.split(start)[1].split(end)[0]
+    if WRITE in os.environ:
+        README.write_text(before + start + families_table() + end + text.split(end)[1], "utf-8")
+    else:
+        assert found == families_table(), f"run this test once with {WRITE}=1"
