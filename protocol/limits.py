@@ -95,6 +95,7 @@ MAX_ADMITTED_TOLD: Final = 64  # of them in one greeting
 # Relays. libp2p's usual 128 KiB and two minutes carry no tensors: a 70B model's step is 32 KiB, its prefill
 # of a thousand tokens 32 MiB.
 MAX_CIRCUIT_MESSAGE_BYTES: Final = 4096  # as the specification says
+MAX_IDENTIFY_BYTES: Final = 64 * KIB  # of a peer's keys, addresses and protocols
 MAX_RESERVATIONS: Final = 128  # of one relay; each keeps a connection open
 MAX_CIRCUITS: Final = 64
 MAX_CIRCUITS_PER_PEER: Final = 16

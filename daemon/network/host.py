@@ -36,12 +36,14 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
 from ..identity import Identity
+from .dialling import Reach, reach_of
 from .multistream import answer
 from .noise import FastNoise
 from .seam import Guard
@@ -50,6 +52,7 @@ from .yamux import Yamux, YamuxOnly, YamuxStream
 MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
 MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+_PORT_IN_USE: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)  # by an earlier connection to the same address
 _EVERYBODYS: Final = (str(IDENTIFY), str(IDENTIFY_PUSH), str(PING))
 
 Connected: TypeAlias = Callable[[SwarmConn], Awaitable[None]]
@@ -163,7 +166,30 @@ class OurSwarm(Swarm):
 
     async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
         """A new connection to `address`; whoever answers is accepted when `expected` is None."""
-        return await self.upgrade_outbound(await self._tcp.dial(address), expected)
+        return await self.upgrade_outbound(await self._dial_tcp(address), expected)
+
+    async def _dial_tcp(self, address: Multiaddr) -> IRawConnection:
+        """A socket to an address; into the world from the port that we listen on.
+
+        So our NAT shows others the mapping of that port, at which they may reach us.
+        """
+        source = self._source(address)
+        if source is not None:
+            try:
+                return await self._tcp.dial_with_source(address, source)
+            except OpenConnectionError as failure:
+                cause = failure.__cause__
+                if not isinstance(cause, OSError) or cause.errno not in _PORT_IN_USE:
+                    raise
+        return await self._tcp.dial(address)
+
+    def _source(self, address: Multiaddr) -> tuple[str, int] | None:
+        text = str(address)
+        if reach_of(text) is not Reach.PUBLIC or not text.startswith("/ip4/"):
+            return None
+        bound = [str(own) for one in self.listeners.values() for own in one.get_addrs()]
+        ports = [own.split("/")[4] for own in bound if own.startswith("/ip4/")]
+        return ("0.0.0.0", int(ports[0])) if ports else None  # noqa: S104 - as the socket listens
 
     async def upgrade_outbound(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
         """A connection of ours made of what reaches a peer: a socket, or a circuit through a relay."""

@@ -33,6 +33,7 @@ from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
+from .punching import Punching
 from .relaying import RelayLimits, RelayService
 from .relays import Relays
 from .seam import Guard, Handler, PeerView, Stream
@@ -186,6 +187,8 @@ class Libp2pNetwork:
             max_connections=max_connections,
         )
         self.relays.serve()
+        self._punching = Punching(self, self._dial, self._doors, self._is_direct)
+        self._punching.serve()
         self.relaying: Final = RelayService(self, relay) if relay is not None else None
 
     # the seam
@@ -417,6 +420,23 @@ class Libp2pNetwork:
             self._book.learn(peer, [str(address) for address in connection.get_transport_addresses()])
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
+        if _is_relayed(connection) and connection.direction is Direction.OUTBOUND:
+            self._nursery.start_soon(self._make_direct, peer, connection)
+
+    async def _make_direct(self, peer: str, relayed: SwarmConn) -> None:
+        """Put a direct connection in the place of a relayed one, if there is a way.
+
+        Streams on the relayed one break; sessions go on over the direct one.
+        """
+        if await self._punching.pursue(peer, lambda: not relayed.muxed_conn.is_closed):
+            await relayed.close()
+
+    def _is_direct(self, peer: str) -> bool:
+        connection = self._live(peer)
+        return connection is not None and not _is_relayed(connection)
+
+    def _doors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self._announce, *self.relays.observed())))
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
         connections = self._connections.get(peer, [])

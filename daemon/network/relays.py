@@ -11,12 +11,22 @@ from typing import Final, NamedTuple, Protocol
 
 import structlog
 import trio
+from google.protobuf.message import DecodeError
 from libp2p.abc import IRawConnection
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.identify import parse_identify_response
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
+from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import CIRCUIT_TIMEOUT_S, MAX_RELAYS, RELAYS_EVERY_S, RESERVATION_S
+from ...protocol.limits import (
+    CIRCUIT_TIMEOUT_S,
+    MAX_IDENTIFY_BYTES,
+    MAX_RELAYS,
+    RELAYS_EVERY_S,
+    RESERVATION_S,
+)
 from .circuits import (
     HOP_PROTOCOL,
     STOP_PROTOCOL,
@@ -72,6 +82,7 @@ class Relays:
         self._changed = changed
         self._held: dict[str, tuple[str, float]] = {}  # relay → its address, when the reservation was made
         self._refused: dict[str, Refusal] = {}
+        self._observed: dict[str, str] = {}  # relay → where it sees us
         self._stirred = trio.Event()
 
     def serve(self) -> None:
@@ -87,6 +98,10 @@ class Relays:
     def addresses(self) -> tuple[str, ...]:
         """Where we are called through relays, without our own `/p2p/…`."""
         return tuple(circuit_address(address, relay) for relay, (address, _) in self._held.items())
+
+    def observed(self) -> tuple[str, ...]:
+        """Where our relays see us: what our NAT makes of the port that we listen on."""
+        return tuple(dict.fromkeys(self._observed[relay] for relay in self._held if relay in self._observed))
 
     def stir(self) -> None:
         """Look at once whether reservations are needed: it became known whether we are private."""
@@ -182,10 +197,27 @@ class Relays:
             self._refused[relay] = Refusal(trio.current_time() + after_s, after_s)
             _log.info("no_reservation", relay=relay, reason=str(problem))
         else:
+            await self._ask_observed(relay)
             self._held[relay] = (address, trio.current_time())
             self._refused.pop(relay, None)
         if self.addresses() != before:
             self._changed()
+
+    async def _ask_observed(self, relay: str) -> None:
+        """Ask a relay where it sees us, by libp2p's identify."""
+        try:
+            stream = await self._network.open(relay, str(IDENTIFY), timeout_s=CIRCUIT_TIMEOUT_S)
+            data = b""
+            try:
+                with trio.fail_after(CIRCUIT_TIMEOUT_S):
+                    while len(data) <= MAX_IDENTIFY_BYTES and (piece := await stream.receive()):
+                        data += piece
+            finally:
+                stream.reset()
+            told = parse_identify_response(data).observed_addr
+            self._observed[relay] = str(Multiaddr(told)) if told else ""
+        except (CorollaError, trio.TooSlowError, ValueError, DecodeError) as problem:
+            _log.debug("not_observed", relay=relay, reason=str(problem))
 
     def _peer_changed(self, peer: str, connected: bool) -> None:
         if not connected:

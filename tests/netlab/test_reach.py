@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ..model.tiny import save_tiny
-from ..processes import DaemonProcess
+from ..processes import DaemonProcess, wait_until
 from .lab import Lab, Nat, why_not
 from .members import LabSwarm, is_relayed, lab_swarm, wait_relayed_address
 
@@ -83,6 +83,29 @@ def test_a_server_behind_a_nat_serves_through_a_relay(
     assert tokens == expected(model[1], 24)
     assert is_relayed(client, peer_of(home))
     assert not is_relayed(client, peer_of(public))
+
+
+def test_two_behind_nats_that_keep_ports_come_to_speak_directly(
+    lab: tuple[Lab, LabSwarm], model: tuple[Path, Any]
+) -> None:
+    net, swarm = lab
+    public = swarm.found_on(net.host("pub"), "pub", "--model", str(model[0]), "--blocks", "0:2")
+    home = swarm.serve_on(net.host("home", Nat.PORT_RESTRICTED), "home", 2, 4)
+    client = swarm.use_on(net.host("cafe", Nat.SHIFTED), "cafe")
+    for daemon in (public, home):
+        daemon.wait_online()
+    client.wait_ready()
+    wait_relayed_address(home)
+    swarm.wait_covered(client, [1, 1, 1, 1])
+
+    def until_direct(count: int) -> None:
+        if count == 8:
+            wait_until(lambda: not is_relayed(client, peer_of(home)), "a direct connection")
+
+    tokens, _ = generated(client, 64, until_direct)
+
+    assert tokens == expected(model[1], 64)  # whether it moved amid the text or before
+    assert not is_relayed(client, peer_of(home))
 
 
 @pytest.mark.long
