@@ -109,6 +109,7 @@ class Methods:
                     peer=peer,
                     addresses=member.addresses if member is not None else tuple(known[peer]),
                     connected=member is not None,
+                    relayed=view is not None and view.relayed,
                     rtt_s=view.rtt_s if view is not None else None,
                     version=member.version if member is not None else "",
                     spans=tuple(spans.get(peer, ())),

@@ -423,11 +423,12 @@ class SpanView:
 
 @dataclass(frozen=True, slots=True)
 class PeerView:
-    """A member of the swarm that this daemon knows. rtt_s: None until measured."""
+    """A member of the swarm that this daemon knows. rtt_s: None until measured. relayed: through others alone."""
 
     peer: str
     addresses: tuple[str, ...] = ()
     connected: bool = False
+    relayed: bool = False
     rtt_s: float | None = None
     version: str = ""
     spans: tuple[str, ...] = ()  # `NAME START:END STATE`, for people
