@@ -1,0 +1,312 @@
+"""Spans that move, drain and pause: fake worker processes and hash workers, in a swarm in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from corolla.daemon import lending as lending_module
+from corolla.daemon.config import Config
+from corolla.daemon.lending import Lending
+from corolla.daemon.network.announcements import Offer
+from corolla.daemon.pausing import Pausing
+from corolla.daemon.rebalancing import Rebalancing
+from corolla.daemon.serving.workers import Worker
+from corolla.daemon.sessions import Wanted, opened
+from corolla.daemon.store import Store, open_store
+from corolla.protocol.control import Rebalance
+from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.records import SpanState
+from corolla.protocol.steps import NEW_ROW, Reply, Row
+from corolla.protocol.tensors import DType
+from corolla.protocol.work import ModelSource, SourceKind
+
+from ..serving.fake_worker import FACTS as FAKE
+from .members import FACTS, TOKEN_BYTES, Meadow, Member, meadow, until
+from .test_lending import become, fake_command, states
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending_module, "Worker", partial(Worker, command=fake_command, backoff_s=(0.05,)))
+    monkeypatch.setattr(lending_module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
+
+
+@asynccontextmanager
+async def lender(member: Member, **settings: Any) -> AsyncIterator[tuple[Lending, Rebalancing, list[str]]]:
+    """What a member lends, who moves it, and the kinds of events told."""
+    told: list[str] = []
+    async with trio.open_nursery() as nursery:
+
+        def tell(kind: str, text: str) -> None:
+            told.append(kind)
+
+        lends = Lending(
+            Config(**{"model": "faithful", "blocks": "0:4"} | settings), "/nowhere", nursery, tell
+        )
+        lends.start()
+        lends.enter(member.belonging)
+        await until(lambda: bool(lends.serving()))
+        yield lends, Rebalancing(lends, nursery, tell), told
+        lends.stop()
+        with trio.fail_after(30):
+            await until(lambda: not nursery.child_tasks)
+
+
+def others_serve(member: Member, *places: tuple[int, int, float]) -> None:
+    """Another member's spans of the fake's model, said by hand: start, end, tokens per second."""
+    member.belonging.registry.announce_model(FAKE)
+    for number, (start, end, speed) in enumerate(places):
+        member.belonging.registry.announce(
+            Offer(number, FAKE.fingerprint, start, end, SpanState.ONLINE, DType.FLOAT32, tokens_per_s=speed)
+        )
+
+
+async def refused(awaitable: Any) -> CorollaError:
+    with pytest.raises(CorollaError) as caught:
+        await awaitable
+    return caught.value
+
+
+# by hand
+
+
+async def test_a_dry_run_tells_the_gain_and_moves_nothing() -> None:
+    async with meadow() as swarm:
+        ours, other = await swarm.client(), await swarm.client()
+        others_serve(other, (0, 4, 50.0))
+        async with lender(ours) as (lends, rebalancing, told):
+            await until(lambda: len(states(ours)) == 2)
+            (answer,) = await rebalancing.rebalance(Rebalance(dry_run=True, start=0, end=2))
+            assert (answer.start, answer.end, answer.to_start, answer.to_end) == (0, 4, 0, 2)
+            assert answer.moves
+            assert answer.num_single == (0, 2)
+            assert "moving" not in told
+            assert [worker.number for worker, _ in lends.serving()] == [0]
+
+
+async def test_moving_claims_the_new_place_gives_up_the_old_and_ends_its_worker() -> None:
+    async with meadow() as swarm:
+        ours, other = await swarm.client(), await swarm.client()
+        async with lender(ours) as (lends, rebalancing, told):
+            ((old, _),) = lends.serving()
+            await rebalancing.rebalance(Rebalance(start=1, end=3))
+            await until(lambda: (SpanState.LOADING, 1, 3) in states(other) or len(lends.serving()) == 1)
+            await until(lambda: [worker.number for worker, _ in lends.serving()] == [1])
+            ((new, _),) = lends.serving()
+            assert (new.configure.start, new.configure.end) == (1, 3)
+            assert old.state.value == "stopped"
+            assert told.count("moving") == 1
+            await until(become(other, (SpanState.ONLINE, 0, 4)))  # as the fake says
+
+
+async def test_a_worker_that_cannot_serve_there_serves_again_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours) as (lends, _, told):
+            ((old, _),) = lends.serving()
+            old.configure = replace(old.configure, source=ModelSource(SourceKind.HUB, "unknown"))
+            good = ModelSource(SourceKind.HUB, "faithful")
+            start_span = lends._start_span
+
+            def note(number: int, configure: Any) -> None:
+                if "worker_failed" in told:
+                    configure = replace(configure, source=good)
+                start_span(number, configure)
+
+            monkeypatch.setattr(lends, "_start_span", note)
+            await lends.move(old, 1, 3)
+            await until(lambda: bool(lends.serving()))
+            ((back, _),) = lends.serving()
+            assert (back.configure.start, back.configure.end) == (0, 4)
+            assert "worker_failed" in told
+
+
+async def test_blocks_that_do_not_exist_and_unclear_requests_are_refused() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours, device=("cpu", "cpu")) as (lends, rebalancing, _):
+            await until(lambda: len(lends.serving()) == 2)
+            unclear = await refused(rebalancing.rebalance(Rebalance(start=0, end=2)))
+            assert unclear.code is Code.BAD_REQUEST
+            assert "--worker" in unclear.remedy
+            beyond = await refused(rebalancing.rebalance(Rebalance(start=3, end=9, worker=0)))
+            assert beyond.code is Code.BLOCKS_OUT_OF_RANGE
+            nobody = await refused(rebalancing.rebalance(Rebalance(worker=7)))
+            assert nobody.code is Code.NOT_READY
+            lends.leave()
+            assert (await refused(rebalancing.rebalance(Rebalance()))).code is Code.NO_SWARM
+
+
+# by itself
+
+
+async def test_a_machine_does_its_own_part_of_the_plan_once() -> None:
+    async with meadow() as swarm:
+        ours, other = await swarm.client(), await swarm.client()
+        async with lender(ours, blocks="auto") as (lends, rebalancing, told):
+            await trio.sleep(5)  # its first placement is over
+            ((worker, ready),) = lends.serving()
+            others_serve(other, (0, 2, 9.0), (0, 2, 9.0))
+            worker._ready = replace(ready, start=0, end=2)  # the fake serves all; suppose half
+            lends._announce(worker)
+            await until(lambda: len(states(ours)) == 3)
+            await rebalancing.look()
+            await until(lambda: len(told) >= 3)
+            assert told.count("rebalanced") == told.count("moving") == 1
+            (moved,) = lends._spans
+            assert (moved.configure.start, moved.configure.end) == (2, 4)
+
+
+async def test_fixed_blocks_are_never_moved_by_the_plan() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours, blocks="0:2") as (lends, rebalancing, told):
+            await rebalancing.look()
+            assert "moving" not in told
+            assert len(lends.serving()) == 1
+
+
+# sessions
+
+
+async def compute(swarm: Meadow, user: Member, num_steps: int, disturb: Any) -> tuple[list[bytes], int]:
+    """A session of hidden states with a disturbance in its middle: its answers and number of repairs."""
+    answers: list[bytes] = []
+    context = opened(
+        user.belonging,
+        FACTS,
+        Wanted(FACTS.name, 0, 4, 1, 64),
+        replacement_wait_s=30.0,
+        on_event=lambda event: None,
+    )
+    async with context as session:
+        for index in range(num_steps):
+            if index == num_steps // 2:
+                await disturb(session)
+            row = Row(NEW_ROW if index == 0 else 0, index, 1)
+            answers.append(await session.step((row,), bytes([index + 1]) * TOKEN_BYTES, Reply.ALL))
+        return answers, session.statistics().num_repairs
+
+
+async def test_a_session_asked_to_leave_goes_on_at_a_replica_and_charges_nobody() -> None:
+    async def nothing(session: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with meadow() as swarm:
+        serving = [await swarm.serve(0, 4), await swarm.serve(0, 4)]
+        user = await swarm.client()
+        expected, _ = await compute(swarm, user, 8, nothing)
+
+        async def drain(session: Any) -> None:
+            (hop,) = session.statistics().hops
+            (left,) = (member for member in serving if member.peer == hop.hop.peer)
+            left.belonging.hops.drain(0)
+            left.belonging.hops.ask_to_leave(0, amid_steps=False)
+            with trio.fail_after(30):
+                await left.belonging.hops.wait_idle(0)
+            assert session.statistics().hops[0].hop.peer != left.peer
+
+        answers, num_repairs = await compute(swarm, user, 8, drain)
+        assert answers == expected
+        assert num_repairs == 1
+        assert user.belonging.ledger.charged(trio.current_time()) == {}
+
+
+async def test_a_drained_worker_refuses_new_sessions_until_it_is_taken_back() -> None:
+    async with meadow() as swarm:
+        server = await swarm.serve(0, 4)
+        user = await swarm.client()
+
+        async def nothing(session: Any) -> None:
+            await trio.lowlevel.checkpoint()
+
+        server.belonging.hops.drain(0)
+        problem = await refused(compute(swarm, user, 1, nothing))
+        assert problem.code in (Code.BLOCKS_UNSERVED, Code.DRAINING)
+        server.belonging.hops.undrain(0)
+        answers, _ = await compute(swarm, user, 1, nothing)
+        assert len(answers) == 1
+
+
+# pauses
+
+
+@asynccontextmanager
+async def pausing(lends: Lending, store: Store, now: list[float]) -> AsyncIterator[tuple[Pausing, list[str]]]:
+    told: list[str] = []
+    async with trio.open_nursery() as nursery:
+        yield (
+            Pausing(lends, store, nursery, lambda kind, text: told.append(kind), unix=lambda: now[0]),
+            told,
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pause_ends_workers_is_remembered_and_ends_by_itself(tmp_path: Path) -> None:
+    now = [1000.0]
+    with open_store(tmp_path) as store:
+        async with meadow() as swarm:
+            ours = await swarm.client()
+            async with lender(ours) as (lends, _, _), pausing(lends, store, now) as (pauses, told):
+                await pauses.pause(3.0)
+                assert lends.statuses() == ()
+                assert states(ours) == []
+                assert (store.state.paused, store.state.paused_until) == (True, 1003.0)
+                await until(lambda: bool(lends.serving()))
+                assert told == ["paused", "resumed"]
+                assert not store.state.paused
+
+
+async def test_a_daemon_that_starts_amid_a_pause_lends_nothing_until_it_resumes(tmp_path: Path) -> None:
+    now = [1000.0]
+    with open_store(tmp_path) as store:
+        store.update(paused=True)
+        async with trio.open_nursery() as nursery:
+            config = Config(model="faithful", blocks="0:4")
+            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None)
+            async with pausing(lends, store, now) as (pauses, told):
+                pauses.start()
+                assert told == ["paused"]
+                assert lends.statuses() == ()
+                pauses.resume()
+                await until(lambda: bool(lends.serving()))
+                assert not store.state.paused
+            lends.stop()
+            with trio.fail_after(30):
+                await until(lambda: not nursery.child_tasks)
+
+
+async def test_a_pause_that_is_over_is_over_also_after_a_restart(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.update(paused=True, paused_until=900.0)
+        async with trio.open_nursery() as nursery:
+            config = Config(model="faithful", blocks="0:4")
+            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None)
+            async with pausing(lends, store, [1000.0]) as (pauses, _):
+                pauses.start()
+                await until(lambda: bool(lends.serving()))
+            lends.stop()
+            with trio.fail_after(30):
+                await until(lambda: not nursery.child_tasks)
+
+
+async def test_a_pause_of_no_time_is_refused(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            lends = Lending(Config(blocks="none"), "/nowhere", nursery, lambda kind, text: None)
+            async with pausing(lends, store, [0.0]) as (pauses, _):
+                assert (await refused(pauses.pause(-1.0))).code is Code.BAD_REQUEST
+                assert (await refused(pauses.pause(float("nan")))).code is Code.BAD_REQUEST
+                assert not store.state.paused
