@@ -47,7 +47,8 @@ def test_sessions_leave_a_hop_that_drains_and_survive_churn() -> None:
 def test_the_bound_is_what_identical_machines_reach_exactly() -> None:
     assert best_tokens_per_s([(4, 10.0)] * 4, 16) == pytest.approx(10.0)
     assert best_tokens_per_s([(8, 10.0), (16, 5.0), (8, 10.0)], 16) == pytest.approx(15.0)
-    assert best_tokens_per_s([(4, 10.0)], 16) == pytest.approx(2.5)  # spread by shares
+    assert best_tokens_per_s([(4, 10.0)] * 13, 16) == pytest.approx(32.5)  # spread by shares
+    assert best_tokens_per_s([(4, 10.0)] * 7, 16) == pytest.approx(10.0)  # few cannot be
     assert best_tokens_per_s([], 16) == 0.0
 
 
