@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from corolla.protocol.control import Rebalanced
+from corolla.protocol.control import Pause, Rebalance, Rebalanced
 from corolla.protocol.errors import Code, CorollaError, Exit
+from corolla.protocol.messages import from_plain
 from corolla.sdk.cli import main
 from corolla.sdk.client import connect
 
@@ -45,7 +46,7 @@ def test_a_dry_run_says_what_moving_would_gain(ctl: Ctl, fake: FakeDaemon) -> No
     assert code == 0
     assert "worker 0, blocks 0:2 of tiny: would move to 2:4" in out
     assert "tokens/s 5 → 7.5, blocks served by nobody 1 → 0, by one 0 → 2" in out
-    assert fake.calls[-1].arguments == {"dry_run": True, "start": 0, "end": 0, "worker": -1}
+    assert from_plain(Rebalance, fake.calls[-1].arguments) == Rebalance(dry_run=True)
 
 
 def test_blocks_and_worker_are_passed_on_and_the_answer_comes_as_json(ctl: Ctl, fake: FakeDaemon) -> None:
@@ -53,7 +54,7 @@ def test_blocks_and_worker_are_passed_on_and_the_answer_comes_as_json(ctl: Ctl, 
     assert code == 0
     assert json.loads(out)["version"] == 1
     assert json.loads(out)["spans"][0]["to_start"] == 2
-    assert fake.calls[-1].arguments == {"dry_run": False, "start": 2, "end": 4, "worker": 3}
+    assert from_plain(Rebalance, fake.calls[-1].arguments) == Rebalance(False, 2, 4, 3)
 
 
 def test_a_span_that_stays_is_told_so(ctl: Ctl, fake: FakeDaemon) -> None:
@@ -70,7 +71,7 @@ def test_pauses_take_times_as_people_write_them(
 ) -> None:
     options = ("--for", *words) if words else ()
     assert ctl("pause", *options)[0] == 0
-    assert fake.calls[-1].arguments == {"for_s": seconds}
+    assert from_plain(Pause, fake.calls[-1].arguments) == Pause(seconds)
 
 
 @pytest.mark.parametrize(

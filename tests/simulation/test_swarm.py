@@ -55,7 +55,7 @@ def test_the_bound_is_what_identical_machines_reach_exactly() -> None:
 def test_the_bound_is_above_any_whole_layout() -> None:
     rng = random.Random(5)
     for _ in range(20):
-        machines = [(rng.randint(1, 6), rng.uniform(1, 20)) for _ in range(12)]
+        machines = [(rng.randint(1, 6), rng.uniform(1, 20)) for _ in range(14)]
         supply = [0.0] * 12
         for length, speed in machines:
             start = rng.randint(0, 12 - length)
