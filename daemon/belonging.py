@@ -17,9 +17,11 @@ from .. import __version__
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.records import SwarmToken, encode_token
 from .identity import Identity
+from .network.dialling import Reachability
 from .network.libp2p import open_network
 from .network.membership import Membership, Swarm, discover_swarm
 from .network.registry import Registry
+from .network.relaying import RelayLimits
 from .network.seam import Network
 from .routes import Routes
 from .serving.peers import HopService
@@ -73,7 +75,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What belonging needs of the daemon. admits, on_charge: as `HopService` and `Ledger` say."""
+    """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
+
+    admits, on_charge: as `HopService` and `Ledger` say.
+    """
 
     identity: Identity
     listen: Sequence[str]
@@ -81,6 +86,8 @@ class Terms:
     stored_seq: int
     save_seq: Callable[[int], None]
     session_grace_s: float
+    reachability: Reachability
+    relay: RelayLimits | None
     admits: Callable[[str], None]
     on_charge: Callable[[str, float, str], None]
 
@@ -91,7 +98,12 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
     kad_protocol = f"/corolla/kad/{entry.swarm.swarm_id[:32]}/1"
     async with (
         open_network(
-            terms.identity, listen=terms.listen, announce=terms.announce, kad_protocol=kad_protocol
+            terms.identity,
+            listen=terms.listen,
+            announce=terms.announce,
+            kad_protocol=kad_protocol,
+            reachability=terms.reachability,
+            relay=terms.relay,
         ) as network,
         anyio.create_task_group() as tasks,
     ):

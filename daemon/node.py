@@ -28,8 +28,10 @@ from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
 from .identity import load_identity
 from .lending import Lending
+from .network.dialling import Reachability
 from .network.host import check_port
 from .network.membership import Swarm, found_swarm
+from .network.relaying import RelayLimits
 from .pausing import Pausing
 from .rebalancing import Rebalancing
 from .routes import no_swarm
@@ -197,6 +199,8 @@ class Node:
             stored_seq=self.store.load_seq(),
             save_seq=self.store.save_seq,
             session_grace_s=self.config.session_grace_s,
+            reachability=Reachability(self.config.reachability),
+            relay=RelayLimits() if self.config.relay else None,
             admits=self._admit,
             on_charge=lambda peer, weight, reason: self.events.emit(
                 "charged", f"{peer}: {reason}", peer=peer, weight=weight
