@@ -8,6 +8,9 @@ run one after the other, in order. Decodes go first and a long prefill runs in p
 decodes, and while the next decodes of sessions that just had one are on their way, so that nobody's next
 token waits for somebody's prompt. Whoever was passed over too often leads the next pass.
 
+Training requests stand in a line of their own, behind everybody: one block of the first of them runs when
+nothing else waits, or after so many passes in a row, so that they starve as little as they stall.
+
 Source: Yu et al. 2022, Orca, for batching by iteration; Agrawal et al. 2024, Sarathi-Serve, for prefills
 in parts beside decodes.
 """
@@ -29,7 +32,7 @@ class Policy:
     decode_tokens: of decodes in one pass. prefill_tokens: of prefills in a pass without decodes; enough to
     keep the device busy. mixed_tokens: of prefills beside decodes; each decode waits for them.
     patience: passes that a step may be passed over before it leads one. memory: passes for which a session
-    that had a decode is expected to bring the next.
+    that had a decode is expected to bring the next. training_patience: passes after which training has a turn.
     """
 
     decode_tokens: int = 512
@@ -37,6 +40,7 @@ class Policy:
     mixed_tokens: int = 128
     patience: int = 4
     memory: int = 8
+    training_patience: int = 8
 
     @classmethod
     def of(cls, decode_tokens_per_s: float, prefill_tokens_per_s: float) -> Policy:
@@ -81,6 +85,12 @@ class Pass(NamedTuple):
     parts: tuple[Part, ...]
 
 
+class Turn(NamedTuple):
+    """One block of a training request."""
+
+    request: int
+
+
 @dataclass(slots=True)
 class _Waiting:
     job: Job
@@ -97,34 +107,54 @@ class Scheduler:
     _lanes: dict[bytes, deque[_Waiting]] = field(default_factory=dict)
     _num_arrived: int = 0
     _num_gone: int = 0
-    _num_passes: int = 0
-    _decoded: dict[bytes, int] = field(default_factory=dict)  # session → pass of its last decode
+    _num_run: int = 0
+    _num_passes: int = 0  # since training had a turn
+    _training: deque[int] = field(default_factory=deque)
+    _decoded: dict[bytes, int] = field(default_factory=dict)  # session → the pass of its last one
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that are not through yet. Another thread may ask."""
-        return self._num_arrived - self._num_gone
+        """Jobs and training requests that are not through yet. Another thread may ask."""
+        return self._num_arrived - self._num_gone + len(self._training)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether a prefill waits, and it may pay to wait a moment for decodes that are on their way."""
+        heads = [lane[0] for lane in self._lanes.values()]
+        return not all(head.job.is_decode for head in heads) and self._expects(heads)
 
     def add(self, job: Job) -> None:
         """Queue a job behind those of its session."""
         self._lanes.setdefault(job.session, deque()).append(_Waiting(job, self._num_arrived))
         self._num_arrived += 1
 
-    def next(self) -> Pass | None:
-        """The pass to run now; None if nothing waits. What it holds counts as done."""
+    def add_training(self, request: int) -> None:
+        """Queue a training request behind the others; it has turns until `finish_training`."""
+        self._training.append(request)
+
+    def finish_training(self, request: int) -> None:
+        """Give it no more turns."""
+        self._training.remove(request)
+
+    def next(self) -> Pass | Turn | None:
+        """What to run now; None if nothing waits. What a pass holds counts as done."""
         heads = [lane[0] for lane in self._lanes.values()]
+        if self._training and (not heads or self._num_passes >= self.policy.training_patience):
+            self._num_passes = 0
+            return Turn(self._training[0])
         if not heads:
             return None
+        self._num_passes += 1
         leader = min(heads, key=self._rank)
         mates = [head for head in heads if head.job.blocks == leader.job.blocks]
         parts = self._fill(sorted(mates, key=self._rank))
         taken = {part.job.request for part in parts}
         for head in heads:
             head.num_passed_over = 0 if head.job.request in taken else head.num_passed_over + 1
-        self._num_passes += 1
+        self._num_run += 1
         for part in parts:
             if part.job.is_decode:
-                self._decoded[part.job.session] = self._num_passes
+                self._decoded[part.job.session] = self._num_run
             self._advance(part)
         return Pass(leader.job.blocks, tuple(parts))
 
@@ -149,8 +179,9 @@ class Scheduler:
 
     def _fill(self, mates: list[_Waiting]) -> list[Part]:
         """Parts of these jobs, best first, within what the policy allows. The first always gets something."""
+        is_mixed = any(head.job.is_decode for head in mates) or self._expects(mates)
         decode_room = self.policy.decode_tokens
-        prefill_room = self.policy.mixed_tokens if self._has_decodes(mates) else self.policy.prefill_tokens
+        prefill_room = self.policy.mixed_tokens if is_mixed else self.policy.prefill_tokens
         parts = []
         for head in mates:
             rest = head.job.num_tokens - head.num_done
@@ -164,11 +195,9 @@ class Scheduler:
             parts.append(Part(head.job, head.num_done, num))
         return parts
 
-    def _has_decodes(self, mates: list[_Waiting]) -> bool:
-        """Whether decodes are among these jobs, or expected soon from sessions that have none of these."""
-        if any(head.job.is_decode for head in mates):
-            return True
-        oldest = self._num_passes - self.policy.memory
+    def _expects(self, mates: list[_Waiting]) -> bool:
+        """Whether sessions that just had a decode, and have no job among these, may bring the next one soon."""
+        oldest = self._num_run - self.policy.memory
         self._decoded = {session: at for session, at in self._decoded.items() if at > oldest}
         return not self._decoded.keys() <= {head.job.session for head in mates}
 

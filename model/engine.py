@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatchmethod
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.messages import Message
 from ..protocol.steps import Reply, Row, check_payload
 from ..protocol.work import (
+    Backward,
     Beat,
     BeginGeneration,
     CloseCache,
@@ -30,22 +31,30 @@ from ..protocol.work import (
     Done,
     EndGeneration,
     Failed,
+    Forward,
+    HoldPart,
     OpenCache,
     Restore,
     Restored,
     Sample,
 )
+from .adapters import Overlay
+from .adapters import Part as AdapterPart
 from .attention import Batch, Segment
-from .batch import Job, Part, Pass, Policy, Scheduler
+from .batch import Job, Part, Pass, Policy, Scheduler, Turn
 from .encodings import check_finite, decode, encode
 from .generation import Generations
 from .pages import PageCopy
 from .sessions import Begun, Session, Sessions, begin, restore, undo
+from .training import Room, Trainer
 
 logger = logging.getLogger(__name__)
 
 # A row that brings so few tokens is being written on: one, or a guess of a few that is to be confirmed.
 _DECODE_TOKENS: Final = 8
+# A pass with a prefill waits so long for decodes to join it; without them it keeps them waiting all the longer.
+_GRACE: Final = 0.1  # of the last pass
+_MAX_GRACE_S: Final = 0.01  # a daemon on this machine asks for the next token within it
 
 
 class Blocks(Protocol):
@@ -58,11 +67,21 @@ class Blocks(Protocol):
     device: torch.device
     num_blocks_computed: int
 
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        """Block → its module."""
+
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Carry out a step's copies."""
 
-    def forward(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None = None) -> Tensor:
-        """(num_tokens, hidden_size) after these blocks."""
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        blocks: tuple[int, int] | None = None,
+        overlays: Sequence[Overlay] = (),
+    ) -> Tensor:
+        """(num_tokens, hidden_size) after these blocks, with these adapters over some of the tokens."""
 
 
 @dataclass(slots=True)
@@ -73,6 +92,13 @@ class _Step:
     hidden: Tensor  # (num_tokens, hidden_size)
     wanted: tuple[int, ...] | None  # tokens whose output is asked for; None is all of them
     answer: list[bytes] = field(default_factory=list)
+
+
+class _Worn(NamedTuple):
+    """The adapter of a session: names to unpin, and block → part."""
+
+    names: tuple[bytes, ...]
+    parts: Mapping[int, AdapterPart]
 
 
 class Engine:
@@ -88,6 +114,7 @@ class Engine:
         num_pages: int,
         send: Callable[[Message], None],
         policy: Policy | None = None,
+        room: Room | None = None,
     ) -> None:
         self._span = span
         self._generations = generations
@@ -97,14 +124,24 @@ class Engine:
         self._asked: dict[int, Compute] = {}  # steps that wait, by request
         self._steps: dict[int, _Step] = {}  # those of them that have begun
         self._samples: list[Sample] = []
+        self._trainer = Trainer(span, room or Room()) if span else None
+        self._worn: dict[bytes, _Worn] = {}  # by session
         self._num_loops = 0
         self._num_tokens = 0
+        self._pass_s = 0.0  # that the last pass took
         self._last_beat = (time.monotonic(), 0)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits."""
         return not self._samples and not self._scheduler.num_waiting
+
+    @property
+    def grace_s(self) -> float:
+        """How long it pays to wait for more requests before the next pass: a small part of what a pass takes."""
+        if self._samples or not self._scheduler.is_early:
+            return 0.0
+        return min(self._pass_s * _GRACE, _MAX_GRACE_S)
 
     def beat(self, num_unread: int = 0) -> Beat:
         """A sign of life, for another thread to send. num_unread: requests not handed over yet.
@@ -137,9 +174,15 @@ class Engine:
         self._num_loops += 1
         if self._samples:
             self._sample()
+            if self._scheduler.is_early:  # those who got tokens ask for the next at once
+                return
         chosen = self._scheduler.next()
-        if chosen is not None:
+        if isinstance(chosen, Turn):
+            self._run_turn(chosen.request)
+        elif chosen is not None:
+            began = time.monotonic()
             self._run_pass(chosen)
+            self._pass_s = time.monotonic() - began
 
     @singledispatchmethod
     def _handle(self, message: Message) -> None:
@@ -148,7 +191,16 @@ class Engine:
     @_handle.register
     def _open(self, ask: OpenCache) -> None:
         self._close(CloseCache(ask.session))
-        self._sessions.open(ask)
+        worn = None
+        if ask.parts:
+            worn = _Worn(ask.parts, self._training().adapters.pin((ask.start, ask.end), ask.parts))
+        try:
+            self._sessions.open(ask)
+        except CorollaError:
+            self._take_off(worn)
+            raise
+        if worn is not None:
+            self._worn[ask.session] = worn
         self._send(Done(ask.request))
 
     @_handle.register
@@ -175,6 +227,17 @@ class Engine:
     def _close(self, ask: CloseCache) -> None:
         self._drop_steps(ask.session)
         self._sessions.close(ask.session)
+        self._take_off(self._worn.pop(ask.session, None))
+
+    @_handle.register
+    def _train(self, ask: Forward | Backward) -> None:
+        self._training().begin(ask)
+        self._scheduler.add_training(ask.request)
+
+    @_handle.register
+    def _hold(self, ask: HoldPart) -> None:
+        self._training().adapters.hold(ask.part, ask.block, ask.payload)
+        self._send(Done(ask.request))
 
     @_handle.register
     def _begin(self, ask: BeginGeneration) -> None:
@@ -194,6 +257,16 @@ class Engine:
         if self._span is None:
             raise error(Code.BLOCKS_OUT_OF_RANGE, "this worker serves no blocks")
         return self._span
+
+    def _training(self) -> Trainer:
+        self._blocks()
+        if self._trainer is None:
+            raise error(Code.INTERNAL, "a worker with blocks that cannot train them")
+        return self._trainer
+
+    def _take_off(self, worn: _Worn | None) -> None:
+        if worn is not None:
+            self._training().adapters.unpin(worn.names)
 
     def _ends(self) -> Generations:
         if self._generations is None:
@@ -219,6 +292,20 @@ class Engine:
             return
         for ask, answer in zip(asks, answers, strict=True):
             self._send(Failed.of(ask.request, answer) if isinstance(answer, CorollaError) else answer)
+
+    def _run_turn(self, request: int) -> None:
+        """One block of a training request; its answer, once it is through."""
+        trainer = self._training()
+        try:
+            num_tokens, answer = trainer.turn(request)
+        except Exception as problem:
+            self._scheduler.finish_training(request)
+            self._fail(request, problem)
+            return
+        if answer is not None:
+            self._scheduler.finish_training(request)
+            self._num_tokens += num_tokens
+            self._send(answer)
 
     def _run_pass(self, chosen: Pass) -> None:
         running: list[tuple[Part, _Step]] = []
@@ -266,13 +353,20 @@ class Engine:
     def _forward(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> tuple[Tensor, ...]:
         """One pass with these parts side by side; each one's output (part.num, hidden_size)."""
         segments: list[Segment] = []
+        overlays: list[Overlay] = []
+        offset = 0
         for part, step in running:
-            segments.extend(cut(step.begun.applied.segments, part.first, part.num))
+            mine = cut(step.begun.applied.segments, part.first, part.num)
+            segments.extend(mine)
+            worn = self._worn.get(part.job.session)
+            if worn is not None:
+                overlays.append(_overlay(worn, mine, offset, self._blocks().device))
+            offset += part.num
         inputs = [step.hidden[part.first : part.first + part.num] for part, step in running]
         batch = Batch(tuple(segments))
         output = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
         if batch.num_tokens:
-            output = self._blocks().forward(output, batch, blocks)
+            output = self._blocks().forward(output, batch, blocks, overlays)
         self._num_tokens += batch.num_tokens
         return torch.split(output, [part.num for part, _ in running])
 
@@ -314,6 +408,18 @@ def cut(segments: tuple[Segment, ...], first: int, num: int) -> tuple[Segment, .
             parts.append(Segment(segment.pages, segment.start + start, end - start))
         offset += segment.n
     return tuple(parts)
+
+
+def _overlay(worn: _Worn, segments: Sequence[Segment], offset: int, device: torch.device) -> Overlay:
+    """A session's adapter over its tokens, which start at `offset` of the batch; rows begin at position 0."""
+    places = [segment.start + i for segment in segments for i in range(segment.n)]
+    return Overlay(
+        first=offset,
+        last=offset + len(places),
+        parts=worn.parts,
+        places=torch.tensor(places, dtype=torch.int64, device=device),
+        earliest=min(places, default=0),
+    )
 
 
 def _wanted(reply: Reply, rows: tuple[Row, ...]) -> tuple[int, ...] | None:

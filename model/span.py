@@ -6,12 +6,13 @@ in the thread that calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
+from .adapters import Overlay, prompted, worn
 from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
@@ -90,6 +91,11 @@ class Span:
         span.device = device
         return span
 
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        """Block → its module, to look at."""
+        return self._blocks
+
     def allocate(self, num_pages: int, page_tokens: int = PAGE_TOKENS) -> Cache:
         """Make the KV cache of all blocks. Raises `OUT_OF_MEMORY`."""
         self.cache = Cache(self.cache_shapes, num_pages, self.dtype, self.device, page_tokens)
@@ -101,36 +107,47 @@ class Span:
             for source, target in copies:
                 self.cache.copy_page(source, target)
 
-    def forward(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        blocks: tuple[int, int] | None = None,
+        overlays: Sequence[Overlay] = (),
+    ) -> Tensor:
         """Hidden states after blocks [a, b) of the span, by default all of it.
 
         hidden: (num_tokens, hidden_size), the batch's segments one after the other, in the span's dtype and
         on its device. Segments with pages attend their rows' pages and are written there; a stateless
         batch leaves nothing behind, and gradients of `hidden` flow if it asks for them.
+        overlays: adapters over some of the tokens, in the order of these; no token is under two.
         Raises `BAD_SHAPE`, `BLOCKS_OUT_OF_RANGE`.
         """
         first, last = self._check(hidden, batch, blocks)
         if not batch.num_tokens:
             return hidden
         if batch.is_stateless:
-            return self._run(hidden, Placement(batch, None, self.device), range(first, last))
+            return self._run(hidden, Placement(batch, None, self.device), range(first, last), overlays)
         with torch.inference_mode():
-            return self._run(hidden, Placement(batch, self.cache, self.device), range(first, last))
+            return self._run(hidden, Placement(batch, self.cache, self.device), range(first, last), overlays)
 
-    def _run(self, hidden: Tensor, placement: Placement, blocks: range) -> Tensor:
-        states = hidden[None]  # (1, num_tokens, hidden_size)
+    def _run(
+        self, hidden: Tensor, placement: Placement, blocks: range, overlays: Sequence[Overlay]
+    ) -> Tensor:
+        states = hidden  # (num_tokens, hidden_size)
         positions = placement.positions[None]
-        embeddings = self._rotary(states, placement, blocks)
+        embeddings = self._rotary(states[None], placement, blocks)
         for block in blocks:
-            states = self._blocks[block](
-                states,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=embeddings[block],
-                placement=placement,
-            )
+            module = self._blocks[block]
+            with worn(module, block, overlays, len(states)):
+                states = module(
+                    prompted(states, block, overlays)[None],
+                    attention_mask=None,
+                    position_ids=positions,
+                    position_embeddings=embeddings[block],
+                    placement=placement,
+                )[0]
             self.num_blocks_computed += 1
-        return states[0]
+        return states
 
     def _check(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None) -> tuple[int, int]:
         first, last = blocks or (self.start, self.end)

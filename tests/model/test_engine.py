@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from corolla.model.adapters import Overlay
 from corolla.model.attention import Batch, Segment
 from corolla.model.batch import Policy
 from corolla.model.checkpoint import open_checkpoint
@@ -64,7 +65,17 @@ class SummingBlocks:
             at, to = source * PAGE_TOKENS, target * PAGE_TOKENS
             self._slots[to : to + PAGE_TOKENS] = self._slots[at : at + PAGE_TOKENS]
 
-    def forward(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None = None) -> Tensor:
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        return {}
+
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        blocks: tuple[int, int] | None = None,
+        overlays: Sequence[Overlay] = (),
+    ) -> Tensor:
         assert blocks is not None
         self.before_pass(batch)
         self.passes.append((blocks, batch.num_tokens))
