@@ -77,7 +77,7 @@ def main() -> None:
     engine = load(configure, connection)
     threading.Thread(target=beat, args=(connection, engine, inbox), name="beater", daemon=True).start()
     while True:
-        for message in waiting(inbox, for_s=_IDLE_ROUND_S if engine.is_idle else 0):
+        for message in waiting(inbox, for_s=_IDLE_ROUND_S if engine.is_idle else engine.grace_s):
             engine.handle(message)
         engine.run()
 
