@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from ..protocol.errors import Code, error
 from .checkpoint import Checkpoint
 from .families import Skeleton
-from .linear import packed
+from .linear import packed, shrunk
+from .quantization import Shelf
 from .weights import fetch_parts, load_part
 
 
@@ -39,14 +40,21 @@ class Ends:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, memory_bytes: int = 0
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        shelf: Shelf | None = None,
+        memory_bytes: int = 0,
     ) -> Ends:
         """Load just the ends' tensors, and the tokenizer if the model has one.
 
-        memory_bytes: limit for the weights; 0 is none. Raises as `Span.load`.
+        shelf: the head is quantized in its scheme, and kept there. memory_bytes: limit for the weights; 0 is
+        none. Raises as `Span.load`.
         """
         skeleton = Skeleton(checkpoint.config)
-        size = skeleton.ends_bytes(dtype)
+        size = skeleton.ends_bytes(dtype, shelf.scheme if shelf else None)
         if memory_bytes and size > memory_bytes:
             raise error(
                 Code.DOES_NOT_FIT,
@@ -58,10 +66,11 @@ class Ends:
         wanted = ("embeddings", "norm") if skeleton.is_tied else ("embeddings", "norm", "head")
         fetch_parts(checkpoint, skeleton, [prefixes[part] for part in wanted])
         for part in wanted:
-            parts[part] = load_part(checkpoint, skeleton, prefixes[part], parts[part], dtype, device)
+            kept = shelf if part == "head" else None
+            parts[part] = load_part(checkpoint, skeleton, prefixes[part], parts[part], dtype, device, kept)
         if skeleton.is_tied:
             parts["head"].weight = parts["embeddings"].weight
-            parts["head"] = packed(parts["head"])
+            parts["head"] = packed(parts["head"]) if shelf is None else shrunk(parts["head"], shelf.scheme)
         ends = cls(parts, skeleton, checkpoint.tokenizer())
         ends.bytes = size
         ends.dtype = dtype

@@ -142,22 +142,13 @@ class Skeleton:
 
     def block_bytes(self, block: int, dtype: torch.dtype, scheme: Quantization | None = None) -> int:
         """Bytes of a block's weights in `dtype`, those of linear layers in `scheme`."""
-        prefix = self.block_prefix(block)
-        total = 0
-        for name, tensor in self.tensors.items():
-            if not name.startswith(prefix):
-                continue
-            if scheme is not None and name in self._linear and can_hold(scheme, *tensor.shape):
-                total += weight_bytes(scheme, *tensor.shape)
-            else:
-                total += tensor.numel() * dtype.itemsize
-        return total
+        return self._bytes(self.block_prefix(block), dtype, scheme)
 
-    def ends_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the ends' weights in `dtype`; tied ones count twice, because the head is packed."""
-        prefixes = tuple(self.end_prefixes.values())
+    def ends_bytes(self, dtype: torch.dtype, scheme: Quantization | None = None) -> int:
+        """Bytes of the ends' weights in `dtype`, the head in `scheme`; tied ones count twice: it has its own."""
+        prefixes = self.end_prefixes
         return sum(
-            t.numel() * dtype.itemsize for name, t in self.tensors.items() if name.startswith(prefixes)
+            self._bytes(prefixes[part], dtype, scheme if part == "head" else None) for part in prefixes
         )
 
     def take_block(self, block: int) -> nn.Module:
@@ -191,6 +182,17 @@ class Skeleton:
     def rotary(self) -> Rotary:
         """The model's rotary embeddings, with buffers of their own on the CPU."""
         return Rotary(type(self._base.get_submodule(self._layout.rotary))(self.config), self.config)
+
+    def _bytes(self, prefix: str, dtype: torch.dtype, scheme: Quantization | None) -> int:
+        total = 0
+        for name, tensor in self.tensors.items():
+            if not name.startswith(prefix):
+                continue
+            if scheme is not None and name in self._linear and can_hold(scheme, *tensor.shape):
+                total += weight_bytes(scheme, *tensor.shape)
+            else:
+                total += tensor.numel() * dtype.itemsize
+        return total
 
     def _head_name(self) -> str:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .quantization import Stored, from_nf4
+from .quantization import Stored, can_hold, from_nf4, quantize
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
@@ -319,6 +319,15 @@ def packed(layer: nn.Module) -> nn.Module:
         return layer
     bias = layer.bias.detach() if layer.bias is not None else None
     return PackedLinear(weight.contiguous(), bias)
+
+
+def shrunk(layer: nn.Module, scheme: Quantization) -> nn.Module:
+    """`layer` packed, or quantized if it is a plain linear layer of a shape that the scheme takes."""
+    if type(layer) is not nn.Linear or not can_hold(scheme, layer.out_features, layer.in_features):
+        return packed(layer)
+    weight = layer.weight.detach()
+    bias = layer.bias.detach() if layer.bias is not None else None
+    return quantized(quantize(weight, scheme), bias, weight.device)
 
 
 def quantized(stored: Stored, bias: Tensor | None, device: torch.device) -> FrozenLinear:

@@ -85,7 +85,9 @@ def load(ask: Configure, report: Report) -> Loaded:
     plan = make_plan(ask, checkpoint, torch_dtype(dtype), device)
     ends = None
     if ask.ends:
-        ends = Ends.load(checkpoint, torch_dtype(dtype), device, memory_bytes=plan.memory_bytes)
+        # In the head fewer than eight bits cost more accuracy than in any block.
+        head = Shelf.of(Path(ask.cache_folder), facts.fingerprint, Quantization.INT8) if scheme else None
+        ends = Ends.load(checkpoint, torch_dtype(dtype), device, shelf=head, memory_bytes=plan.memory_bytes)
     span, speed = None, Speed()
     if plan.end > plan.start:
 
@@ -190,7 +192,7 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
             page_bytes([skeleton.cache_shape(skeleton.take_block(block))], dtype)
             for block in range(num_blocks)
         ),
-        ends=skeleton.ends_bytes(dtype) if ask.ends else 0,
+        ends=skeleton.ends_bytes(dtype, Quantization.INT8 if scheme else None) if ask.ends else 0,
     )
     least_pages = -(-(ask.cache_tokens or _LEAST_CACHE_TOKENS) // PAGE_TOKENS)
     start = ask.start

@@ -1,12 +1,13 @@
 """Weights in fewer bits: the schemes, how a weight is put into each, and the shelf where that is kept.
 
-Owns the stored form of quantized weights, which is the same on every machine; how a device computes with
-them is the business of `linear`. Only plain linear layers of blocks are quantized: norms, experts fused into
-one tensor, and the ends stay in the worker's dtype.
+Owns the stored form of quantized weights, which is the same on every machine; how a device computes with them
+is the business of `linear`. Only plain linear layers of blocks are quantized, and the head, always in eight
+bits: norms, experts fused into one tensor, and embeddings stay in the worker's dtype.
 
-Weights are quantized by themselves, without looking at any activation, and activations are never quantized.
-What a row gives is thus a function of that row and the weights; rows beside it can change the order of a sum,
-as they can without quantization, and nothing else.
+Weights are quantized by themselves, without looking at any activation, and nothing that is computed for a row
+depends on the values of other rows. How many there are chooses the kernel, and so may change, as without
+quantization, the order of a sum; with int8 and int4 on a CPU also the last bit of a bfloat16, to which
+inputs and outputs of these layers are rounded, and with int4 that of each weight.
 
 Source: Dettmers et al. 2022, LLM.int8(), for one scale a row; Dettmers et al. 2023, QLoRA, for NF4.
 """

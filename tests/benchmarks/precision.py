@@ -106,10 +106,12 @@ def passed(hidden: Tensor, wire: Encoding) -> Tensor:
 def score(checkpoint: Checkpoint, kind: Kind, rows: Tensor) -> Score:
     """Perplexity of every token but each window's first, given those before it."""
     dtype = torch_dtype(kind.dtype)
-    ends = Ends.load(checkpoint, dtype, CPU)
-    shelf = None
+    shelf = head = None
     if kind.quantization is not None:
-        shelf = Shelf.of(checkpoint.cache_folder, checkpoint.facts().fingerprint, kind.quantization)
+        fingerprint = checkpoint.facts().fingerprint
+        shelf = Shelf.of(checkpoint.cache_folder, fingerprint, kind.quantization)
+        head = Shelf.of(checkpoint.cache_folder, fingerprint, Quantization.INT8)
+    ends = Ends.load(checkpoint, dtype, CPU, shelf=head)
     num_blocks = int(checkpoint.config.num_hidden_layers)
     span = Span.load(checkpoint, 0, num_blocks, dtype, CPU, shelf=shelf)
     cuts = [round(i * num_blocks / NUM_HOPS) for i in range(NUM_HOPS + 1)]

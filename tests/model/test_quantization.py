@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from corolla.model.attention import Batch
 from corolla.model.checkpoint import Checkpoint, open_checkpoint
+from corolla.model.ends import Ends
 from corolla.model.families import Skeleton
 from corolla.model.linear import FrozenLinear, quantized
 from corolla.model.pages import PagePool, SessionPages
@@ -20,7 +21,7 @@ from corolla.protocol.steps import NEW_ROW, Row
 from corolla.protocol.tensors import Quantization
 from corolla.protocol.work import ModelSource, SourceKind
 
-from .tiny import NUM_BLOCKS, save_tiny
+from .tiny import NUM_BLOCKS, VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")
 # Root mean square error of normally distributed weights, as a share of theirs: half a step of 1/127 of the
@@ -204,3 +205,23 @@ def test_batched_equals_alone_in_a_quantized_span(
     apart = [alone.forward(x, Batch((s,))) for x, s in zip(inputs, segments, strict=True)]
     assert distance(got[:3], apart[0]) < 2 * ROUNDING
     assert distance(got[3:], apart[1]) < 2 * ROUNDING
+
+
+# the ends
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_is_kept_in_eight_bits_and_the_embeddings_as_they_are(tmp_path: Path, is_tied: bool) -> None:
+    save_tiny(tmp_path / "model", tie_word_embeddings=is_tied)
+    source = ModelSource(SourceKind.FOLDER, str(tmp_path / "model"))
+    checkpoint = open_checkpoint(source, tmp_path / "cache")
+    exact = Ends.load(checkpoint, torch.float32, CPU)
+    light = Ends.load(checkpoint, torch.float32, CPU, shelf=Shelf(tmp_path / "shelf", Quantization.INT8))
+    hidden = hidden_states(9)
+    logits = exact.head(hidden)
+    assert not torch.equal(light.head(hidden), logits)
+    assert distance(light.head(hidden), logits) < 2 * ERRORS[Quantization.INT8]
+    tokens = torch.arange(3, 20)
+    assert torch.equal(light.embed(tokens), exact.embed(tokens))
+    saved = 64 * VOCAB_SIZE * 4 - weight_bytes(Quantization.INT8, VOCAB_SIZE, 64)
+    assert exact.bytes - light.bytes == saved
