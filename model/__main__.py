@@ -107,7 +107,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
         leave(1, f"loading failed: {explained}")
     generations = Generations(loaded.ends, loaded.end_tokens) if loaded.ends is not None else None
     policy = Policy.of(loaded.speed.decode_tokens_per_s, loaded.speed.prefill_tokens_per_s)
-    engine = Engine(loaded.span, generations, loaded.num_pages, connection.send, policy)
+    engine = Engine(loaded.span, generations, loaded.num_pages, connection.send, policy, loaded.room)
     connection.send(loaded.ready())
     return engine
 

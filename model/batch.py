@@ -85,12 +85,6 @@ class Pass(NamedTuple):
     parts: tuple[Part, ...]
 
 
-class Turn(NamedTuple):
-    """One block of a training request."""
-
-    request: int
-
-
 @dataclass(slots=True)
 class _Waiting:
     job: Job
@@ -136,12 +130,16 @@ class Scheduler:
         """Give it no more turns."""
         self._training.remove(request)
 
-    def next(self) -> Pass | Turn | None:
-        """What to run now; None if nothing waits. What a pass holds counts as done."""
+    def next_training(self) -> int | None:
+        """The training request of which a block is to run now, before any pass; None if it is not its turn."""
+        if not self._training or (self._lanes and self._num_passes < self.policy.training_patience):
+            return None
+        self._num_passes = 0
+        return self._training[0]
+
+    def next(self) -> Pass | None:
+        """The pass to run now; None if nothing waits. What it holds counts as done."""
         heads = [lane[0] for lane in self._lanes.values()]
-        if self._training and (not heads or self._num_passes >= self.policy.training_patience):
-            self._num_passes = 0
-            return Turn(self._training[0])
         if not heads:
             return None
         self._num_passes += 1

@@ -41,7 +41,7 @@ from ..protocol.work import (
 from .adapters import Overlay
 from .adapters import Part as AdapterPart
 from .attention import Batch, Segment
-from .batch import Job, Part, Pass, Policy, Scheduler, Turn
+from .batch import Job, Part, Pass, Policy, Scheduler
 from .encodings import check_finite, decode, encode
 from .generation import Generations
 from .pages import PageCopy
@@ -176,10 +176,12 @@ class Engine:
             self._sample()
             if self._scheduler.is_early:  # those who got tokens ask for the next at once
                 return
+        training = self._scheduler.next_training()
+        if training is not None:
+            self._run_turn(training)
+            return
         chosen = self._scheduler.next()
-        if isinstance(chosen, Turn):
-            self._run_turn(chosen.request)
-        elif chosen is not None:
+        if chosen is not None:
             began = time.monotonic()
             self._run_pass(chosen)
             self._pass_s = time.monotonic() - began

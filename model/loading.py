@@ -28,6 +28,7 @@ from .pages import PAGE_TOKENS
 from .profile import Speed, measure
 from .quantization import Shelf, scheme_of
 from .span import Span
+from .training import Room
 
 Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
@@ -35,6 +36,8 @@ _SHARE_OF_FREE: Final = 0.8  # the rest is for activations, and for whatever els
 # A cache nobody gave a size: eight sessions of 8192 tokens. Memory of a CPU is touched as they grow.
 _DEFAULT_CACHE_TOKENS: Final = 65536
 _LEAST_CACHE_TOKENS: Final = 2048  # blocks without room for one conversation serve nobody
+_SPARE: Final = 16  # of the memory, kept back from the cache for adapters and training
+_ADAPTERS: Final = 4  # of what is spare, for adapters; the rest is for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Loaded:
     ends: Ends | None
     end_tokens: frozenset[int]
     num_pages: int
+    room: Room
     speed: Speed
 
     def ready(self) -> Ready:
@@ -110,6 +114,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         end_tokens=end_tokens(checkpoint.folder, checkpoint.config),
         folder=checkpoint.folder,
         num_pages=plan.num_pages,
+        room=make_room(plan.spare_bytes),
         speed=speed,
     )
 
@@ -156,12 +161,20 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Blocks [start, end) to load, and pages of cache beside them. memory_bytes: for all of it."""
+    """Blocks [start, end) to load, and pages of cache beside them. memory_bytes: for all of it; spare_bytes: of
+    that, left for adapters and training."""
 
     start: int
     end: int
     num_pages: int
     memory_bytes: int
+    spare_bytes: int = 0
+
+
+def make_room(spare_bytes: int) -> Room:
+    """What adapters and the running micro-batch may take of this."""
+    adapters = spare_bytes // _ADAPTERS
+    return Room(adapters=adapters, activations=spare_bytes - adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +219,10 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
     num_pages = least_pages
     if not ask.cache_tokens:
         most = -(-_DEFAULT_CACHE_TOKENS // PAGE_TOKENS)
-        num_pages = min(room // sum(costs.pages[start:end]), most)
-    return Plan(start, end, num_pages, memory)
+        spare = memory // _SPARE
+        num_pages = max(least_pages, min((room - spare) // sum(costs.pages[start:end]), most))
+    spare = room - num_pages * sum(costs.pages[start:end])
+    return Plan(start, end, num_pages, memory, max(spare, memory // _SPARE))
 
 
 def fitting(weights: tuple[int, ...], pages: tuple[int, ...], num_pages: int, memory: int) -> int:

@@ -344,7 +344,8 @@ def test_dropout_is_that_of_the_published_masks(tmp_path: Path) -> None:
 
     for block, layer in enumerate(model.layers):
         for target in ("self_attn.q_proj", "mlp.down_proj"):
-            layer.get_submodule(target).lora_dropout["default"] = Masked(block, target)
+            masks: Any = layer.get_submodule(target).lora_dropout
+            masks["default"] = Masked(block, target)
     alone = model._alone
 
     def counted(x: Tensor, sequence: Run, blocks: tuple[int, int]) -> Tensor:
@@ -378,7 +379,8 @@ def test_adapters_learn_on_quantized_weights(tmp_path: Path, scheme: Quantizatio
         for block, layer in enumerate(layers):
             for name, linear in layer.named_modules():
                 if isinstance(linear, nn.Linear):
-                    linear.weight.copy_(span.modules[block].get_submodule(name).dense_weight())
+                    rounded: Any = span.modules[block].get_submodule(name)
+                    linear.weight.copy_(rounded.dense_weight())
     model = learner(whole, ["q_proj", "down_proj"])
     hidden, upstream = micro_batch(model.hidden_size, [24])
     sequences = [Run(0, 24)]
@@ -463,8 +465,8 @@ def test_a_micro_batch_too_large_for_memory_is_refused_with_what_would_fit(tmp_p
 @pytest.mark.skipif("COROLLA_TEST_MODEL" not in os.environ, reason="COROLLA_TEST_MODEL names no GGUF file")
 def test_gradients_on_a_real_model_are_those_of_peft(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source_of(os.environ["COROLLA_TEST_MODEL"]), tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    model = learner(whole.requires_grad_(False), ["q_proj", "v_proj", "down_proj"], num_prompt=2)
+    whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    model = learner(whole.train(False).requires_grad_(False), ["q_proj", "v_proj", "down_proj"], num_prompt=2)
     num = len(model.layers)
     lengths = [7, 40]
     tokens = torch.arange(100, 100 + sum(lengths))
