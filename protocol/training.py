@@ -19,6 +19,20 @@ and asks again, and nobody is charged. Its tensors, float32:
 
 and its metadata, all strings: "TARGET.scaling" (alpha / rank; 1 if left out) and "dropout" (0 if left out).
 Gradients of a part come back as such a file, with the same tensor names. Source: Hu et al. 2021, LoRA.
+
+A hop adds `(drop(x) @ A.T @ B.T) * scaling`, computed in float32, to a layer's output. `drop` needs a `Dropout`
+in the request, and is a pure function: of the layer's inputs x it keeps feature i of a token, divided by
+1 - dropout, if the top 24 bits of its hash are at least round(dropout * 2^24), and makes the others zero. The
+hash starts at 0 and takes in seed, step, block, target, sample, position and i, one after the other, all as
+unsigned 64-bit words whose sums and products wrap:
+
+    h = (h ^ word) + 0x9E3779B97F4A7C15
+    h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9
+    h = (h ^ h >> 27) * 0x94D049BB133111EB
+    h = h ^ h >> 31
+
+block: its number in the model; target: the first 8 bytes, little endian, of the sha256 of TARGET; sample: the
+sequence's; position: the token's. Source: Steele et al. 2014, SplitMix, for the mixing.
 """
 
 from __future__ import annotations
