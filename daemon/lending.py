@@ -103,9 +103,9 @@ class Lending:
         return self._is_paused
 
     @property
-    def is_draining(self) -> bool:
-        """Are no new sessions taken?"""
-        return self._is_draining
+    def lends(self) -> str:
+        """`yes`, `draining` or `paused`."""
+        return "paused" if self._is_paused else "draining" if self._is_draining else "yes"
 
     def serving(self) -> tuple[tuple[Worker, Ready], ...]:
         """The spans that serve now, and are neither moving nor ending."""

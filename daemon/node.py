@@ -24,6 +24,7 @@ from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.records import TOKEN_PREFIX, decode_token
 from .belonging import Belonging, Entry, Terms, belong, discover
 from .config import Config
+from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
 from .identity import load_identity
@@ -68,6 +69,7 @@ class Node:
         self.lending: Lending
         self.rebalancing: Rebalancing
         self.pausing: Pausing
+        self.contributing: Contributing
         self._socket = socket
         self._cache_folder = cache_folder
         self._methods = methods
@@ -113,8 +115,10 @@ class Node:
     ) -> None:
         self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit)
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
+        self.contributing = Contributing(self.lending, self.store, self.events.emit)
         self.pausing = Pausing(self.lending, self.store, nursery, self.events.emit)
         self.pausing.start()
+        nursery.start_soon(self.contributing.run)
         nursery.start_soon(self.rebalancing.run)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
@@ -134,6 +138,7 @@ class Node:
         self._draining.deadline = trio.current_time() + self._stop_deadline_s
         with self._draining:
             await self._drain()
+        self.contributing.save()
         with trio.move_on_after(STOP_TIMEOUT_S):
             await self._change_place(None)
         self.lending.stop()
@@ -365,6 +370,8 @@ class Node:
             resident_bytes=_resident_bytes(),
             pid=os.getpid(),
             hint=self._hint(),
+            lending=self.lending.lends,
+            contribution=self.contributing.so_far(),
         )
 
     def _status_line(self) -> str:
@@ -378,6 +385,8 @@ class Node:
         """What to do next, if anything."""
         if self._place_problem is not None:
             return str(self._place_problem)
+        if self.lending.lends != "yes":
+            return f"{self.lending.lends}: daemonctl resume lends again"
         return HINT if self._entry is None else None
 
 

@@ -20,6 +20,7 @@ from ..protocol.errors import Code, CorollaError, error
 
 STATE_FILE: Final = "state.json"
 SEQ_FILE: Final = "seq"
+CONTRIBUTION_FILE: Final = "contribution.json"
 LOCK_FILE: Final = "lock"
 STATE_VERSION: Final = 1
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -76,6 +77,18 @@ class Store:
     def save_seq(self, seq: int) -> None:
         """Remember a sequence number before it is used."""
         self._write(SEQ_FILE, f"{seq}\n")
+
+    def load_contribution(self) -> dict[str, float]:
+        """What earlier runs did for others; nothing if that is lost, which is no reason not to start."""
+        try:
+            content = json.loads((self.folder / CONTRIBUTION_FILE).read_text("utf-8"))
+            return {str(key): float(value) for key, value in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def save_contribution(self, content: Mapping[str, float]) -> None:
+        """Remember it. Raises `DISK_FULL`, `UNREADABLE`."""
+        self._write(CONTRIBUTION_FILE, json.dumps(dict(content)) + "\n")
 
     def _load(self) -> State:
         path = self.folder / STATE_FILE

@@ -362,6 +362,17 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Contribution:
+    """What this daemon did for others, by its own count, in all its runs.
+
+    block_tokens: tokens computed, times blocks. lending_s: seconds with a span online in a swarm.
+    """
+
+    block_tokens: int = 0
+    lending_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
 
@@ -381,6 +392,8 @@ class Status:
     resident_bytes: int
     pid: int
     hint: str | None = None  # what to do next, if anything
+    lending: str = "yes"  # or `draining`, `paused`
+    contribution: Contribution | None = None
 
 
 @dataclass(frozen=True, slots=True)

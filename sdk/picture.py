@@ -49,6 +49,17 @@ def picture(
     return lines
 
 
+def replica_runs(replicas: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of blocks with equally many replicas: start, end, count."""
+    runs: list[tuple[int, int, int]] = []
+    for block, count in enumerate(replicas):
+        if runs and runs[-1][2] == count:
+            runs[-1] = (runs[-1][0], block + 1, count)
+        else:
+            runs.append((block, block + 1, count))
+    return runs
+
+
 def gaps(num_blocks: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The runs of blocks that no span covers."""
     found = []

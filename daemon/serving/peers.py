@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
@@ -60,6 +61,7 @@ class Statistics:
     num_steps: int
     history_bytes: int
     history_promised_bytes: int
+    block_tokens: int = 0  # computed for others so far: tokens times blocks
 
 
 @dataclass(slots=True)
@@ -95,6 +97,7 @@ class HopService:
         self._admits = admits
         self._places: dict[_Key, _Place] = {}
         self._num_caches = 0  # so far: their names
+        self._block_tokens = 0  # computed for other members so far
         self._busy: dict[Served, None] = {}  # with steps under way, in the order in which they came
         self._changed = trio.lowlevel.ParkingLot()  # sessions came or went
         self._is_busy = trio.lowlevel.ParkingLot()
@@ -158,6 +161,7 @@ class HopService:
             num_steps=sum(place.served.num_under_way for place in places),
             history_bytes=sum(place.served.hop.history.size_bytes for place in places),
             history_promised_bytes=sum(place.history_bytes for place in places),
+            block_tokens=self._block_tokens,
         )
 
     def num_sessions(self, worker: int) -> int:
@@ -219,6 +223,7 @@ class HopService:
             self._num_caches.to_bytes(len(message.session)),
             grace_s=self._grace_s,
             on_busy=self._add_busy,
+            on_work=partial(self._note_work, key[0]),
         )
         self._places[key] = _Place(served, budget)
         nursery.start_soon(self._own, key, served)
@@ -277,6 +282,10 @@ class HopService:
         for place in tuple(self._places.values()):
             if place.served.worker is worker:
                 place.served.worker_lost()
+
+    def _note_work(self, client: str, block_tokens: int) -> None:
+        if client != self._network.peer:
+            self._block_tokens += block_tokens
 
     # receipts
 

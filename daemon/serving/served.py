@@ -56,6 +56,7 @@ class Served:
 
     cache_id: names it to the worker; ids that clients choose could meet there.
     on_busy: told when there are steps under way, so that `tick` is called until there are none.
+    on_work: told of each step that was computed: its new tokens times the session's blocks.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Served:
         *,
         grace_s: float,
         on_busy: Callable[[Served], None],
+        on_work: Callable[[int], None] = lambda block_tokens: None,
     ) -> None:
         self.worker: Final = worker
         self.hop: Final = hop
@@ -76,6 +78,7 @@ class Served:
         self._cache_id = cache_id
         self._grace_s = grace_s
         self._on_busy = on_busy
+        self._on_work = on_work
         self._line: Line | None = None  # to the client, while it is there
         self._upstream: Stream | None = None  # on which the hop before us pushes
         self._push: Push | None = None
@@ -295,6 +298,8 @@ class Served:
         except CorollaError as problem:
             self._fail(problem, step)
             return
+        opened = self.hop.opened
+        self._on_work(sum(row.n for row in step.rows) * (opened.end - opened.start))
         self.hop.sending(step)
         if message is None or await self._send(message):
             receipt = self.hop.sent(step)

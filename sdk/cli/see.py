@@ -6,10 +6,10 @@ import time
 
 import click
 
-from ...protocol.control import ModelView, SpanView, WorkerStatus
+from ...protocol.control import ModelView, SpanView, Status, WorkerStatus
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
-from ..picture import Bar, gaps, picture, short_peer
+from ..picture import Bar, gaps, picture, replica_runs, short_peer
 from .options import asking, tell_privacy
 
 
@@ -31,6 +31,8 @@ def status(daemon: Daemon, output: Output) -> None:
             ("addresses", ", ".join(view.addresses) or "none"),
             ("peers", str(view.num_peers)),
             ("sessions", str(view.num_sessions)),
+            ("lending", view.lending),
+            ("for others", _contribution(view)),
             ("running", f"{duration(view.uptime_s)}, {num_bytes(view.resident_bytes)}, pid {view.pid}"),
         ]
     )
@@ -41,6 +43,13 @@ def status(daemon: Daemon, output: Output) -> None:
         output.line(f"  {view.join_command}")
     if view.hint:
         output.say(f"hint: {view.hint}")
+
+
+def _contribution(view: Status) -> str:
+    done = view.contribution
+    if done is None:
+        return "nothing yet"
+    return f"{done.block_tokens:,} block-tokens in {duration(done.lending_s)}"
 
 
 def _worker(worker: WorkerStatus) -> str:
@@ -107,6 +116,13 @@ def _show_model(output: Output, model: ModelView, spans: tuple[SpanView, ...]) -
     for line, kind in picture(model.num_blocks, bars, gaps(model.num_blocks, served)):
         colour = {"online": "green", "loading": "yellow", "nobody": "red"}.get(kind)
         output.line("  " + click.style(line, fg=colour, dim=not kind))
+    if model.replicas:
+        speeds = [0.0] * model.num_blocks
+        for bar, span in zip(bars, [s for s in spans if s.fingerprint == model.fingerprint], strict=True):
+            for block in range(bar.start, min(bar.end, model.num_blocks) if bar.state == "online" else 0):
+                speeds[block] += span.tokens_per_s
+        runs = ", ".join(f"{start}:{end} ×{count}" for start, end, count in replica_runs(model.replicas))
+        output.line(f"  replicas {runs}; slowest block {min(speeds):.0f} tokens/s")
 
 
 @swarm.command()

@@ -78,7 +78,7 @@ def _tell(report: Report, name: str, published: Run, ours: Run) -> None:
     if not has_outage:
         report.add(Measured(f"{name}: share of the bound", ours.figures.share, "", target=target))
     moves = (ours.figures.moves_per_machine_hour, published.figures.moves_per_machine_hour)
-    report.add(Measured(f"{name}: moves/machine/h, beside published", moves[0], "", moves[1]))
+    report.add(Measured(f"{name}: moves/machine/h, beside published", moves[0], "", moves[1] or None))
     report.add(
         Measured(f"{name}: moves fewer than published", moves[0] - moves[1], "", target=0.0, at_most=True)
     )

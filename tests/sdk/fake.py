@@ -65,7 +65,7 @@ class FakeDaemon:
             "status": lambda c, call: self.status(),
             "models": lambda c, call: [MODEL],
             "swarm": lambda c, call: SwarmView("home", "ab", (MODEL,), ()),
-            "peers": lambda c, call: [PeerView("12D3KooWother", ("/ip4/127.0.0.1/tcp/1",), True, 0.01)],
+            "peers": lambda c, call: [PeerView("12D3KooWother", ("/ip4/127.0.0.1/tcp/1",), True, rtt_s=0.01)],
             "config": lambda c, call: {"blocks": "auto"},
             "config.set": lambda c, call: None,
             "swarm.create": lambda c, call: Joined(call.arguments["name"], "ab", "token-of-home"),

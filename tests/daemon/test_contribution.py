@@ -1,0 +1,72 @@
+"""What a daemon did for others: counted by hops, summed over runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from corolla.daemon.contribution import SAVE_EVERY_S, Contributing
+from corolla.daemon.lending import Lending
+from corolla.daemon.store import CONTRIBUTION_FILE, open_store
+from corolla.protocol.control import Contribution
+
+from .members import Member, meadow
+from .test_rebalancing import compute
+
+pytestmark = pytest.mark.anyio
+
+
+class Lender:
+    """The part of `Lending` that counting reads."""
+
+    def __init__(self, member: Member) -> None:
+        self.belonging = member.belonging
+
+    def serving(self) -> tuple[object, ...]:
+        return (object(),)
+
+
+async def nothing(session: Any) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+def told(kind: str, text: str) -> None:
+    raise AssertionError(f"{kind}: {text}")
+
+
+async def test_steps_for_others_count_and_survive_a_restart(tmp_path: Path) -> None:
+    async with meadow() as swarm:
+        server = await swarm.serve(0, 4)
+        user = await swarm.client()
+        with open_store(tmp_path) as store:
+            counting = Contributing(cast(Lending, Lender(server)), store, told)
+            assert counting.so_far() == Contribution(0, 0.0)
+            await compute(swarm, user, 6, nothing)
+            assert counting.so_far().block_tokens == 6 * 4
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(counting.run)
+                await trio.sleep(SAVE_EVERY_S + 10)
+                nursery.cancel_scope.cancel()
+            assert counting.so_far().lending_s == pytest.approx(SAVE_EVERY_S + 10, abs=10)
+        with open_store(tmp_path) as store:
+            again = Contributing(cast(Lending, Lender(user)), store, told)
+            assert again.so_far().block_tokens == 24
+            assert again.so_far().lending_s >= SAVE_EVERY_S
+
+
+async def test_what_a_daemon_computes_for_itself_is_no_contribution(tmp_path: Path) -> None:
+    async with meadow() as swarm:
+        server = await swarm.serve(0, 4)
+        await compute(swarm, server, 3, nothing)
+        assert server.belonging.hops.statistics().block_tokens == 0
+
+
+async def test_a_damaged_count_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / CONTRIBUTION_FILE).write_text("[not a count")
+    async with meadow() as swarm:
+        member = await swarm.client()
+        with open_store(tmp_path) as store:
+            assert Contributing(cast(Lending, Lender(member)), store, told).so_far() == Contribution(0, 0.0)
