@@ -7,16 +7,23 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from corolla.daemon.contribution import SAVE_EVERY_S, Contributing
 from corolla.daemon.lending import Lending
 from corolla.daemon.store import CONTRIBUTION_FILE, open_store
 from corolla.protocol.control import Contribution
 
-from .members import Member, meadow
+from .members import Member, knows, meadow, until
 from .test_rebalancing import compute
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Trio, whose clock jumps."""
+    return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
 
 class Lender:
@@ -60,6 +67,7 @@ async def test_steps_for_others_count_and_survive_a_restart(tmp_path: Path) -> N
 async def test_what_a_daemon_computes_for_itself_is_no_contribution(tmp_path: Path) -> None:
     async with meadow() as swarm:
         server = await swarm.serve(0, 4)
+        await until(lambda: knows(server.belonging, server.peer))
         await compute(swarm, server, 3, nothing)
         assert server.belonging.hops.statistics().block_tokens == 0
 
