@@ -1,9 +1,11 @@
 """From a relayed connection to a direct one: two peers behind NATs open their doors for each other.
 
-Spoken on `PUNCH_PROTOCOL` over the relayed connection, by the peer that made it. Both say where their NATs
-show them; then the caller dials, and if that fails it has opened its own NAT for the other, who dials next.
-One after the other, nobody has to guess who accepts and who calls, as with a simultaneous opening.
-Source: Ford, Srisuresh and Kegel 2005, Peer-to-peer communication across network address translators.
+Spoken on `PUNCH_PROTOCOL` over the relayed connection, by the peer that made it. Both say where others see
+them. A caller that anybody can dial is then dialled. Otherwise it says `Now` and dials, and so does the called
+one: each packet that goes out opens the sender's NAT for the one that comes, and the two openings meet as one
+connection (RFC 9293, section 3.5, simultaneous open). The caller is its client, the called one its server.
+Source: Ford, Srisuresh and Kegel 2005, Peer-to-peer communication across network address translators;
+https://github.com/libp2p/specs/blob/master/relay/DCUtR.md.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ PUNCH_PROTOCOL: Final = "/corolla/punch/1"
 
 @dataclass(frozen=True, slots=True)
 class Doors(Message):
-    """Both ways: multiaddresses where a peer might be reached, as others saw it. Without `/p2p/…`."""
+    """Both ways: multiaddresses where a peer might be reached, as others saw it. Without `/p2p/…`.
+
+    is_open: whether anybody may dial them.
+    """
 
     KIND: ClassVar[str] = "doors"
     addresses: tuple[str, ...] = ()
+    is_open: bool = False
 
     def __post_init__(self) -> None:
         check_range("number of addresses", len(self.addresses), 0, MAX_ADDRESSES)
@@ -31,18 +37,10 @@ class Doors(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class YourTurn(Message):
-    """Caller → called: my dials failed, but what you dial now may come through. Answered by `Tried`."""
+class Now(Message):
+    """Caller → called: I dial; dial too."""
 
-    KIND: ClassVar[str] = "your_turn"
-
-
-@dataclass(frozen=True, slots=True)
-class Tried(Message):
-    """Called → caller: whether the dials reached you."""
-
-    KIND: ClassVar[str] = "tried"
-    connected: bool = False
+    KIND: ClassVar[str] = "now"
 
 
-PUNCH: Final = Vocabulary(Doors, YourTurn, Tried)
+PUNCH: Final = Vocabulary(Doors, Now)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -168,6 +169,14 @@ class OurSwarm(Swarm):
         """A new connection to `address`; whoever answers is accepted when `expected` is None."""
         return await self.upgrade_outbound(await self._dial_tcp(address), expected)
 
+    async def meet_address(self, address: Multiaddr) -> None:
+        """Dial one who dials us at the same time, and be the server of what comes of it."""
+        source = self._source(address)
+        if source is None:
+            raise error(Code.PEER_LOST, "no port of ours that others could meet")
+        raw = await self._tcp.dial_with_source(address, source)
+        await self.upgrade_inbound_raw_conn(raw, address)
+
     async def _dial_tcp(self, address: Multiaddr) -> IRawConnection:
         """A socket to an address; into the world from the port that we listen on.
 
@@ -178,8 +187,7 @@ class OurSwarm(Swarm):
             try:
                 return await self._tcp.dial_with_source(address, source)
             except OpenConnectionError as failure:
-                cause = failure.__cause__
-                if not isinstance(cause, OSError) or cause.errno not in _PORT_IN_USE:
+                if not any(os.strerror(number) in str(failure) for number in _PORT_IN_USE):
                     raise
         return await self._tcp.dial(address)
 

@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
+from ...protocol.punch import Doors
 from ..identity import Identity
 from .dialling import AddressBook, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
@@ -33,7 +34,7 @@ from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
-from .punching import Punching
+from .punching import Punching, Ways
 from .relaying import RelayLimits, RelayService
 from .relays import Relays
 from .seam import Guard, Handler, PeerView, Stream
@@ -187,7 +188,7 @@ class Libp2pNetwork:
             max_connections=max_connections,
         )
         self.relays.serve()
-        self._punching = Punching(self, self._dial, self._doors, self._is_direct)
+        self._punching = Punching(self, Ways(self._dial, self._meet, self._doors, self._is_direct))
         self._punching.serve()
         self.relaying: Final = RelayService(self, relay) if relay is not None else None
 
@@ -435,8 +436,17 @@ class Libp2pNetwork:
         connection = self._live(peer)
         return connection is not None and not _is_relayed(connection)
 
-    def _doors(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self._announce, *self.relays.observed())))
+    async def _meet(self, address: str, peer: str) -> None:
+        """Dial one who dials us at the same time, and serve the connection. Raises `PEER_LOST` with the reason."""
+        try:
+            await self._swarm.meet_address(Multiaddr(address))
+        except Exception as failure:  # as in `_dial`; that it is `peer`, its handshake proves
+            raise error(Code.PEER_LOST, root_cause(failure)) from failure
+
+    def _doors(self) -> Doors:
+        public = [a for a in self._direct_addresses() if reach_of(a) is Reach.PUBLIC]
+        seen = dict.fromkeys((*public, *self.relays.observed()))
+        return Doors(tuple(seen)[:MAX_ADDRESSES], is_open=bool(public) and not self.is_private())
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
         connections = self._connections.get(peer, [])
