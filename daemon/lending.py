@@ -23,6 +23,7 @@ from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
 from .belonging import Belonging
 from .config import Config
 from .network.announcements import Offer
+from .profiles import Profiles
 from .serving.workers import Worker, WorkerState
 from .sources import source_of, source_of_facts
 from .swarm.placement import choose_span
@@ -45,16 +46,22 @@ _log = structlog.get_logger("corolla.lending")
 class Lending:
     """The workers of one daemon. nursery: where their processes' tasks live.
 
-    on_event: told of what people may want to know: kind, text.
+    on_event: told of what people may want to know: kind, text. profiles: where measurements are kept.
     """
 
     def __init__(
-        self, config: Config, cache_folder: str, nursery: trio.Nursery, on_event: Callable[[str, str], None]
+        self,
+        config: Config,
+        cache_folder: str,
+        nursery: trio.Nursery,
+        on_event: Callable[[str, str], None],
+        profiles: Profiles | None = None,
     ) -> None:
         self._config = config
         self._cache_folder = cache_folder
         self._nursery = nursery
         self._on_event = on_event
+        self._profiles = profiles
         self._spans: list[Worker] = []
         self._ends: dict[str, Worker] = {}  # by fingerprint
         self._num_ends = 0  # ever
@@ -116,7 +123,10 @@ class Lending:
         )
 
     def load_s(self, worker: Worker) -> float:
-        """How long it took to load."""
+        """How long it would take to load as many blocks elsewhere, as far as was measured."""
+        ready = self._served.get(worker.number)
+        if self._profiles is not None and ready is not None:
+            return self._profiles.of(ready).load_time_s(ready.end - ready.start)
         return self._load_s.get(worker.number, 0.0)
 
     def enter(self, belonging: Belonging) -> None:
@@ -168,7 +178,8 @@ class Lending:
             return
         taken = {other.number for other in self._spans} | set(self._served)
         number = next(n for n in range(PULL_WORKER) if n not in taken)
-        self._served[number] = replace(ready, start=start, end=end)
+        speed = ready.decode_tokens_per_s * (ready.end - ready.start) / (end - start)
+        self._served[number] = replace(ready, start=start, end=end, decode_tokens_per_s=speed)
         self._placed.add(number)
         self._on_event(
             "moving", f"worker {worker.number} moves to blocks {start}:{end} of {ready.facts.name}"
@@ -357,6 +368,8 @@ class Lending:
             return
         if worker.ready is not None and worker.number in self._load_began:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
+            if self._profiles is not None:
+                self._profiles.note(worker.ready, self._load_s[worker.number])
         if worker.problem is not None and worker.state is WorkerState.FAILED:
             self._on_event("worker_failed", f"worker {worker.number}: {worker.problem}")
             before = self._came_from.pop(worker.number, None)

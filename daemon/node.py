@@ -34,6 +34,7 @@ from .network.host import check_port
 from .network.membership import Swarm, found_swarm
 from .network.relaying import RelayLimits
 from .pausing import Pausing
+from .profiles import Profiles
 from .rebalancing import Rebalancing
 from .routes import no_swarm
 from .store import Store
@@ -113,7 +114,8 @@ class Node:
     async def _start(
         self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
     ) -> None:
-        self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit)
+        profiles = Profiles(self.store, __version__, self.events.emit)
+        self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit, profiles)
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
         self.contributing = Contributing(self.lending, self.store, self.events.emit)
         self.pausing = Pausing(self.lending, self.store, nursery, self.events.emit)

@@ -21,6 +21,7 @@ from ..protocol.errors import Code, CorollaError, error
 STATE_FILE: Final = "state.json"
 SEQ_FILE: Final = "seq"
 CONTRIBUTION_FILE: Final = "contribution.json"
+PROFILES_FILE: Final = "profiles.json"
 LOCK_FILE: Final = "lock"
 STATE_VERSION: Final = 1
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -89,6 +90,18 @@ class Store:
     def save_contribution(self, content: Mapping[str, float]) -> None:
         """Remember it. Raises `DISK_FULL`, `UNREADABLE`."""
         self._write(CONTRIBUTION_FILE, json.dumps(dict(content)) + "\n")
+
+    def load_profiles(self) -> dict[str, Any]:
+        """What workers measured in earlier runs; nothing if that is lost: they measure again."""
+        try:
+            content = json.loads((self.folder / PROFILES_FILE).read_text("utf-8"))
+            return {str(key): value for key, value in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def save_profiles(self, content: Mapping[str, Any]) -> None:
+        """Remember it. Raises `DISK_FULL`, `UNREADABLE`."""
+        self._write(PROFILES_FILE, json.dumps(dict(content)) + "\n")
 
     def _load(self) -> State:
         path = self.folder / STATE_FILE

@@ -135,6 +135,7 @@ async def test_a_span_is_announced_as_it_is() -> None:
         async with lending(model="dies", blocks="0:4") as (lends, told):
             lends.enter(ours.belonging)
             await until(become(other, (SpanState.ONLINE, 0, 4)))
+            await until(lambda: bool(other.belonging.registry.manifests_now()))
             assert other.belonging.registry.manifests_now()[0].facts == FACTS
             assert told == ["worker_online"]
             lends.drain()
