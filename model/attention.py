@@ -32,6 +32,8 @@ ATTENTION: Final = "corolla"
 _FEW_TOKENS: Final = 8
 # Scores computed at a time where they have to be written out: 64 MiB of float32.
 _MAX_SCORES: Final = 1 << 24
+# Queries that share a mask under a window, where no cache is: shorter runs are more calls than work.
+_RUN_TOKENS: Final = 128
 
 
 def register() -> None:
@@ -308,19 +310,52 @@ def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach,
 
 def _attend_alone(query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: _Form) -> Tensor:
     """(1, num_tokens, num_heads, value_dim): causal attention within each segment, differentiable."""
-    outputs = []
-    for reach in placement.reaches:
-        tokens = slice(reach.offset, reach.offset + reach.n)
-        if form.is_plain and not _is_windowed(reach, form):
-            output = F.scaled_dot_product_attention(
-                query[None, :, tokens],
-                key[None, :, tokens],
-                value[None, :, tokens],
-                is_causal=True,
-                scale=form.scaling,
-                enable_gqa=True,
-            )[0]
-        else:
-            output = _attend_parts(query[:, tokens], [key[:, tokens]], [value[:, tokens]], (0, 0), form)
-        outputs.append(output)
+    lengths = [reach.n for reach in placement.reaches]
+    if len(set(lengths)) == 1 and form.is_plain and not _hides(lengths[0], form):
+        queries, keys, values = (
+            tensor.reshape(tensor.shape[0], len(lengths), lengths[0], -1).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        output = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=form.scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).flatten(0, 1)[None]
+    parts = (torch.split(tensor, lengths, dim=1) for tensor in (query, key, value))
+    outputs = [_attend_own(q, k, v, form) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+
+
+def _hides(num_tokens: int, form: _Form) -> bool:
+    """Whether the window hides the first of so many tokens from the last."""
+    return form.window is not None and num_tokens > form.window
+
+
+def _attend_own(query: Tensor, key: Tensor, value: Tensor, form: _Form) -> Tensor:
+    """(num_heads, n, value_dim): one whole sequence, in runs of queries that see just the keys in their reach."""
+    num_heads, num_tokens, _ = query.shape
+    if form.is_plain and not _hides(num_tokens, form):
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=form.scaling, enable_gqa=True
+        )[0]
+    step = max(1, _MAX_SCORES // (num_heads * num_tokens))
+    if form.window is not None:
+        step = max(form.window, _RUN_TOKENS)
+    outputs = []
+    for first in range(0, num_tokens, step):
+        last = min(first + step, num_tokens)
+        oldest = 0 if form.window is None else max(0, first - form.window + 1)
+        run, keys, values = query[:, first:last], key[:, oldest:last], value[:, oldest:last]
+        if not form.is_plain:
+            outputs.append(_attend_parts(run, [keys], [values], (first, oldest), form))
+            continue
+        hidden = _hidden_mask(last - first, last - oldest, (first, oldest), form.window, query.device)
+        output = F.scaled_dot_product_attention(
+            run[None],
+            keys[None],
+            values[None],
+            attn_mask=None if hidden is None else ~hidden,
+            scale=form.scaling,
+            enable_gqa=True,
+        )
+        outputs.append(output[0])
+    return torch.cat(outputs, dim=1)
