@@ -7,8 +7,9 @@ later is `rebalancing.py`.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -24,7 +25,7 @@ from .belonging import Belonging
 from .config import Config
 from .network.announcements import Offer
 from .profiles import Profiles
-from .serving.workers import Worker, WorkerState
+from .serving.workers import Worker, WorkerState, worker_command
 from .sources import source_of, source_of_facts
 from .swarm.placement import choose_span
 
@@ -47,6 +48,7 @@ class Lending:
     """The workers of one daemon. nursery: where their processes' tasks live.
 
     on_event: told of what people may want to know: kind, text. profiles: where measurements are kept.
+    command: how a worker process is started.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Lending:
         nursery: trio.Nursery,
         on_event: Callable[[str, str], None],
         profiles: Profiles | None = None,
+        command: Callable[[int], Sequence[str]] = worker_command,
     ) -> None:
         self._config = config
+        self._command = command
         self._cache_folder = cache_folder
         self._nursery = nursery
         self._on_event = on_event
@@ -141,11 +145,11 @@ class Lending:
         self._belonging = None
 
     def drain(self) -> None:
-        """Take no new sessions, and ask those that are open to go on elsewhere."""
+        """Take no new sessions, and ask those that are open to go on elsewhere once others can take them."""
         self._is_draining = True
         for worker in self._spans:
             self._announce(worker)
-            self._nursery.start_soon(self._empty, worker, MOVE_DEADLINE_S)
+            self._nursery.start_soon(self._empty, worker, math.inf)
 
     async def pause(self) -> None:
         """Let sessions go on elsewhere, then end the workers of our spans; returns when they have ended."""
@@ -275,7 +279,7 @@ class Lending:
 
         Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `DISK_FULL`, `DAMAGED_WEIGHTS`, `UNREADABLE`.
         """
-        worker = Worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
+        worker = self._worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
         self._nursery.start_soon(worker.run)
         try:
             return (await self._loaded(worker, emit)).folder
@@ -307,8 +311,8 @@ class Lending:
         for source in self._sources(facts):
             number = ENDS_WORKER + self._num_ends
             self._num_ends += 1
-            worker = Worker(
-                number, replace(self._configure(source, 0, 0, "cpu"), ends=True), model=facts.name
+            worker = self._worker(
+                number, replace(self._configure(source, 0, 0, "cpu"), ends=True), facts.name
             )
             self._on_event("ends_loading", f"loading the ends of {facts.name} from {source.location}")
             self._nursery.start_soon(worker.run)
@@ -335,6 +339,9 @@ class Lending:
             found.append(elsewhere)
         return found
 
+    def _worker(self, number: int, configure: Configure, model: str = "") -> Worker:
+        return Worker(number, configure, model=model, command=self._command)
+
     def _configure(self, source: ModelSource, start: int, end: int, device: str) -> Configure:
         config = self._config
         return Configure(
@@ -351,7 +358,7 @@ class Lending:
         )
 
     def _start_span(self, number: int, configure: Configure) -> None:
-        worker = Worker(number, configure, model=self._config.model)
+        worker = self._worker(number, configure, self._config.model)
         self._told.pop(number, None)  # of the worker before it
         self._load_began[number] = trio.current_time()
         self._spans = [other for other in self._spans if other.number != number] + [worker]
