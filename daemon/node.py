@@ -37,6 +37,7 @@ from .pausing import Pausing
 from .profiles import Profiles
 from .rebalancing import Rebalancing
 from .routes import no_swarm
+from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
 
@@ -115,7 +116,10 @@ class Node:
         self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
     ) -> None:
         profiles = Profiles(self.store, __version__, self.events.emit)
-        self.lending = Lending(self.config, str(self._cache_folder), nursery, self.events.emit, profiles)
+        environment = Environment(self.store.folder / "worker")
+        self.lending = Lending(
+            self.config, str(self._cache_folder), nursery, self.events.emit, profiles, environment.command
+        )
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
         self.contributing = Contributing(self.lending, self.store, self.events.emit)
         self.pausing = Pausing(self.lending, self.store, nursery, self.events.emit)
