@@ -25,6 +25,7 @@ from .network.relaying import RelayLimits
 from .network.seam import Network
 from .routes import Routes
 from .serving.peers import HopService
+from .serving.training import TrainingService
 from .swarm.blame import Ledger
 
 FAREWELL_S: Final = 2.0  # for withdrawing our records; who misses it sees them expire
@@ -117,6 +118,7 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
         )
         ledger = Ledger(terms.on_charge)
         hops = HopService(network, grace_s=terms.session_grace_s, admits=terms.admits)
+        TrainingService(network, hops.worker_for)  # the network holds it
         routes = Routes(network, membership, registry, ledger)
         await tasks.start(membership.run)
         await tasks.start(registry.run)

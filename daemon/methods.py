@@ -33,6 +33,7 @@ from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
+from .training.programs import Programs
 
 if TYPE_CHECKING:
     from .node import Node
@@ -62,6 +63,7 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "pause": methods.pause,
         "resume": methods.resume,
         "stop": methods.stop,
+        **Programs(node).handlers(),
     }
 
 

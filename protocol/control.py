@@ -14,6 +14,7 @@ from typing import ClassVar, Final
 
 from .errors import CorollaError, error_from_wire
 from .messages import Message, Plain, Vocabulary
+from .passes import AdapterName, BackwardPass, ForwardPass, PassHandle, PutAdapterPart
 from .steps import Reply, Row
 from .tensors import DType, Encoding
 from .work import ChatMessage, Sampling, TokenRow
@@ -320,6 +321,13 @@ METHODS: Final[dict[str, Method]] = {
         Method("session.open", Right.USE, OpenModelSession),
         Method("session.step", Right.USE, SessionStep),
         Method("session.close", Right.USE, SessionHandle),
+        Method("model.forward", Right.USE, ForwardPass),
+        Method("model.backward", Right.USE, BackwardPass),
+        Method("model.release", Right.USE, PassHandle),
+        Method("adapter.put", Right.USE, PutAdapterPart),
+        Method("adapter.list", Right.USE, NoArguments),
+        Method("adapter.show", Right.USE, AdapterName),
+        Method("adapter.remove", Right.USE, AdapterName),
         Method("model.pull", Right.MANAGE, PullModel),
         Method("config.set", Right.MANAGE, SetConfig),
         Method("swarm.create", Right.MANAGE, CreateSwarm),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -35,6 +36,7 @@ from ..protocol.control import (
 )
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.tensors import Encoding
+from ..protocol.training import Sequence as Run
 from ..protocol.work import ChatMessage
 from .answers import find_model, item, one, rebalance_request, session_request, several
 from .generation import (
@@ -47,6 +49,7 @@ from .generation import (
 )
 from .session import Session
 from .streams import Stream
+from .training import Gradients, Pass, Trip, forward
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -290,6 +293,24 @@ class Model:
         wire = self._daemon._connection()
         opened = one(SessionOpened, wire.call("session.open", asked).value)
         return Session(wire, opened, rows, max_length)
+
+    def forward(
+        self, hidden: Any, *, blocks: tuple[int, int] | None = None, encoding: Encoding | str | None = None
+    ) -> Any:
+        """Hidden states after blocks [start, end), of whole rows from position 0; nothing is kept of them.
+
+        hidden: (rows, n, hidden_size), numpy or torch; the answer is alike. Raises as `training.forward`.
+        """
+        return forward(self._daemon._connection(), self.name, hidden, None, Trip(blocks, encoding)).output
+
+    def passing(self, hidden: Any, trip: Trip | None = None, sequences: Sequence[Run] | None = None) -> Pass:
+        """As `forward`, and what backward needs is kept: `passed.output`, then `model.backward(passed, …)`."""
+        trip = replace(trip or Trip(), keep=True)
+        return forward(self._daemon._connection(), self.name, hidden, sequences, trip)
+
+    def backward(self, passed: Pass, gradients: Any) -> Gradients:
+        """Gradients of a pass's inputs and adapter parts, from those of its output. See `Pass.backward`."""
+        return passed.backward(gradients)
 
     def __repr__(self) -> str:
         return f"Model({self.name!r})"

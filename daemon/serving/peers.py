@@ -31,12 +31,14 @@ from ...protocol.steps import (
     OpenSession,
     Step,
 )
+from ...protocol.training import PutPart
 from ...protocol.work import Ready
 from ..network.conversation import Conversation
 from ..network.seam import Network, Stream
 from .hop import HopSession
 from .port import WorkerPort
 from .served import Served
+from .training import Asked
 
 MAX_SESSIONS: Final = 256  # of all clients, on all workers of this daemon
 MAX_SESSIONS_PER_CLIENT: Final = 64
@@ -123,6 +125,18 @@ class HopService:
             if place.served.worker is worker:
                 self._free(key, place.served)
 
+    def worker_for(self, client: str, asked: Asked) -> WorkerPort:
+        """The worker for a training request. Raises as sessions are refused: `BUSY`, `DRAINING`, …."""
+        start, end = (
+            (asked.block, asked.block + 1) if isinstance(asked, PutPart) else (asked.start, asked.end)
+        )
+        self._ready(asked.worker, asked.fingerprint, start, end)
+        if asked.worker in self._draining:
+            raise error(Code.DRAINING, f"worker {asked.worker} takes no new requests", "use another peer")
+        if self._admits is not None:
+            self._admits(client)
+        return self._workers[asked.worker]
+
     def drain(self, worker: int) -> None:
         """Take no new sessions on a worker; those that are open go on."""
         self._draining.add(worker)
@@ -199,7 +213,7 @@ class HopService:
 
     async def _open(self, key: _Key, message: OpenSession) -> Served:
         """The session, as new or resumed. Raises why the client cannot have it."""
-        ready, nursery = self._ready(message)
+        ready, nursery = self._ready(message.worker, message.fingerprint, message.start, message.end)
         if key not in self._places and message.worker in self._draining:
             raise error(Code.DRAINING, f"worker {message.worker} takes no new sessions", "use another peer")
         if self._admits is not None and key not in self._places:
@@ -231,23 +245,21 @@ class HopService:
         await served.wait_open()
         return served
 
-    def _ready(self, message: OpenSession) -> tuple[Ready, trio.Nursery]:
+    def _ready(self, number: int, fingerprint: str, start: int, end: int) -> tuple[Ready, trio.Nursery]:
         """What the worker serves, if that is what is asked for, and where its session can live."""
-        number = message.worker
         worker = self._workers.get(number)
         ready = worker.ready if worker is not None else None
         if self._nursery is None or ready is None:
             raise error(Code.BUSY, f"worker {number} does not serve now", "use another peer")
-        if message.fingerprint != ready.facts.fingerprint:
+        if fingerprint != ready.facts.fingerprint:
             raise error(
                 Code.UNKNOWN_MODEL,
-                f"worker {number} serves model {ready.facts.fingerprint[:8]}, not {message.fingerprint[:8]}",
+                f"worker {number} serves model {ready.facts.fingerprint[:8]}, not {fingerprint[:8]}",
             )
-        if not ready.start <= message.start < message.end <= ready.end:
+        if not ready.start <= start < end <= ready.end:
             raise error(
                 Code.BLOCKS_OUT_OF_RANGE,
-                f"blocks {message.start}:{message.end} asked of worker {number},"
-                f" which serves {ready.start}:{ready.end}",
+                f"blocks {start}:{end} asked of worker {number}, which serves {ready.start}:{ready.end}",
             )
         return ready, self._nursery
 

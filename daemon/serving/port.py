@@ -14,12 +14,16 @@ import trio
 
 from ...protocol.errors import CorollaError, error_from_wire
 from ...protocol.work import (
+    Backward,
     BeginGeneration,
     Begun,
     CloseCache,
     Compute,
     Done,
     EndGeneration,
+    Forward,
+    Gradients,
+    HoldPart,
     OpenCache,
     Ready,
     Restore,
@@ -28,9 +32,9 @@ from ...protocol.work import (
     Sampled,
 )
 
-Request: TypeAlias = OpenCache | Compute | Restore | BeginGeneration | Sample
+Request: TypeAlias = OpenCache | Compute | Restore | BeginGeneration | Sample | Forward | Backward | HoldPart
 Notice: TypeAlias = CloseCache | EndGeneration
-Answer: TypeAlias = Done | Restored | Begun | Sampled
+Answer: TypeAlias = Done | Restored | Begun | Sampled | Gradients
 
 # The one kind of answer that each request has; another is a defect of the worker.
 ANSWERS: Final[dict[type[Request], type[Answer]]] = {
@@ -39,6 +43,9 @@ ANSWERS: Final[dict[type[Request], type[Answer]]] = {
     Restore: Restored,
     BeginGeneration: Begun,
     Sample: Sampled,
+    Forward: Done,
+    Backward: Gradients,
+    HoldPart: Done,
 }
 
 

@@ -20,6 +20,7 @@ from ...protocol.errors import Code, CorollaError, error
 from ...protocol.steps import NEW_ROW, Reply, Row, check_payload
 from ...protocol.tensors import DType, Encoding
 from ...protocol.work import (
+    Backward,
     BeginGeneration,
     Begun,
     Chosen,
@@ -27,6 +28,8 @@ from ...protocol.work import (
     Compute,
     Done,
     EndGeneration,
+    Forward,
+    HoldPart,
     ModelFacts,
     OpenCache,
     Ready,
@@ -389,6 +392,8 @@ class WorkerTwin:
                 return self._begin(request)
             case Sample():
                 return self._sample(request)
+            case Forward() | Backward() | HoldPart():
+                raise error(Code.UNSUPPORTED, "a twin does not train")
 
     def _open(self, ask: OpenCache) -> None:
         if not self._serves.start <= ask.start < ask.end <= self._serves.end:

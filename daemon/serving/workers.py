@@ -26,6 +26,7 @@ from ...protocol.work import (
     Configure,
     Done,
     Failed,
+    Gradients,
     Loading,
     Ready,
     Restored,
@@ -241,7 +242,7 @@ class Worker:
         """Take what the process says; gives the reason, if that is its end."""
         now = trio.current_time()
         match message:
-            case Done() | Restored() | Begun() | Sampled():
+            case Done() | Restored() | Begun() | Sampled() | Gradients():
                 pending = self._pending.pop(message.request, None)
                 if pending is not None and not isinstance(message, pending.expects):
                     pending.fail(error(Code.INTERNAL, f"a worker answered with {message.KIND!r}"))

@@ -1,0 +1,286 @@
+"""Answers programs of this machine that train: passes by handle, and the parts of their adapters.
+
+It owns what is kept for them and its bounds: the inputs of passes that wait for their backward, which end with
+the program's connection; and adapter parts, of which the least recently used make room.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ...protocol.errors import Code, error
+from ...protocol.limits import MAX_PART_BYTES, MAX_TRAINING_BYTES, MIB
+from ...protocol.passes import (
+    AdapterName,
+    AdapterView,
+    BackwardPass,
+    ForwardPass,
+    Passed,
+    PassGradients,
+    PassHandle,
+    PutAdapterPart,
+)
+from ...protocol.tensors import is_finite
+from ...protocol.training import check_micro_batch
+from ..belonging import Belonging
+from ..control import Ask, Connection, Handler, Reply
+from ..sessions import find_model
+from ..swarm.view import Span
+from .passes import Batch, Interval, Swarm
+
+if TYPE_CHECKING:
+    from ..node import Node
+
+MAX_KEPT_BYTES: Final = 2048 * MIB  # inputs of one program's passes: their backward is on its way
+MAX_PARTS_BYTES: Final = 1024 * MIB  # of all adapters; each optimizer step makes new ones
+FRESH_S: Final = 5.0  # so old may our knowledge of the spans be when a hop is chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A pass that waits for its backward."""
+
+    swarm: Swarm
+    batch: Batch
+    intervals: tuple[Interval, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(interval.inputs) for interval in self.intervals)
+
+
+class PartShelf(Mapping[bytes, bytes]):
+    """Adapter parts by name. Least recently used ones make room; reading one is a use."""
+
+    def __init__(self, max_bytes: int = MAX_PARTS_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._parts: OrderedDict[bytes, bytes] = OrderedDict()
+        self._adapters: dict[bytes, str] = {}
+        self._num_bytes = 0
+
+    def put(self, name: bytes, data: bytes, adapter: str) -> None:
+        """Keep a part. Raises `BAD_REQUEST` if its name is not its hash, `LIMIT_EXCEEDED`."""
+        if sha256(data).digest() != name:
+            raise error(
+                Code.BAD_REQUEST,
+                f"{len(data)} bytes named {name.hex()[:12]} have the sha256 {sha256(data).hexdigest()[:12]}",
+                "name each part by the sha256 of its bytes",
+            )
+        if len(data) > MAX_PART_BYTES:
+            raise error(
+                Code.LIMIT_EXCEEDED,
+                f"an adapter part of {len(data)} bytes, at most {MAX_PART_BYTES} are taken",
+                "use a smaller rank, or fewer targets",
+            )
+        if name not in self._parts:
+            self._num_bytes += len(data)
+        self._parts[name] = data
+        self._parts.move_to_end(name)
+        self._adapters[name] = adapter
+        while self._num_bytes > self._max_bytes:
+            self._drop(next(iter(self._parts)))
+
+    def remove(self, adapter: str) -> None:
+        """Forget the parts of an adapter. Raises `BAD_REQUEST` for one that is not here."""
+        for name in self._named(adapter):
+            self._drop(name)
+
+    def views(self) -> tuple[AdapterView, ...]:
+        """The adapters kept."""
+        return tuple(self._view(adapter) for adapter in dict.fromkeys(self._adapters.values()))
+
+    def view(self, adapter: str) -> AdapterView:
+        """One of them, with its parts. Raises `BAD_REQUEST` for one that is not here."""
+        return self._view(adapter, tuple(name.hex() for name in self._named(adapter)))
+
+    def __getitem__(self, name: bytes) -> bytes:
+        data = self._parts[name]
+        self._parts.move_to_end(name)
+        return data
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def _view(self, adapter: str, listed: tuple[str, ...] = ()) -> AdapterView:
+        names = self._named(adapter)
+        return AdapterView(adapter, len(names), sum(len(self._parts[name]) for name in names), listed)
+
+    def _named(self, adapter: str) -> list[bytes]:
+        names = [name for name, of in self._adapters.items() if of == adapter]
+        if not names:
+            known = ", ".join(sorted(set(self._adapters.values()))) or "none"
+            raise error(Code.BAD_REQUEST, f"no adapter {adapter!r} is kept here; kept: {known}")
+        return names
+
+    def _drop(self, name: bytes) -> None:
+        self._num_bytes -= len(self._parts.pop(name))
+        del self._adapters[name]
+
+
+class Programs:
+    """Handlers of the training methods, with what they keep."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._parts = PartShelf()
+        self._swarms: dict[str, Swarm] = {}  # by model, of the belonging below
+        self._belonging: Belonging | None = None
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """By method."""
+        return {
+            "model.forward": self.forward,
+            "model.backward": self.backward,
+            "model.release": self.release,
+            "adapter.put": self.put,
+            "adapter.list": self.adapters,
+            "adapter.show": self.show,
+            "adapter.remove": self.remove,
+        }
+
+    async def forward(self, ask: Ask) -> Reply:
+        """Raises `BAD_SHAPE`, `NOT_FINITE`, `BLOCKS_OUT_OF_RANGE`, `LIMIT_EXCEEDED`, `OUT_OF_MEMORY`, …."""
+        wanted: ForwardPass = ask.arguments
+        belonging = self._node.the_belonging()
+        facts = await find_model(belonging, wanted.model, 0.0)
+        end = facts.num_blocks if wanted.end == -1 else wanted.end
+        if not 0 <= wanted.start < end <= facts.num_blocks:
+            raise error(
+                Code.BLOCKS_OUT_OF_RANGE,
+                f"blocks {wanted.start}:{end} of {facts.name}, which has {facts.num_blocks}",
+                f"choose a range within 0:{facts.num_blocks}",
+            )
+        try:
+            check_micro_batch(wanted.start, end, wanted.sequences, wanted.parts)
+        except ValueError as problem:
+            raise error(Code.BAD_REQUEST, str(problem)) from problem
+        batch = Batch(
+            facts.fingerprint,
+            facts.hidden_size,
+            wanted.start,
+            end,
+            wanted.encoding,
+            wanted.sequences,
+            wanted.parts,
+            wanted.dropout,
+        )
+        _check(ask.payload, batch, "inputs")
+        swarm = self._swarm(belonging, facts.fingerprint, facts.num_blocks)
+        outputs, intervals = await swarm.forward(batch, ask.payload)
+        handle = 0
+        if wanted.keep:
+            kept = _Kept(swarm, batch, intervals)
+            _check_room(ask.connection, kept)
+            handle = ask.connection.new_handle()
+            ask.connection.opened[handle] = kept
+        return Reply(Passed(handle, facts.hidden_size, len(intervals)), outputs)
+
+    async def backward(self, ask: Ask) -> Reply:
+        """Raises `UNKNOWN_SESSION`, `BAD_SHAPE`, `NOT_FINITE`; the pass is kept when it fails."""
+        arguments: BackwardPass = ask.arguments
+        kept = ask.connection.opened.get(arguments.handle)
+        if not isinstance(kept, _Kept):
+            raise error(
+                Code.UNKNOWN_SESSION,
+                f"this program has no pass {arguments.handle} to go back through",
+                "go forward again with keep; each pass goes back once, on the connection it was made on",
+            )
+        _check(ask.payload, kept.batch, "gradients of the outputs")
+        gradient, parts = await kept.swarm.backward(kept.batch, kept.intervals, ask.payload)
+        ask.connection.opened.pop(arguments.handle, None)
+        sizes = tuple(len(part) for part in parts)
+        return Reply(PassGradients(sizes), gradient + b"".join(parts))
+
+    async def release(self, ask: Ask) -> Reply:
+        """A pass that is gone already is released."""
+        arguments: PassHandle = ask.arguments
+        if isinstance(ask.connection.opened.get(arguments.handle), _Kept):
+            del ask.connection.opened[arguments.handle]
+        await trio.lowlevel.checkpoint()
+        return Reply()
+
+    async def put(self, ask: Ask) -> Reply:
+        arguments: PutAdapterPart = ask.arguments
+        await trio.lowlevel.checkpoint()
+        self._parts.put(arguments.part, ask.payload, arguments.adapter)
+        return Reply()
+
+    async def adapters(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        return Reply(self._parts.views())
+
+    async def show(self, ask: Ask) -> Reply:
+        arguments: AdapterName = ask.arguments
+        await trio.lowlevel.checkpoint()
+        return Reply(self._parts.view(arguments.adapter))
+
+    async def remove(self, ask: Ask) -> Reply:
+        arguments: AdapterName = ask.arguments
+        await trio.lowlevel.checkpoint()
+        self._parts.remove(arguments.adapter)
+        return Reply()
+
+    def _swarm(self, belonging: Belonging, fingerprint: str, num_blocks: int) -> Swarm:
+        if belonging is not self._belonging:
+            self._belonging, self._swarms = belonging, {}
+        if (swarm := self._swarms.get(fingerprint)) is None:
+            swarm = self._swarms[fingerprint] = self._new_swarm(belonging, fingerprint, num_blocks)
+        return swarm
+
+    def _new_swarm(self, belonging: Belonging, fingerprint: str, num_blocks: int) -> Swarm:
+        async def find_spans() -> tuple[Span, ...]:
+            await belonging.registry.spans(fingerprint, num_blocks, max_age_s=FRESH_S)
+            return belonging.routes.view(fingerprint, num_blocks).spans
+
+        def charge(peer: str, weight: float, reason: str) -> None:
+            belonging.ledger.charge(peer, weight, reason, trio.current_time())
+
+        return Swarm(
+            belonging.network,
+            find_spans,
+            charge,
+            self._parts,
+            patience_s=self._node.config.replacement_wait_s,
+        )
+
+
+def _check(payload: bytes, batch: Batch, what: str) -> None:
+    num_tokens = sum(sequence.n for sequence in batch.sequences)
+    if batch.size_bytes > MAX_TRAINING_BYTES:
+        raise error(
+            Code.LIMIT_EXCEEDED,
+            f"a micro-batch of {num_tokens} tokens is {batch.size_bytes} bytes, at most {MAX_TRAINING_BYTES}",
+            "send fewer or shorter sequences in a micro-batch",
+        )
+    if len(payload) != batch.size_bytes:
+        raise error(
+            Code.BAD_SHAPE,
+            f"{len(payload)} bytes of {what}, expected {batch.size_bytes} for {num_tokens} tokens of"
+            f" hidden size {batch.hidden_size} in {batch.encoding}",
+        )
+    if not is_finite(payload, batch.encoding, batch.hidden_size):
+        raise error(
+            Code.NOT_FINITE,
+            f"{what} with values that are NaN or infinite as {batch.encoding}",
+            "look for an overflow in what computed them; float32 holds the largest numbers",
+        )
+
+
+def _check_room(connection: Connection, new: _Kept) -> None:
+    held = sum(kept.size_bytes for kept in connection.opened.values() if isinstance(kept, _Kept))
+    if held + new.size_bytes > MAX_KEPT_BYTES:
+        raise error(
+            Code.LIMIT_EXCEEDED,
+            f"{held} bytes of passes wait for their backward, {new.size_bytes} more pass the limit"
+            f" of {MAX_KEPT_BYTES}",
+            "go back through some of them first, or release them",
+        )
