@@ -37,7 +37,7 @@ def fake_command(descriptor: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Worker", partial(Worker, command=fake_command, backoff_s=(0.05,)))
+    monkeypatch.setattr(module, "Worker", partial(Worker, backoff_s=(0.05,)))
     monkeypatch.setattr(module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
 
 
@@ -46,7 +46,13 @@ async def lending(**settings: Any) -> AsyncIterator[tuple[Lending, list[str]]]:
     """The lending of a daemon, and the kinds of events it told."""
     told: list[str] = []
     async with trio.open_nursery() as nursery:
-        lends = Lending(Config(**settings), "/nowhere", nursery, lambda kind, text: told.append(kind))
+        lends = Lending(
+            Config(**settings),
+            "/nowhere",
+            nursery,
+            lambda kind, text: told.append(kind),
+            command=fake_command,
+        )
         lends.start()
         yield lends, told
         lends.stop()
