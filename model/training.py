@@ -254,7 +254,7 @@ class Trainer:
         parts = self.adapters.pin((ask.start, ask.end), ask.parts)
         try:
             self._works[ask.request] = self._work(ask, parts)
-        except CorollaError:
+        except Exception:
             self.adapters.unpin(ask.parts)
             raise
 
