@@ -15,7 +15,7 @@ import structlog
 
 from .. import __version__
 from ..protocol.errors import Code, CorollaError, error
-from ..protocol.records import SwarmToken, encode_token
+from ..protocol.invitations import SwarmToken, encode_token
 from .identity import Identity
 from .network.dialling import Reachability
 from .network.libp2p import open_network

@@ -38,6 +38,7 @@ class Code(StrEnum):
     BAD_CONFIG = "bad_config"
     BAD_TOKEN = "bad_token"  # noqa: S105 - the name of an error
     PERMISSION_DENIED = "permission_denied"
+    NOT_INVITED = "not_invited"
     CANCELLED = "cancelled"
     # this machine
     DOES_NOT_FIT = "does_not_fit"
@@ -136,7 +137,8 @@ class NotAvailableError(CorollaError):
 _USER: Final = (
     Code.BAD_REQUEST, Code.UNKNOWN_MODEL, Code.AMBIGUOUS_MODEL, Code.UNSUPPORTED_FAMILY, Code.GATED_MODEL,
     Code.BLOCKS_OUT_OF_RANGE, Code.TOO_LONG, Code.BAD_SHAPE, Code.BAD_DTYPE, Code.NOT_FINITE,
-    Code.UNKNOWN_SESSION, Code.BAD_CONFIG, Code.BAD_TOKEN, Code.PERMISSION_DENIED, Code.CANCELLED,
+    Code.UNKNOWN_SESSION, Code.BAD_CONFIG, Code.BAD_TOKEN, Code.PERMISSION_DENIED, Code.NOT_INVITED,
+    Code.CANCELLED,
 )  # fmt: skip
 _LOCAL: Final = (
     Code.DOES_NOT_FIT, Code.STATE_IN_USE, Code.PORT_TAKEN, Code.NO_DAEMON, Code.UNREADABLE, Code.DISK_FULL,
@@ -194,6 +196,7 @@ _EXITS: Final[Mapping[Code, int]] = {
     Code.BAD_TOKEN: Exit.USAGE,
     Code.NO_DAEMON: Exit.NO_DAEMON,
     Code.PERMISSION_DENIED: Exit.PERMISSION,
+    Code.NOT_INVITED: Exit.PERMISSION,
     Code.TIMEOUT: Exit.TIMEOUT,
     Code.NO_SWARM: Exit.NOT_READY,
     Code.NO_PEERS: Exit.NOT_READY,

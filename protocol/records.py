@@ -1,13 +1,12 @@
-"""What peers sign: records of spans, manifests of models; their registry keys; and tokens to join by.
+"""What peers sign: records of spans, manifests of models; and their registry keys.
 
 The signature covers a domain prefix, the swarm id and the exact bytes sent. Receivers verify and keep those
-bytes and never re-encode them (DESIGN: records). This is the only module of the protocol that imports
+bytes and never re-encode them (DESIGN: records). Only this module of the protocol and `invitations.py` import
 `cryptography`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,7 +32,6 @@ from .work import ModelFacts
 
 _DOMAIN: Final = b"corolla record 1\x00"
 _BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-TOKEN_PREFIX: Final = "corolla:"  # noqa: S105 - what every join token starts with
 MAX_NAMES: Final = 16  # of encodings or versions in one record
 BLOCKS_PER_KEY: Final = 8  # a bucket of the registry: few look-ups for a route, few records in a bucket
 
@@ -247,38 +245,3 @@ def swarm_id_of(name: str, founder_key: bytes, nonce: bytes) -> str:
     parts = (name.encode(), founder_key, nonce)
     whole = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
     return hashlib.sha256(b"corolla swarm 1\x00" + whole).hexdigest()[:32]
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmToken:
-    """What a newcomer needs: which swarm, and whom to ask. Invitations will add a key and a certificate."""
-
-    swarm_id: str
-    name: str
-    addresses: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        check_length("swarm_id", self.swarm_id, MAX_NAME_CHARS)
-        check_length("name", self.name, MAX_NAME_CHARS)
-        check_length("addresses", self.addresses, MAX_ADDRESSES)
-
-
-def encode_token(token: SwarmToken) -> str:
-    """The token as one word to paste."""
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(cbor2.dumps(to_plain(token))).decode().rstrip("=")
-
-
-def decode_token(text: str) -> SwarmToken:
-    """The token in a word. Raises `BAD_TOKEN`."""
-    try:
-        if not text.startswith(TOKEN_PREFIX) or len(text) > MAX_RECORD_BYTES:
-            raise ValueError("it does not start with " + TOKEN_PREFIX)
-        data = text[len(TOKEN_PREFIX) :]
-        raw = base64.b64decode(data + "=" * (-len(data) % 4), altchars=b"-_", validate=True)
-        return from_plain(SwarmToken, load_map(raw))
-    except (ValueError, CorollaError) as problem:
-        raise error(
-            Code.BAD_TOKEN,
-            f"{text[:40]!r} is no join token: {problem}",
-            "paste the whole line that `daemonctl status` prints on a member's machine",
-        ) from problem

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from .errors import CorollaError, error_from_wire
+from .invitations import Charter, Proof, Sealed
 from .limits import (
     MAX_ADDRESSES_TOLD,
+    MAX_ADMITTED_TOLD,
     MAX_BATCH_BYTES,
     MAX_KEYS_PER_FIND,
     MAX_MEMBERS_TOLD,
@@ -47,6 +49,10 @@ class Hello(Message):
 
     version: of the program, for people. majors: of the peer protocols spoken. addresses: the speaker's.
     members: a sample of other members that the speaker is connected to; none for strangers.
+    charter, proof: of an invited swarm, and that the speaker belongs to it. revocations: the owner's list.
+    admitted: a sample of memberships that the speaker saw; none for strangers.
+    unix_s: the speaker's clock; 0 if it tells none. observed: where the speaker sees the hearer.
+    problem: why the hearer is not admitted (`CorollaError.to_wire`).
     """
 
     KIND: ClassVar[str] = "hello"
@@ -56,6 +62,13 @@ class Hello(Message):
     majors: tuple[int, ...] = (1,)
     addresses: tuple[str, ...] = ()
     members: tuple[PeerAddresses, ...] = ()
+    charter: Charter | None = None
+    proof: Proof | None = None
+    revocations: Sealed | None = None
+    admitted: tuple[Proof, ...] = ()
+    unix_s: float = 0.0
+    observed: str = ""
+    problem: Plain = None
 
     def __post_init__(self) -> None:
         check_length("swarm_id", self.swarm_id, MAX_NAME_CHARS)
@@ -64,6 +77,8 @@ class Hello(Message):
         check_length("majors", self.majors, MAX_NAMES)
         check_addresses(self.addresses)
         check_length("members", self.members, MAX_MEMBERS_TOLD)
+        check_length("admitted", self.admitted, MAX_ADMITTED_TOLD)
+        check_length("observed", self.observed, MAX_NAME_CHARS)
 
 
 @dataclass(frozen=True, slots=True)

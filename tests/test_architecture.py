@@ -50,13 +50,13 @@ def test_protocol_and_daemon_never_import_heavy_libraries(folder: str) -> None:
             assert name.split(".")[0] not in HEAVY, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_only_records_import_cryptography_in_protocol() -> None:
+def test_only_records_and_invitations_import_cryptography_in_protocol() -> None:
     users = {
         path.name
         for path in modules("protocol")
         if any(name.split(".")[0] == "cryptography" for name in imported(path))
     }
-    assert users == {"records.py"}
+    assert users == {"records.py", "invitations.py"}
 
 
 def test_only_the_network_folder_and_identity_import_libp2p() -> None:
@@ -68,7 +68,8 @@ def test_only_the_network_folder_and_identity_import_libp2p() -> None:
 
 def test_the_sdk_does_not_sign() -> None:
     for path in modules("sdk"):
-        assert not any(name.startswith("corolla.protocol.records") for name in imported(path)), path
+        signing = ("corolla.protocol.records", "corolla.protocol.invitations")
+        assert not any(name.startswith(signing) for name in imported(path)), path
 
 
 @pytest.mark.parametrize("name", ["corolla", "corolla.daemon", "corolla.daemon.__main__", "corolla.sdk.cli"])

@@ -23,7 +23,7 @@ from corolla.daemon.node import HINT, Node
 from corolla.daemon.store import open_store
 from corolla.protocol.control import PRIVACY
 from corolla.protocol.errors import Code, CorollaError, Exit, error
-from corolla.protocol.records import decode_token, encode_token
+from corolla.protocol.invitations import decode_token, encode_token
 
 from ..processes import DaemonProcess
 

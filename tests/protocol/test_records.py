@@ -21,11 +21,8 @@ from corolla.protocol.records import (
     Signed,
     SpanRecord,
     SpanState,
-    SwarmToken,
     blocks_key,
     buckets,
-    decode_token,
-    encode_token,
     keys_of,
     models_key,
     peer_id_of,
@@ -251,21 +248,3 @@ def test_a_swarm_id_depends_on_name_founder_and_nonce() -> None:
     }
     assert len(ids) == 5
     assert all(len(swarm_id) == 32 for swarm_id in ids)
-
-
-def test_a_token_comes_back_from_its_word() -> None:
-    token = SwarmToken(SWARM, "garden", SPAN.addresses)
-    word = encode_token(token)
-    assert word.startswith("corolla:")
-    assert not set(word) & set(" \n\"'=")
-    assert decode_token(word) == token
-
-
-@pytest.mark.parametrize(
-    "text", ["", "corolla:", "corolla:!!!", "/ip4/1.2.3.4/tcp/1", "corolla:" + "A" * 9999]
-)
-def test_a_damaged_token_is_refused_with_a_remedy(text: str) -> None:
-    with pytest.raises(CorollaError) as caught:
-        decode_token(text)
-    assert caught.value.code is Code.BAD_TOKEN
-    assert "daemonctl status" in caught.value.remedy
