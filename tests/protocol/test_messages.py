@@ -170,9 +170,17 @@ def test_mutated_messages_are_decoded_or_refused(
 
 
 def test_arguments_of_every_method_can_be_read_from_a_map() -> None:
+    examples = {
+        "str": "x",
+        "int": 1,
+        "bytes": b"x",
+        "tuple[Row, ...]": [[0, 0, 1]],
+        "tuple[Sequence, ...]": [[0, 1]],
+        "Plain": 1,
+    }
     for method in control.METHODS.values():
         required = {
-            field.name: {"str": "x", "int": 1, "tuple[Row, ...]": [[0, 0, 1]], "Plain": 1}[str(field.type)]
+            field.name: examples[str(field.type)]
             for field in dataclasses.fields(method.arguments)
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
