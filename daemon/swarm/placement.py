@@ -80,7 +80,7 @@ def choose_span(view: SwarmView, num_fitting: int, tokens_per_s: float = 0.0) ->
             "free memory, or choose a smaller --dtype or a --quantization",
         )
     length = min(num_fitting, view.num_blocks)
-    layout = _Layout(view, frozenset())
+    layout = _Layout(view)
     start = layout.best_start(length, tokens_per_s or layout.usual_speed(length))
     return start, start + length
 
@@ -94,7 +94,8 @@ def plan_moves(
     model's tokens per second by `MIN_GAIN`, and no more of them than it takes. The same view, without regard to
     the order of spans and to what only its reader sees (distance, penalties), gives the same plan.
     """
-    layout = _Layout(view, excluded)
+    layout = _Layout(view)
+    layout.enlist(view, excluded)
     moves: list[Move] = []
     while len(moves) < max_moves and (move := layout.best_move()) is not None:
         if move.purpose is Purpose.SPEED:
@@ -132,7 +133,7 @@ def gain_of(view: SwarmView, hop: Hop, start: int, end: int) -> Gain:
             f"blocks {start}:{end} of a model that has {view.num_blocks}",
             f"choose blocks within 0:{view.num_blocks}",
         )
-    layout = _Layout(view, frozenset())
+    layout = _Layout(view)
     before = layout.coverage()
     own = next((span for span in view.spans if span.hop == hop and stays(span)), None)
     if own is not None:
@@ -183,7 +184,7 @@ class _Prices:
 class _Layout:
     """Spans over blocks while a plan is made: coverage that changes, and who may move, by place."""
 
-    def __init__(self, view: SwarmView, excluded: frozenset[Hop]) -> None:
+    def __init__(self, view: SwarmView) -> None:
         found = coverage_of(view)
         self._num_blocks = view.num_blocks
         self._replicas = list(found.replicas)
@@ -192,6 +193,10 @@ class _Layout:
         self._scale = sum(found.supply) / view.num_blocks or UNKNOWN_TOKENS_PER_S
         self._groups: dict[tuple[int, int], list[tuple[float, Hop]]] = {}  # by place: speeds, in order
         self._places: dict[Hop, tuple[tuple[int, int], float]] = {}
+        self._prices = self._price()
+
+    def enlist(self, view: SwarmView, excluded: frozenset[Hop]) -> None:
+        """Note who may move."""
         for span in view.spans:
             may_move = span.movable and span.state is SpanState.ONLINE and span.end <= view.num_blocks
             if may_move and not span.suspect and span.hop not in excluded:
@@ -200,7 +205,6 @@ class _Layout:
                 self._places[span.hop] = (place, speed)
         for group in self._groups.values():
             group.sort(key=_by_speed)
-        self._prices = self._price()
 
     @property
     def tokens_per_s(self) -> float:

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lending_module, "Worker", partial(Worker, command=fake_command, backoff_s=(0.05,)))
+    monkeypatch.setattr(lending_module, "Worker", partial(Worker, backoff_s=(0.05,)))
     monkeypatch.setattr(lending_module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
 
 
@@ -51,7 +51,11 @@ async def lender(member: Member, **settings: Any) -> AsyncIterator[tuple[Lending
             told.append(kind)
 
         lends = Lending(
-            Config(**{"model": "faithful", "blocks": "0:4"} | settings), "/nowhere", nursery, tell
+            Config(**{"model": "faithful", "blocks": "0:4"} | settings),
+            "/nowhere",
+            nursery,
+            tell,
+            command=fake_command,
         )
         lends.start()
         lends.enter(member.belonging)
@@ -240,6 +244,25 @@ async def test_a_drained_worker_refuses_new_sessions_until_it_is_taken_back() ->
         assert len(answers) == 1
 
 
+async def test_a_session_that_nobody_else_could_serve_stays_while_its_hop_drains() -> None:
+    async with meadow() as swarm:
+        ours, user = await swarm.client(), await swarm.client()
+        async with lender(ours) as (lends, _, _):
+            await until(become(user, (SpanState.ONLINE, 0, 4)))
+            hops = ours.belonging.hops
+            asked: list[int] = []
+            hops.ask_to_leave = lambda worker, amid_steps: asked.append(worker)  # type: ignore[method-assign,misc]
+            hops.num_sessions = lambda worker: 1  # type: ignore[method-assign]
+            lends.drain()
+            await until(become(user, (SpanState.DRAINING, 0, 4)))
+            assert asked == []
+            others_serve(user, (0, 4, 9.0))
+            await until(lambda: bool(asked))
+            lends.resume()
+            await until(lambda: (SpanState.ONLINE, 0, 4) in states(ours))
+            assert lends.lends == "yes"
+
+
 # pauses
 
 
@@ -275,7 +298,7 @@ async def test_a_daemon_that_starts_amid_a_pause_lends_nothing_until_it_resumes(
         store.update(paused=True)
         async with trio.open_nursery() as nursery:
             config = Config(model="faithful", blocks="0:4")
-            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None)
+            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None, command=fake_command)
             async with pausing(lends, store, now) as (pauses, told):
                 pauses.start()
                 assert told == ["paused"]
@@ -293,7 +316,7 @@ async def test_a_pause_that_is_over_is_over_also_after_a_restart(tmp_path: Path)
         store.update(paused=True, paused_until=900.0)
         async with trio.open_nursery() as nursery:
             config = Config(model="faithful", blocks="0:4")
-            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None)
+            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None, command=fake_command)
             async with pausing(lends, store, [1000.0]) as (pauses, _):
                 pauses.start()
                 await until(lambda: bool(lends.serving()))
@@ -305,7 +328,9 @@ async def test_a_pause_that_is_over_is_over_also_after_a_restart(tmp_path: Path)
 async def test_a_pause_of_no_time_is_refused(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         async with trio.open_nursery() as nursery:
-            lends = Lending(Config(blocks="none"), "/nowhere", nursery, lambda kind, text: None)
+            lends = Lending(
+                Config(blocks="none"), "/nowhere", nursery, lambda kind, text: None, command=fake_command
+            )
             async with pausing(lends, store, [0.0]) as (pauses, _):
                 assert (await refused(pauses.pause(-1.0))).code is Code.BAD_REQUEST
                 assert (await refused(pauses.pause(float("nan")))).code is Code.BAD_REQUEST
