@@ -18,7 +18,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
-from ...protocol.errors import Code, CorollaError, error
+from ...protocol.errors import Code, CorollaError, error, error_from_wire
 from ...protocol.limits import (
     CONNECT_TIMEOUT_S,
     HELLO_TIMEOUT_S,
@@ -31,6 +31,7 @@ from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
 from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
 from .conversation import Conversation
+from .roll import Roll
 from .seam import Network, Stream
 
 PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
@@ -109,7 +110,7 @@ class Membership:
     """The members of one swarm, on one network. Run `run()` in a task; it ends only by cancellation.
 
     bootstrap: multiaddresses of members, from a token or remembered.
-    version: of this program, told to others.
+    version: of this program, told to others. roll: who may be a member; None lets everybody in.
     """
 
     def __init__(
@@ -119,10 +120,12 @@ class Membership:
         *,
         bootstrap: Sequence[str] = (),
         version: str = "",
+        roll: Roll | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.swarm = swarm
+        self.roll = roll or Roll(network.peer)
         self._network = network
         self._bootstrap = [_Bootstrap(address) for address in dict.fromkeys(bootstrap)]
         self._version = version
@@ -130,7 +133,7 @@ class Membership:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._known: dict[str, _Acquaintance] = {}
-        self._strangers: dict[str, float] = {}  # peer → when it proved to be one
+        self._strangers: dict[str, tuple[float, str]] = {}  # peer → when it proved to be one, and why
         self._listeners: list[Callable[[str, bool], None]] = []
         self._changed: anyio.Event | None = None
         self._tasks: TaskGroup | None = None
@@ -181,6 +184,19 @@ class Membership:
     def may_speak(self, peer: str, protocol: str) -> bool:
         """May a peer use a protocol of ours? Everyone may greet; the rest is for members."""
         return protocol == HELLO_PROTOCOL or self.is_member(peer)
+
+    def review(self) -> None:
+        """The roll has changed: part with members that are none any longer, tell the others."""
+        if self._tasks is None:
+            return
+        for peer in tuple(self._members):
+            if self.roll.is_barred(peer):
+                del self._members[peer]
+                self._shun(peer, "it is banned or revoked")
+                self._tell(peer, False)
+                self._tasks.start_soon(self._network.disconnect, peer)
+            else:
+                self._tasks.start_soon(self._greet_again, peer)
 
     # life
 
@@ -240,16 +256,22 @@ class Membership:
             await self._network.disconnect(peer)
 
     async def _greet(self, peer: str) -> None:
-        """Say hello and hear it. Raises `WRONG_SWARM`, and as `_greeting`."""
+        """Say hello and hear it. Raises `WRONG_SWARM`, `NOT_INVITED`, and as `_greeting`."""
         ours = self._hello(peer)
         async with _greeting(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
+            if hello.problem is not None:
+                problem = error_from_wire(hello.problem)
+                self._shun(peer, f"it refused us: {problem.message}")
+                raise problem
             is_new = hello.swarm_id == self.swarm.swarm_id and self._admit(peer, hello)
         if is_new:
             self._tell(peer, True)
+            if self.roll.revocations != hello.revocations and self._tasks is not None:
+                self._tasks.start_soon(self._greet_again, peer)  # ours is for members, which it is only now
         if hello.swarm_id == self.swarm.swarm_id:
             return
         if hello.swarm_id:
-            self._shun(peer)
+            self._shun(peer, "it belongs to another swarm")
             raise error(
                 Code.WRONG_SWARM,
                 f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}),"
@@ -264,14 +286,19 @@ class Membership:
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             hello = _as_hello(await conversation.hear(), stream.peer)
             is_ours = hello.swarm_id == self.swarm.swarm_id
-            is_new = is_ours and self._admit(stream.peer, hello)
-            await conversation.say(self._hello(stream.peer))
+            refusal: CorollaError | None = None
+            is_new = False
+            try:
+                is_new = is_ours and self._admit(stream.peer, hello)
+            except CorollaError as problem:
+                refusal = problem
+            await conversation.say(self._hello(stream.peer, refusal))
             await stream.close()
             await self._let_it_hear(stream)
             if is_new and stream.peer in self._members:
                 self._tell(stream.peer, True)
-            if hello.swarm_id and not is_ours:
-                self._shun(stream.peer)
+            if refusal is not None or (hello.swarm_id and not is_ours):
+                self._shun(stream.peer, str(refusal or "it belongs to another swarm"))
                 await self._network.disconnect(stream.peer)
             return
         stream.reset()
@@ -287,8 +314,9 @@ class Membership:
         except CorollaError as problem:
             _log.debug("greeter_left", peer=stream.peer, problem=str(problem))
 
-    def _hello(self, to: str) -> Hello:
-        """What we say. A sample of members goes to members alone."""
+    def _hello(self, to: str, refusal: CorollaError | None = None) -> Hello:
+        """What we say. Members and memberships go to members alone."""
+        is_member = to in self._members
         sample: tuple[PeerAddresses, ...] = ()
         if to in self._members:
             others = [m for m in self._members.values() if m.peer != to and m.addresses]
@@ -301,12 +329,22 @@ class Membership:
             PROTOCOL_MAJORS,
             self._network.addresses()[:MAX_ADDRESSES],
             sample,
+            charter=self.roll.charter,
+            proof=self.roll.proof,
+            revocations=self.roll.revocations if is_member else None,
+            admitted=self.roll.sample(self._rng) if is_member else (),
+            problem=None if refusal is None else refusal.to_wire(),
         )
 
     def _admit(self, peer: str, hello: Hello) -> bool:
-        """Take a peer in, or what is new about it; True if it was no member before."""
+        """Take a peer in, or what is new about it; True if it was no member before. Raises `NOT_INVITED`."""
         if not any(view.peer == peer for view in self._network.peers()):
             return False  # the connection closed while it was talking
+        is_news = hello.revocations is not None and self.roll.hear_revocations(hello.revocations)
+        self.roll.admit(peer, hello.proof)
+        self.roll.hear_of(hello.admitted)
+        if is_news:
+            self.review()
         addresses = tuple(_of_peer(hello.addresses, peer))
         is_new = peer not in self._members
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
@@ -338,11 +376,11 @@ class Membership:
         for peer in spare[: max(0, len(self._known) - MAX_KNOWN)]:
             del self._known[peer]
 
-    def _shun(self, peer: str) -> None:
+    def _shun(self, peer: str, reason: str) -> None:
         self._known.pop(peer, None)
         now = self._clock()
-        self._strangers = {p: at for p, at in self._strangers.items() if now - at < FORGET_AFTER_S}
-        self._strangers[peer] = now
+        self._strangers = {p: s for p, s in self._strangers.items() if now - s[0] < FORGET_AFTER_S}
+        self._strangers[peer] = (now, reason)
         self._wake()
 
     def _tell(self, peer: str, connected: bool) -> None:
@@ -436,8 +474,9 @@ class Membership:
         peer = await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             while not self.is_member(peer):
-                if self._strangers.get(peer, dialled_at - 1) >= dialled_at:
-                    raise error(Code.WRONG_SWARM, "it belongs to another swarm")
+                shunned_at, reason = self._strangers.get(peer, (dialled_at - 1, ""))
+                if shunned_at >= dialled_at:
+                    raise error(Code.WRONG_SWARM, reason)
                 await self._wait_changed()
             return
         raise error(Code.TIMEOUT, "it did not greet")
