@@ -35,6 +35,7 @@ from ..protocol.control import (
     SwarmView,
 )
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.passes import PutAdapterPart
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
 from ..protocol.work import ChatMessage
@@ -307,6 +308,10 @@ class Model:
         """As `forward`, and what backward needs is kept: `passed.output`, then `model.backward(passed, …)`."""
         trip = replace(trip or Trip(), keep=True)
         return forward(self._daemon._connection(), self.name, hidden, sequences, trip)
+
+    def put_part(self, name: bytes, data: bytes) -> None:
+        """Give the daemon an adapter part, a safetensors file named by its sha256, to bring where it is missing."""
+        self._daemon._connection().call("adapter.put", PutAdapterPart(name, self.name), data)
 
     def backward(self, passed: Pass, gradients: Any) -> Gradients:
         """Gradients of a pass's inputs and adapter parts, from those of its output. See `Pass.backward`."""

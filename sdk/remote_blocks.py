@@ -14,17 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
+from .journeys import Journeys
 from .swarm_cache import SwarmCache, as_swarm_cache
 
 MakeCache = Callable[[int], SwarmCache]  # for rows of so many tokens; 0: nobody knows how many
 
 
 class RemoteBlocks(nn.Module):
-    """Hidden states in, hidden states out, of all blocks. Holds no parameters."""
+    """Hidden states in, hidden states out, of blocks [start, end). Holds no parameters but an adapter's.
 
-    def __init__(self, make_cache: MakeCache) -> None:
+    `blocks[a:b]` is a module of just these, for loops of one's own. Without a cache, what wants gradients or has an
+    adapter is a pass of training; all else is a step of a session. While learning, no cache is made unasked.
+    """
+
+    def __init__(
+        self, make_cache: MakeCache, journeys: Journeys, num_blocks: int, span: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
+        self.adapter: nn.Module | None = None  # so that the model knows its parameters
         self._make_cache = make_cache
+        self._journeys = journeys
+        self._num_blocks = num_blocks
+        self._span = span or (0, num_blocks)
+
+    def __len__(self) -> int:
+        return self._span[1] - self._span[0]
+
+    def __getitem__(self, cut: slice) -> RemoteBlocks:
+        start, end, step = cut.indices(self._num_blocks)
+        if self._span != (0, self._num_blocks) or step != 1 or end <= start:
+            raise error(
+                Code.BLOCKS_OUT_OF_RANGE,
+                f"blocks[{cut.start}:{cut.stop}:{cut.step}] of {self._num_blocks}",
+                "cut all the model's blocks as blocks[start:end]",
+            )
+        return RemoteBlocks(self._make_cache, self._journeys, self._num_blocks, (start, end))
 
     def forward(
         self,
@@ -35,9 +59,20 @@ class RemoteBlocks(nn.Module):
         padding: Tensor | None = None,
         **__: Any,
     ) -> Tensor:
-        """hidden_states: (rows, n, hidden_size). Without a cache a session is opened for this pass alone."""
+        """hidden_states: (rows, n, hidden_size). Without a cache nothing is kept after this pass."""
+        adapter = self._journeys.adapter
+        is_partial = len(self) < self._num_blocks
+        wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or adapter is not None)
+        if past_key_values is not None and (adapter is not None or is_partial):
+            raise error(
+                Code.UNSUPPORTED,
+                "a cache together with an adapter or with a part of the blocks",
+                "pass use_cache=False",
+            )
+        if past_key_values is None and (wants_gradient or is_partial or adapter is not None):
+            return self._journeys.run(hidden_states, padding, position_ids, self._span)
         check_positions(position_ids, padding, int(hidden_states.shape[1]))
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
+        if wants_gradient:
             answer: Tensor = _NoGradient.apply(hidden_states, self, past_key_values, padding)  # type: ignore[no-untyped-call]
             return answer
         return self.run(hidden_states, past_key_values, padding)
@@ -54,7 +89,7 @@ class RemoteBlocks(nn.Module):
 
 
 class _NoGradient(torch.autograd.Function):
-    """Forward through the swarm; says so when a gradient is wanted, instead of silently giving none."""
+    """A step of a session; says so when a gradient is wanted, instead of silently giving none."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, blocks: RemoteBlocks, cache: Any, padding: Tensor | None) -> Tensor:
@@ -64,12 +99,12 @@ class _NoGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise error(
             Code.UNSUPPORTED,
-            "gradients do not flow through the swarm's blocks yet",
-            "run under torch.no_grad()",
+            "gradients do not flow through a cache",
+            "pass use_cache=False, or call model.train() first",
         )
 
 
-def pass_padding(make_cache: MakeCache) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def pass_padding(make_cache: MakeCache, journeys: Journeys) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """A forward pre-hook for the decoder: it takes the padding mask out and gives it on as `padding`.
 
     It also puts a `SwarmCache` where the decoder would make a cache of its own.
@@ -85,7 +120,10 @@ def pass_padding(make_cache: MakeCache) -> Callable[..., tuple[Any, dict[str, An
             )
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
-            use_cache = bool(getattr(decoder.config, "use_cache", False))
+            is_learning = torch.is_grad_enabled() and decoder.training
+            wants_none = is_learning or journeys.adapter is not None
+            use_cache = bool(getattr(decoder.config, "use_cache", False)) and not wants_none
+            kwargs["use_cache"] = use_cache
         if use_cache or kwargs.get("past_key_values") is not None:
             kwargs["past_key_values"] = as_swarm_cache(kwargs.get("past_key_values"), lambda: make_cache(0))
         return args, {**kwargs, "padding": mask}

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..protocol.control import ModelView
 from ..protocol.errors import Code, error
+from .adapters import RemoteLora, linears_of
 from .client import Daemon, connect
+from .journeys import Journeys
 from .remote_blocks import RemoteBlocks, pass_padding
 from .swarm_cache import DEFAULT_LENGTH, Sessions, SwarmCache
 
@@ -26,6 +28,7 @@ class DistributedModelForCausalLM:
 
     config: Any
     _sessions: Sessions
+    _journeys: Journeys
     _own_daemon: Daemon | None
 
     @classmethod
@@ -58,6 +61,7 @@ class DistributedModelForCausalLM:
             config = AutoConfig.from_pretrained(where)
             _check(config, view, where)
             distributed = _load_ends(cls, where, config, options)
+            distributed._journeys = Journeys(asked.model(name), encoding)
             _attach(distributed, Sessions(asked.model(name), encoding, wait_s), config.num_hidden_layers)
             distributed._own_daemon = own
         except BaseException:
@@ -69,6 +73,43 @@ class DistributedModelForCausalLM:
     def new_cache(self, *, rows: int = 1, max_length: int = DEFAULT_LENGTH) -> SwarmCache:
         """A cache to pass as `past_key_values`, for rows of at most so many tokens."""
         return SwarmCache(self._sessions, rows=rows, max_length=max_length)
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """The swarm's blocks; `blocks[a:b](hidden)` runs some of them, with gradients."""
+        decoder: Any = self.get_decoder()  # type: ignore[attr-defined]  # of the family's class
+        remote: RemoteBlocks = decoder.layers[0]
+        return remote
+
+    def add_adapter(self, adapter_config: Any, *_: Any, **__: Any) -> None:
+        """Train LoRA over the swarm's blocks; all other parameters are frozen, as PEFT does.
+
+        adapter_config: a `peft.LoraConfig`. Raises as `RemoteLora`.
+        """
+        adapter = RemoteLora(adapter_config, linears_of(self.config))
+        for parameter in self.parameters():  # type: ignore[attr-defined]  # of the family's class
+            parameter.requires_grad_(False)
+        self._journeys.adapter = self.blocks.adapter = adapter
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains; empty without an adapter."""
+        adapter = self._journeys.adapter
+        return [] if adapter is None else list(adapter.factors)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter as PEFT does. Raises `BAD_REQUEST` without one."""
+        if self._journeys.adapter is None:
+            raise error(Code.BAD_REQUEST, "this model has no adapter", "model.add_adapter(LoraConfig(…))")
+        self._journeys.adapter.save(folder)
+
+    def load_adapter(self, folder: str | os.PathLike[str], *_: Any, **__: Any) -> None:
+        """Take a LoRA adapter from a folder that PEFT wrote. Raises as `RemoteLora` and `RemoteLora.load`."""
+        from peft import PeftConfig
+
+        adapter = RemoteLora(PeftConfig.from_pretrained(os.fspath(folder)), linears_of(self.config))
+        adapter.load(folder)
+        self.add_adapter(adapter.config)
+        self._journeys.adapter = self.blocks.adapter = adapter
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`; its session is closed at the end unless the cache is given out."""
@@ -165,7 +206,7 @@ def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
         return SwarmCache(sessions, max_length=max_length or DEFAULT_LENGTH)
 
     decoder = model.get_decoder()
-    decoder.layers = nn.ModuleList([RemoteBlocks(make_cache)])
-    decoder.register_forward_pre_hook(pass_padding(make_cache), with_kwargs=True)
+    decoder.layers = nn.ModuleList([RemoteBlocks(make_cache, model._journeys, num_blocks)])
+    decoder.register_forward_pre_hook(pass_padding(make_cache, model._journeys), with_kwargs=True)
     model.config.num_hidden_layers = num_blocks  # what the model is, not what is loaded of it
     model._sessions = sessions

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import corolla
 from corolla.protocol.errors import Code, CorollaError
 from corolla.sdk.client import Daemon, Model
+from corolla.sdk.torch import DistributedModelForCausalLM
 from corolla.sdk.training import Trip
 
 from ..model.tiny import NUM_BLOCKS, save_tiny
@@ -20,6 +24,9 @@ from ..processes import DaemonProcess, LocalSwarm, local_swarm
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 TOLERANCE = 1e-4
+
+# PEFT asks transformers for a name that it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 class Setting(NamedTuple):
@@ -134,6 +141,100 @@ def test_gradients_of_a_wrong_shape_are_refused(model: Model) -> None:
     with model.passing(states(1, 3, 64)) as passed, pytest.raises(CorollaError) as caught:
         passed.backward(states(1, 4, 64))
     assert caught.value.code is Code.BAD_SHAPE
+
+
+IDS = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(3))
+RIGHT = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
+
+
+def distributed(setting: Setting, daemon: Daemon) -> Any:
+    return DistributedModelForCausalLM.from_pretrained(
+        "tiny", ends=setting.folder, daemon=daemon, dtype=torch.float32
+    )
+
+
+def peft_of(setting: Setting, folder: Path) -> Any:
+    """PEFT in this process, with factors that are all random; its adapter lies in `folder`."""
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], bias="none")
+    adapted = get_peft_model(deepcopy(setting.whole), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def gradients_of(adapted: Any) -> list[Tensor]:
+    return [p.grad for n, p in adapted.named_parameters() if ".lora_" in n and p.grad is not None]
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1)], ids=["full", "right", "left"])
+def test_loss_backward_gives_pefts_gradients(
+    setting: Setting, daemon: Daemon, tmp_path: Path, mask: Tensor | None
+) -> None:
+    adapted = peft_of(setting, tmp_path)
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path)
+    labels = IDS
+    if mask is not None:  # a row's first token is not to be told from the padding before it
+        labels = IDS.masked_fill((mask == 0) | (mask.roll(1, dims=1) == 0), -100)
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    ours = model(IDS, attention_mask=mask, labels=labels, position_ids=positions)
+    theirs = adapted(input_ids=IDS, attention_mask=mask, labels=labels, position_ids=positions)
+    assert abs(ours.loss.item() - theirs.loss.item()) < 1e-4
+    ours.loss.backward()
+    theirs.loss.backward()
+    expected = gradients_of(adapted)
+    assert len(expected) == len(model.adapter_parameters()) == NUM_BLOCKS * 6
+    by_shape = sorted(expected, key=lambda t: (tuple(t.shape), float(t.norm())))
+    found = sorted(
+        (p.grad for p in model.adapter_parameters()), key=lambda t: (tuple(t.shape), float(t.norm()))
+    )
+    for mine, reference in zip(found, by_shape, strict=True):
+        assert distance(mine, reference) < TOLERANCE
+
+
+def test_an_adapter_that_learned_here_works_in_peft(setting: Setting, daemon: Daemon, tmp_path: Path) -> None:
+    peft_of(setting, tmp_path / "start")
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path / "start")
+    optimizer = torch.optim.AdamW(model.adapter_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(IDS, labels=IDS).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    model.save_adapter(tmp_path / "learned")
+    elsewhere = PeftModel.from_pretrained(deepcopy(setting.whole), tmp_path / "learned")
+    with torch.no_grad():
+        ours, theirs = model(IDS, use_cache=False).logits, elsewhere(IDS).logits
+    assert distance(ours, theirs) < TOLERANCE
+
+
+def test_packed_sequences_do_not_see_each_other(setting: Setting, daemon: Daemon) -> None:
+    model = distributed(setting, daemon)
+    packed = states(1, 8, 64).requires_grad_()
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    gradient = states(1, 8, 64, seed=9)
+    model.blocks[1:4](packed, position_ids=positions).backward(gradient)
+    alone = packed.detach().clone().requires_grad_()
+    apart = [local(setting.whole, piece, 1, 4) for piece in (alone[:, :3], alone[:, 3:])]
+    torch.cat(apart, 1).backward(gradient)
+    assert packed.grad is not None
+    assert alone.grad is not None
+    assert distance(packed.grad, alone.grad) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["nothing"]}, {"r": 0}, {"lora_dropout": 0.1}])
+def test_a_lora_that_cannot_be_is_refused(setting: Setting, daemon: Daemon, options: dict[str, Any]) -> None:
+    config = SimpleNamespace(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **options})
+    with pytest.raises(CorollaError, match=next(iter(options))):
+        distributed(setting, daemon).add_adapter(config)
 
 
 def test_a_hop_killed_before_backward_costs_only_the_rerun(model: Model, setting: Setting) -> None:

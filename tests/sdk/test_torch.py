@@ -208,8 +208,8 @@ def test_positions_that_jump_are_refused(model: Any) -> None:
         model(prompt(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))
 
 
-def test_a_gradient_is_refused_when_wanted_not_lost(model: Any) -> None:
-    out = model(prompt(1, 4), labels=prompt(1, 4), use_cache=False)
+def test_a_gradient_through_a_cache_is_refused_not_lost(model: Any) -> None:
+    out = model(prompt(1, 4), labels=prompt(1, 4))
     with pytest.raises(CorollaError, match="gradients"):
         out.loss.backward()
 

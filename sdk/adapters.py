@@ -1,0 +1,210 @@
+"""A user's LoRA over blocks that run elsewhere: its parameters, the parts that hops get, and PEFT's files.
+
+Owns the parameters. It knows the layers only by name and size; the weights that they adapt lie in the swarm.
+Names, initial values and files are PEFT's, so that an adapter works here and anywhere.
+Source: Hu et al. 2021, LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ..protocol.errors import Code, error
+from ..protocol.training import NO_PART
+
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+_FACTORS: Final = ("lora_A", "lora_B")
+# What changes the mathematics of LoRA and is not computed by the hops.
+_UNSUPPORTED: Final = (
+    "use_dora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias",
+    "trainable_token_indices", "exclude_modules", "lora_dropout",
+)  # fmt: skip
+
+
+class Linear(NamedTuple):
+    """A linear layer of one block. target: its name inside the block; name: in the whole model."""
+
+    block: int
+    target: str
+    name: str
+    in_features: int
+    out_features: int
+
+
+class PartFile(NamedTuple):
+    """One block's part, named by its sha256; `NO_PART` and no bytes for a block that is left alone."""
+
+    name: bytes
+    data: bytes
+
+
+def linears_of(config: Any) -> tuple[Linear, ...]:
+    """The linear layers of all blocks of a transformers model, from its config alone."""
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(deepcopy(config))  # type: ignore[no-untyped-call]
+    found = []
+    names = {module: name for name, module in whole.named_modules()}
+    for block, layer in enumerate(whole.get_decoder().layers):
+        for target, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                full = f"{names[layer]}.{target}"
+                found.append(Linear(block, target, full, module.in_features, module.out_features))
+    return tuple(found)
+
+
+class RemoteLora(nn.Module):
+    """LoRA on the linear layers that a PEFT `LoraConfig` names.
+
+    Raises `BAD_REQUEST` for targets that are no linear layers and ranks below 1, `UNSUPPORTED` naming an option
+    that the hops do not compute.
+    """
+
+    def __init__(self, config: Any, linears: Sequence[Linear]) -> None:
+        super().__init__()
+        self.config = config
+        self._rank = _checked(config)
+        root = math.sqrt(self._rank) if getattr(config, "use_rslora", False) else self._rank
+        self.scaling = float(config.lora_alpha) / root
+        self.num_blocks = 1 + max(linear.block for linear in linears)
+        self._linears = tuple(linear for linear in linears if _is_target(config.target_modules, linear))
+        if not self._linears:
+            known = ", ".join(sorted({linear.target for linear in linears}))
+            raise error(
+                Code.BAD_REQUEST,
+                f"target_modules={config.target_modules!r} are no linear layers of the blocks",
+                f"choose some of {known}",
+            )
+        # In the order of `_linears`, A before B.
+        self.factors = nn.ParameterList()
+        for linear in self._linears:
+            first = torch.empty(self._rank, linear.in_features)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5))
+            self.factors.append(nn.Parameter(first))
+            self.factors.append(nn.Parameter(torch.zeros(linear.out_features, self._rank)))
+
+    def parts(self) -> tuple[PartFile, ...]:
+        """One for each block of the model, of the parameters as they are now."""
+        return tuple(self._part(tensors) for tensors in self._by_block(list(self.factors)))
+
+    def gradients(self, files: Mapping[int, bytes]) -> list[Tensor]:
+        """Block → file of gradients, in the order of `factors`; zeros for blocks that are not given.
+
+        Raises `BAD_ANSWER` for a file that has not the tensors of its part, or numbers that are not finite.
+        """
+        read = {block: _read(file) for block, file in files.items()}
+        gradients = []
+        for linear, factor, parameter in self._places():
+            if linear.block not in read:
+                gradients.append(torch.zeros_like(parameter, dtype=torch.float32))
+                continue
+            name = f"{linear.target}.{factor}"
+            tensor = read[linear.block].get(name)
+            if tensor is None or tensor.shape != parameter.shape or not bool(tensor.isfinite().all()):
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise error(
+                    Code.BAD_ANSWER,
+                    f"the gradient of {name} of block {linear.block} has the shape {shape}, expected finite"
+                    f" numbers of {tuple(parameter.shape)}",
+                )
+            gradients.append(tensor.to(parameter.device, torch.float32))
+        return gradients
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a PEFT adapter: adapter_config.json and adapter_model.safetensors."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(os.fspath(folder))
+        tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in self._keyed().items()}
+        safetensors.torch.save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Take the weights of a PEFT adapter. Raises `UNREADABLE`, `BAD_SHAPE` for another model's."""
+        path = Path(folder) / WEIGHTS_FILE
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as problem:
+            raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
+        keyed = self._keyed()
+        if tensors.keys() != keyed.keys():
+            odd = sorted(tensors.keys() ^ keyed.keys())
+            raise error(
+                Code.BAD_SHAPE,
+                f"{path} and its config name other layers of this model: {odd[0]}, {len(odd)} in all",
+                "the adapter is for another model",
+            )
+        for key, parameter in keyed.items():
+            if tensors[key].shape != parameter.shape:
+                raise error(
+                    Code.BAD_SHAPE,
+                    f"{key} has the shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}",
+                    "the adapter is for another model",
+                )
+        with torch.no_grad():
+            for key, parameter in keyed.items():
+                parameter.copy_(tensors[key])
+
+    def _places(self) -> list[tuple[Linear, str, nn.Parameter]]:
+        wanted = [(linear, factor) for linear in self._linears for factor in _FACTORS]
+        return [(*place, factor) for place, factor in zip(wanted, self.factors, strict=True)]
+
+    def _keyed(self) -> dict[str, nn.Parameter]:
+        return {
+            f"base_model.model.{linear.name}.{factor}.weight": parameter
+            for linear, factor, parameter in self._places()
+        }
+
+    def _by_block(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        blocks: list[dict[str, Tensor]] = [{} for _ in range(self.num_blocks)]
+        for (linear, factor, _), tensor in zip(self._places(), tensors, strict=True):
+            blocks[linear.block][f"{linear.target}.{factor}"] = tensor
+        return blocks
+
+    def _part(self, tensors: Mapping[str, Tensor]) -> PartFile:
+        if not tensors:
+            return PartFile(NO_PART, b"")
+        targets = {name.rpartition(".")[0] for name in tensors}
+        data = safetensors.torch.save(
+            {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()},
+            metadata={f"{target}.scaling": repr(self.scaling) for target in sorted(targets)},
+        )
+        return PartFile(sha256(data).digest(), data)
+
+
+def _checked(config: Any) -> int:
+    """The rank. Raises as `RemoteLora`."""
+    rank = getattr(config, "r", None)
+    if not isinstance(rank, int) or rank < 1:
+        raise error(Code.BAD_REQUEST, f"r={rank!r}, expected a rank of 1 or more", "give a peft.LoraConfig")
+    if getattr(config, "bias", "none") != "none":
+        raise error(Code.UNSUPPORTED, f"bias={config.bias!r} in a LoraConfig", "use bias='none'")
+    for option in _UNSUPPORTED:
+        if value := getattr(config, option, None):
+            raise error(Code.UNSUPPORTED, f"{option}={value!r} in a LoraConfig", "leave it out")
+    return rank
+
+
+def _is_target(wanted: Any, linear: Linear) -> bool:
+    """As PEFT matches: a string is a pattern of whole names, a list holds last parts of them."""
+    if wanted is None:
+        return False
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, linear.name) is not None
+    return any(linear.name == name or linear.name.endswith(f".{name}") for name in wanted)
+
+
+def _read(file: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(file)
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as problem:
+        raise error(Code.BAD_ANSWER, f"{len(file)} bytes of gradients are unreadable: {problem}") from problem

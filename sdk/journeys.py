@@ -1,0 +1,151 @@
+"""Autograd through the swarm: rows as micro-batches, several in flight, and the gradients that come back.
+
+Owns the cut of a batch and the order of sums: the adapter's gradients are added in float32 in the order of the
+micro-batches, so that any wiring agrees. It knows neither transformers nor what a padding mask is for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Code, error
+from ..protocol.training import Sequence
+from .adapters import RemoteLora
+from .client import Model
+from .training import Pass, Trip
+
+MICRO_BATCHES: Final = 4  # of one batch: as many as keep a few hops busy
+
+
+class Journeys:
+    """How hidden states of one model travel when gradients may be wanted. adapter: used on every block."""
+
+    def __init__(self, model: Model, encoding: str | None) -> None:
+        self.adapter: RemoteLora | None = None
+        self._model = model
+        self._encoding = encoding
+        self._put: frozenset[bytes] = frozenset()  # names that the daemon has from us
+
+    def run(
+        self, hidden: Tensor, padding: Tensor | None, positions: Tensor | None, blocks: tuple[int, int]
+    ) -> Tensor:
+        """hidden: (rows, n, hidden_size). Returns the same after these blocks, zeros where there is padding.
+
+        padding: (rows, at least n), zero where there is none to see. positions: (rows or 1, n); where they
+        start anew at 0 amid a row, a new sequence begins.
+        """
+        real = (
+            torch.ones(hidden.shape[:2], dtype=torch.bool)
+            if padding is None
+            else padding[:, -hidden.shape[1] :]
+        )
+        real = real.to(device="cpu", dtype=torch.bool)
+        if real.shape != hidden.shape[:2]:
+            raise error(
+                Code.BAD_SHAPE, f"a mask of shape {tuple(real.shape)} for rows {tuple(hidden.shape[:2])}"
+            )
+        rows = [_sequences(real[row], _row(positions, row)) for row in range(len(real))]
+        factors = list(self.adapter.factors) if self.adapter is not None else []
+        answer: Tensor = _Through.apply(hidden, self, real, rows, blocks, *factors)  # type: ignore[no-untyped-call]
+        return answer
+
+    def parts(self, blocks: tuple[int, int]) -> tuple[bytes, ...]:
+        """Names of the adapter's parts as it is now, each given to the daemon once."""
+        if self.adapter is None:
+            return ()
+        files = self.adapter.parts()
+        for file in files:
+            if file.name and file.name not in self._put:
+                self._model.put_part(file.name, file.data)
+        self._put = frozenset(file.name for file in files if file.name)
+        return tuple(file.name for file in files[blocks[0] : blocks[1]])
+
+    def passing(self, hidden: Tensor, sequences: Many[Sequence], blocks: tuple[int, int], parts: Any) -> Pass:
+        """One micro-batch forward."""
+        return self._model.passing(hidden, Trip(blocks, self._encoding, parts), sequences)
+
+
+class _Through(torch.autograd.Function):
+    """A batch through blocks of the swarm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        journeys: Journeys,
+        real: Tensor,
+        rows: list[list[Sequence]],
+        blocks: tuple[int, int],
+        *factors: Tensor,
+    ) -> Tensor:
+        parts = journeys.parts(blocks)
+        size = -(-len(rows) // MICRO_BATCHES)
+        cuts = [slice(at, at + size) for at in range(0, len(rows), size)]
+        cuts = [cut for cut in cuts if bool(real[cut].any())]
+        states = hidden.detach()
+
+        def go(cut: slice) -> Pass:
+            return journeys.passing(states[cut][real[cut]], list(chain(*rows[cut])), blocks, parts)
+
+        with ThreadPoolExecutor(MICRO_BATCHES) as pool:
+            passes = list(pool.map(go, cuts))
+        output = torch.zeros_like(states)
+        for cut, passed in zip(cuts, passes, strict=True):
+            output[cut] = output[cut].masked_scatter(_over(real[cut], states[cut]), passed.output)
+        if not any(ctx.needs_input_grad):
+            for passed in passes:
+                passed.release()
+        ctx.journey = (journeys, real, blocks, cuts, passes, factors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        journeys, real, blocks, cuts, passes, factors = ctx.journey
+        gradient = gradients[0]
+
+        def go(place: int) -> Any:
+            return passes[place].backward(gradient[cuts[place]][real[cuts[place]]])
+
+        with ThreadPoolExecutor(MICRO_BATCHES) as pool:
+            answers = list(pool.map(go, range(len(passes))))
+        inputs = torch.zeros_like(gradient)
+        sums: list[Tensor | None] = [None] * len(factors)
+        for cut, answer in zip(cuts, answers, strict=True):
+            inputs[cut] = inputs[cut].masked_scatter(_over(real[cut], inputs[cut]), answer.inputs)
+            if factors:
+                files = {block: file for block, file in enumerate(answer.parts, blocks[0]) if file}
+                for place, new in enumerate(journeys.adapter.gradients(files)):
+                    old = sums[place]
+                    sums[place] = new if old is None else old + new
+        return (inputs, None, None, None, None, *sums)
+
+
+def _over(real: Tensor, states: Tensor) -> Tensor:
+    return real[..., None].expand(states.shape).to(states.device)
+
+
+def _row(positions: Tensor | None, row: int) -> Tensor | None:
+    return None if positions is None else positions.reshape(-1, positions.shape[-1])[row % len(positions)]
+
+
+def _sequences(real: Tensor, positions: Tensor | None) -> list[Sequence]:
+    """The sequences of one row. Raises `UNSUPPORTED` for positions that neither count up nor start anew."""
+    num_tokens = int(real.sum())
+    if positions is None or num_tokens < 2:
+        return [Sequence(0, num_tokens)] if num_tokens else []
+    told = positions.cpu()[real].tolist()
+    starts = [0, *(at for at in range(1, num_tokens) if told[at] == 0)]
+    for at in range(1, num_tokens):
+        if told[at] not in (told[at - 1] + 1, 0):
+            raise error(
+                Code.UNSUPPORTED,
+                f"position_ids that go from {told[at - 1]} to {told[at]}",
+                "let them count up by one, and start anew at 0 with each packed sequence",
+            )
+    return [Sequence(0, end - start) for start, end in zip(starts, [*starts[1:], num_tokens], strict=True)]
