@@ -88,7 +88,7 @@ def check(model: Model, whole: Any, blocks: tuple[int, int], between: Any = None
     hidden = states(3, 7, 64, seed=1).requires_grad_()
     gradient = states(3, 7, 64, seed=2)
     expected = local(whole, hidden, *blocks)
-    expected.backward(gradient)
+    expected.backward(gradient)  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     with model.passing(hidden.detach(), Trip(blocks)) as passed:
         assert distance(passed.output, expected.detach()) < TOLERANCE
@@ -162,7 +162,7 @@ def peft_of(setting: Setting, folder: Path) -> Any:
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return adapted
 
 
@@ -224,7 +224,7 @@ def test_packed_sequences_do_not_see_each_other(setting: Setting, daemon: Daemon
     model.blocks[1:4](packed, position_ids=positions).backward(gradient)
     alone = packed.detach().clone().requires_grad_()
     apart = [local(setting.whole, piece, 1, 4) for piece in (alone[:, :3], alone[:, 3:])]
-    torch.cat(apart, 1).backward(gradient)
+    torch.cat(apart, 1).backward(gradient)  # type: ignore[no-untyped-call]
     assert packed.grad is not None
     assert alone.grad is not None
     assert distance(packed.grad, alone.grad) < TOLERANCE
