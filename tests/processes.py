@@ -167,6 +167,7 @@ class LocalSwarm:
         self.folder = folder
         self.model = model
         self.options = options
+        self.kind = DaemonProcess  # of the daemons that serve
         self.daemons: dict[str, DaemonProcess] = {}
         self.token = ""
 
@@ -183,14 +184,15 @@ class LocalSwarm:
 
     def serve(self, name: str, start: int, end: int, *arguments: str) -> DaemonProcess:
         """Start a daemon that serves blocks [start, end); `wait_online` waits for it."""
-        return self.add(
-            name, "--model", str(self.model), "--blocks", f"{start}:{end}", "--join", self.token, *arguments
-        )
+        span = ("--model", str(self.model), "--blocks", f"{start}:{end}", "--join", self.token)
+        return self._start(self.kind(name, self.folder / name, (*span, *arguments, *self.options)))
 
     def add(self, name: str, *arguments: str) -> DaemonProcess:
         """Start any other daemon."""
-        daemon = DaemonProcess(name, self.folder / name, (*arguments, *self.options))
-        self.daemons[name] = daemon
+        return self._start(DaemonProcess(name, self.folder / name, (*arguments, *self.options)))
+
+    def _start(self, daemon: DaemonProcess) -> DaemonProcess:
+        self.daemons[daemon.name] = daemon
         daemon.start()
         return daemon
 

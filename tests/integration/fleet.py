@@ -79,10 +79,14 @@ class Fleet:
             )
         return tuple(out[0, len(prompt) :].tolist())
 
-    def charged(self) -> set[str]:
-        """Peers that the client's daemon has charged so far."""
+    def charges(self) -> list[str]:
+        """Peers that the client's daemon has charged so far, one for each charge."""
         with self.client.connect() as daemon:
-            return {event.detail["peer"] for event in daemon.events() if event.kind == "charged"}
+            return [event.detail["peer"] for event in daemon.events() if event.kind == "charged"]
+
+    def charged(self) -> set[str]:
+        """The same, each once."""
+        return set(self.charges())
 
 
 def is_alive(daemon: DaemonProcess) -> bool:

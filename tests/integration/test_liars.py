@@ -1,0 +1,101 @@
+"""Real daemons of which one answers garbage, or cannot reach another: tokens stay right, only liars are charged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from ..processes import DaemonProcess  # noqa: E402
+from .fleet import SPANS, Fleet, fleet_of, generate, peer_of, prompt_of  # noqa: E402
+
+pytestmark = pytest.mark.timeout(600)
+PROMPT = prompt_of(9)
+NUM_TOKENS = 700  # seconds, so that the text is still being written when somebody misbehaves
+LIAR = Path(__file__).with_name("liar.py")
+
+
+@dataclass
+class Liar(DaemonProcess):
+    """A `corollad` of `liar.py`."""
+
+    def command(self) -> list[str]:
+        honest = super().command()
+        return [sys.executable, str(LIAR), str(self.folder), *honest[honest.index("corolla.daemon") + 1 :]]
+
+    def lie(self, kind: str) -> None:
+        """Spoil the next step that it sends."""
+        (self.folder / "lie").write_text(kind)
+
+    def cut(self, other: DaemonProcess) -> None:
+        """No step of it reaches the other any more."""
+        (self.folder / "unreachable").write_text(peer_of(other))
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with fleet_of(tmp_path_factory.mktemp("m") / "tiny", tmp_path_factory.mktemp("cache")) as fleet:
+        fleet.swarm.kind = Liar
+        fleet.restock()
+        yield fleet
+
+
+def in_use(fleet: Fleet, span: tuple[int, int]) -> Liar:
+    daemon = fleet.in_use(span)
+    assert isinstance(daemon, Liar)
+    return daemon
+
+
+@pytest.mark.parametrize("span", [SPANS[0], SPANS[2]], ids=str)
+@pytest.mark.parametrize("lie", ["short", "nan"])
+def test_a_hop_that_answers_garbage_is_replaced_and_charged(
+    fleet: Fleet, lie: str, span: tuple[int, int]
+) -> None:
+    before = fleet.charges()
+    liars: list[str] = []
+
+    def disturb(count: int) -> None:
+        if count == 7:
+            liar = in_use(fleet, span)
+            liars.append(peer_of(liar))
+            liar.lie(lie)
+
+    outcome = generate(fleet, PROMPT, disturb, NUM_TOKENS)
+
+    assert outcome.tokens == fleet.expected(PROMPT, NUM_TOKENS)
+    assert "repaired" in outcome.events
+    assert fleet.charges()[len(before) :] == liars
+
+
+def test_a_step_at_a_wrong_position_is_a_gap_that_is_filled_and_charges_nobody(fleet: Fleet) -> None:
+    before = fleet.charges()
+
+    def disturb(count: int) -> None:
+        if count == 7:
+            in_use(fleet, SPANS[0]).lie("shifted")
+
+    outcome = generate(fleet, PROMPT, disturb, NUM_TOKENS)
+
+    assert outcome.tokens == fleet.expected(PROMPT, NUM_TOKENS)
+    assert "repaired" in outcome.events
+    assert fleet.charges() == before
+
+
+def test_two_live_hops_that_cannot_reach_each_other_are_led_round_and_nobody_is_charged(fleet: Fleet) -> None:
+    before = fleet.charges()
+
+    def disturb(count: int) -> None:
+        if count == 7:
+            upstream, downstream = in_use(fleet, SPANS[0]), in_use(fleet, SPANS[1])
+            upstream.cut(downstream)
+
+    outcome = generate(fleet, PROMPT, disturb, NUM_TOKENS)
+
+    assert outcome.tokens == fleet.expected(PROMPT, NUM_TOKENS)
+    assert "repaired" in outcome.events
+    assert fleet.charges() == before
