@@ -14,6 +14,7 @@ from ..protocol.control import (
     CreateSwarm,
     Follow,
     Generate,
+    InstallProgress,
     Join,
     Joined,
     Pause,
@@ -50,6 +51,7 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "events": methods.events,
         "config": methods.config,
         "config.set": methods.set_config,
+        "worker.install": methods.install_worker,
         "generate": methods.generate,
         "session.open": methods.open_session,
         "session.step": step_for_program,
@@ -191,6 +193,15 @@ class Methods:
             source = dataclasses.replace(source, revision=arguments.revision)
         folder = await self._node.lending.pull(source, ask.item)
         return Reply(Pulled(folder))
+
+    async def install_worker(self, ask: Ask) -> Reply:
+        """Workers that wait for their environment find it at their next start."""
+
+        async def tell(line: str) -> None:
+            await ask.item(InstallProgress(line))
+
+        await self._node.environment.install(tell)
+        return Reply()
 
     async def create_swarm(self, ask: Ask) -> Reply:
         arguments: CreateSwarm = ask.arguments

@@ -73,6 +73,7 @@ class Node:
         self.pausing: Pausing
         self.contributing: Contributing
         self._socket = socket
+        self.environment: Final = Environment(store.folder / "worker")
         self._cache_folder = cache_folder
         self._methods = methods
         self._manager = Manager(os.environ)
@@ -116,9 +117,13 @@ class Node:
         self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
     ) -> None:
         profiles = Profiles(self.store, __version__, self.events.emit)
-        environment = Environment(self.store.folder / "worker")
         self.lending = Lending(
-            self.config, str(self._cache_folder), nursery, self.events.emit, profiles, environment.command
+            self.config,
+            str(self._cache_folder),
+            nursery,
+            self.events.emit,
+            profiles,
+            self.environment.command,
         )
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
         self.contributing = Contributing(self.lending, self.store, self.events.emit)

@@ -239,6 +239,13 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
+class InstallProgress:
+    """An item of `worker.install`: what the installer says."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
     """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`.
 
@@ -330,6 +337,7 @@ METHODS: Final[dict[str, Method]] = {
         Method("adapter.remove", Right.USE, AdapterName),
         Method("model.pull", Right.MANAGE, PullModel),
         Method("config.set", Right.MANAGE, SetConfig),
+        Method("worker.install", Right.MANAGE, NoArguments),
         Method("swarm.create", Right.MANAGE, CreateSwarm),
         Method("swarm.join", Right.MANAGE, Join),
         Method("swarm.leave", Right.MANAGE, NoArguments),

@@ -80,7 +80,9 @@ MAX_KEYS_PER_FIND: Final = 136  # of a model of 1024 blocks, 8 blocks to a key, 
 REGISTRY_TIMEOUT_S: Final = 3.0  # one question to a holder: a dictionary look-up and a round trip
 
 # Membership.
-MAX_HELLO_BYTES: Final = 128 * KIB  # spoken before anything is known of the other side; holds all that follows
+MAX_HELLO_BYTES: Final = (
+    128 * KIB
+)  # spoken before anything is known of the other side; holds all that follows
 MAX_MEMBERS_TOLD: Final = 16  # a sample of whom the greeter knows
 MAX_ADDRESSES_TOLD: Final = 4  # of each of them, best first
 HELLO_TIMEOUT_S: Final = 10.0  # a connection that has not proved its swarm by then is closed

@@ -19,6 +19,7 @@ from ..protocol.control import (
     CreateSwarm,
     DaemonEvent,
     Follow,
+    InstallProgress,
     Join,
     Joined,
     ModelView,
@@ -150,6 +151,16 @@ class Daemon:
             elif on_progress is not None:
                 on_progress(progress)
         return one(Pulled, value)
+
+    def install_worker(self, on_progress: Callable[[str], object] | None = None) -> None:
+        """Install what this daemon's workers need, for the device of its machine.
+
+        on_progress: hears the installer, line by line. Raises `NOT_READY`, `DISK_FULL`.
+        """
+        for message in self._connection().stream("worker.install"):
+            progress = item(InstallProgress, message)
+            if progress is not None and on_progress is not None:
+                on_progress(progress.line)
 
     def rebalance(
         self, *, dry_run: bool = False, to: tuple[int, int] | None = None, worker: int | None = None

@@ -38,6 +38,7 @@ COMMANDS: Final = (
     Command("Lend", "drain", "moving", "Take no new sessions; let those that run move or finish"),
     Command("Lend", "pause", "moving", "Lend nothing for a while; the device's memory is free in seconds"),
     Command("Lend", "resume", "moving", "Lend again after pause or drain"),
+    Command("Lend", "worker", "worker", "What workers run in: `worker install`"),
     Command("Lend", "stop", "lend", "Let sessions finish, then stop the daemon"),
     Command("Belong", "join", "belong", "Enter a swarm by its token or a member's address"),
     Command("Belong", "leave", "belong", "Leave the swarm"),

@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import trio
 
 from corolla import __version__
 from corolla.daemon.serving import installer
@@ -110,3 +111,38 @@ def test_a_second_installer_waits_and_becomes_the_worker_when_the_first_is_done(
         parser.feed(ours.recv(1 << 16))
         told = [FROM_WORKER.decode(frame) for frame in parser.frames()]
     assert told == [Loading(installer.STAGE, 0, 0)]
+
+
+class Pretended(Environment):
+    """One whose installer is a line of shell."""
+
+    script = ""
+
+    def install_command(self) -> list[str]:
+        return ["sh", "-c", self.script]
+
+
+@pytest.mark.anyio
+async def test_the_installer_is_heard_line_by_line(tmp_path: Path) -> None:
+    environment, lines = Pretended(tmp_path), list[str]()
+    environment.script = "echo one; echo two >&2; printf three"
+
+    async def tell(line: str) -> None:
+        lines.append(line)
+
+    await environment.install(tell)
+    assert lines == ["one", "two", "three"]
+
+
+@pytest.mark.anyio
+async def test_an_installer_that_fails_says_why(tmp_path: Path) -> None:
+    environment = Pretended(tmp_path)
+    environment.script = "echo collecting; echo 'error: no way to the registry'; exit 1"
+
+    async def tell(line: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    with pytest.raises(CorollaError, match=r"^no way to the registry") as caught:
+        await environment.install(tell)
+    assert caught.value.code is Code.NOT_READY
+    assert "daemonctl worker install" in caught.value.remedy
