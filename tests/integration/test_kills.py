@@ -213,14 +213,18 @@ def test_several_rows_go_through_a_kill(fleet: Fleet) -> None:
     before = fleet.charged()
     killer = Killer(fleet, (SPANS[1],), at=20)
     tokens: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
+    events: list[str] = []
     with fleet.client.connect() as daemon:
         pieces = daemon.model("tiny").generate(
             tokens=prompts, max_new_tokens=LONG_TEXT, stream=True, events=True
         )
         for piece in pieces:
-            if piece.event is None:
+            if piece.event is not None:
+                events.append(piece.event)
+            else:
                 tokens[piece.row].append(piece.token)
                 killer(sum(map(len, tokens.values())))
+    assert "repaired" in events
     for row, prompt in enumerate(prompts):
         assert tuple(tokens[row]) == fleet.expected(prompt, LONG_TEXT)
     assert fleet.charged() - before == killer.guilty
@@ -276,14 +280,22 @@ def test_a_sampled_text_is_the_same_after_a_kill(fleet: Fleet) -> None:
     assert fleet.charged() - before == killer.guilty
 
 
-def test_hidden_states_are_the_same_after_a_kill(fleet: Fleet) -> None:
+@pytest.mark.parametrize("before_step", [0, 1], ids=["before the first token", "amid"])
+def test_hidden_states_are_the_same_after_a_kill(fleet: Fleet, before_step: int) -> None:
     hidden = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3))
+    parts = [hidden[:, :8], hidden[:, 8:9], hidden[:, 9:]]
+    killer = Killer(fleet, (SPANS[1],), at=0)
 
-    def run(kill: bool) -> Any:
+    def run(kill_before: int | None) -> Any:
+        out = []
         with fleet.client.connect() as daemon, daemon.model("tiny").session(rows=2, max_length=32) as session:
-            first = session.step(hidden[:, :8])
-            if kill:
-                Killer(fleet, (SPANS[1],), at=0).strike()
-            return torch.cat([first, session.step(hidden[:, 8:9]), session.step(hidden[:, 9:])], dim=1)
+            for number, part in enumerate(parts):
+                if number == kill_before:
+                    killer.strike()
+                out.append(session.step(part))
+        return torch.cat(out, dim=1)
 
-    assert torch.allclose(run(kill=True), run(kill=False), atol=1e-4)
+    unharmed = run(None)
+    before = len(fleet.charges())
+    assert torch.allclose(run(before_step), unharmed, atol=1e-4)
+    assert set(fleet.charges()[before:]) == killer.guilty
