@@ -21,7 +21,6 @@ from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
@@ -38,6 +37,7 @@ from .punching import Punching, Ways
 from .relaying import RelayLimits, RelayService
 from .relays import Relays
 from .seam import Guard, Handler, PeerView, Stream
+from .whereabouts import Whereabouts
 from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
@@ -164,7 +164,7 @@ class Libp2pNetwork:
     ) -> None:
         self._peer = identity.peer
         self._nursery = nursery
-        self._announce = tuple(split_peer(address)[0] for address in announce)
+        self._whereabouts = Whereabouts(announce, reachability)
         self._handlers = Handlers()
         self._listeners: list[Callable[[str, bool], None]] = []
         self._address_listeners: list[Callable[[], None]] = []
@@ -175,9 +175,6 @@ class Libp2pNetwork:
         self._stopping = trio.Event()
         self._scope = trio.CancelScope(shield=True)
         self.failure: CorollaError | None = None  # why it could not start, or broke down
-        self._bound: tuple[Multiaddr, ...] = ()  # where we listen, with real ports
-        self._was_called = False  # from outside our own network, directly
-        self._reachability = reachability
         self.relays: Final = Relays(self, self._take_circuit, self.is_private, self._addresses_changed)
         self._swarm, self._host = make_host(
             identity,
@@ -244,7 +241,7 @@ class Libp2pNetwork:
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         bare, peer = split_peer(address)
-        if peer == self._peer or bare in self._direct_addresses():
+        if peer == self._peer or bare in self._whereabouts.direct():
             raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
         if peer is not None and self._live(peer) is not None:
             return peer
@@ -272,16 +269,8 @@ class Libp2pNetwork:
         return tuple(peer for peer in found if peer != self._peer and self._is_dialable(peer))[:count]
 
     def is_private(self) -> bool:
-        """Whether others cannot dial us, as far as is known: we dial out into the world, nobody dials in."""
-        if self._reachability is not Reachability.AUTO:
-            return self._reachability is Reachability.PRIVATE
-        if self._announce or self._was_called or not self._bound:
-            return False
-        return any(
-            reach_of(address) is Reach.PUBLIC and not (view.relayed or view.inbound)
-            for view in self.peers()
-            for address in view.addresses
-        )
+        """Whether others cannot dial us, as far as is known."""
+        return self._whereabouts.is_private(self.peers())
 
     # its life
 
@@ -314,7 +303,8 @@ class Libp2pNetwork:
                 Code.PORT_TAKEN, f"cannot listen on {', '.join(listen)}", "choose another with --listen"
             )
             return
-        self._bound = tuple(bound for one in self._swarm.listeners.values() for bound in one.get_addrs())
+        listeners = self._swarm.listeners.values()
+        self._whereabouts.listens_on([bound for one in listeners for bound in one.get_addrs()])
         if kad_protocol is not None:
             self._routing = SwarmRouting(
                 self._host, kad_protocol, lambda peer: self._handlers.admits(peer, kad_protocol)
@@ -390,7 +380,7 @@ class Libp2pNetwork:
             heard = [split_peer(str(a))[0] for a in self._host.get_peerstore().addrs(ID.from_string(peer))]
         except (PeerStoreError, ValueError):
             heard = []
-        own = self._direct_addresses()  # two peers at one relay share their relayed ones
+        own = self._whereabouts.direct()  # two peers at one relay share their relayed ones
         known = (a for a in (*self._book.known(peer), *heard[:MAX_ADDRESSES]) if a not in own)
         return tuple(dict.fromkeys(known))
 
@@ -414,11 +404,11 @@ class Libp2pNetwork:
         muxed.on_broken = partial(self._on_broken, peer, connection)
         if len(connections) == 1:
             self._tell(peer, connected=True)
-        self._was_called |= connection.direction is Direction.INBOUND and any(
-            reach_of(str(address)) is Reach.PUBLIC for address in connection.get_transport_addresses()
-        )
+        addresses = [str(address) for address in connection.get_transport_addresses()]
         if connection.direction is Direction.OUTBOUND:
-            self._book.learn(peer, [str(address) for address in connection.get_transport_addresses()])
+            self._book.learn(peer, addresses)
+        elif connection.direction is Direction.INBOUND:
+            self._whereabouts.called_from(addresses)
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
         if _is_relayed(connection) and connection.direction is Direction.OUTBOUND:
@@ -444,9 +434,7 @@ class Libp2pNetwork:
             raise error(Code.PEER_LOST, root_cause(failure)) from failure
 
     def _doors(self) -> Doors:
-        public = [a for a in self._direct_addresses() if reach_of(a) is Reach.PUBLIC]
-        seen = dict.fromkeys((*public, *self.relays.observed()))
-        return Doors(tuple(seen)[:MAX_ADDRESSES], is_open=bool(public) and not self.is_private())
+        return self._whereabouts.doors(self.relays.observed(), is_private=self.is_private())
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
         connections = self._connections.get(peer, [])
@@ -510,17 +498,7 @@ class Libp2pNetwork:
             listener()
 
     def _own_addresses(self) -> tuple[str, ...]:
-        """Announced and public addresses first, then relayed ones, then those in our network, on this machine."""
-        direct = self._direct_addresses()
-        public = [address for address in direct if reach_of(address) is Reach.PUBLIC]
-        announced = (*self._announce, *public, *self.relays.addresses())
-        return tuple(dict.fromkeys((*announced, *direct)))
-
-    def _direct_addresses(self) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        for bound in self._bound:
-            found.update(dict.fromkeys(str(address) for address in expand_wildcard_address(bound)))
-        return (*self._announce, *sorted(found, key=_distance_outwards))
+        return self._whereabouts.all(self.relays.addresses())
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:
@@ -543,9 +521,3 @@ def _yamux(connection: SwarmConn) -> Yamux:
     if not isinstance(muxed, Yamux):
         raise MuxedConnUnavailable(f"the connection speaks {type(muxed).__name__}")
     return muxed
-
-
-def _distance_outwards(address: str) -> int:
-    if reach_of(address) is Reach.NEAR:
-        return 2 if "/127." in address or "/::1/" in address else 1
-    return 0 if reach_of(address) is Reach.PUBLIC else 3
