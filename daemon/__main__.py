@@ -25,7 +25,7 @@ from .store import Store, open_store
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # whoever opens it says why it cannot be read
     metavar="FILE",
     envvar="COROLLA_CONFIG",
     help="TOML file with these settings.",

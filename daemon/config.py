@@ -153,6 +153,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             table = tomllib.load(file)
+    except FileNotFoundError as problem:
+        raise error(Code.UNREADABLE, f"no configuration file {path}", "check its name") from problem
     except OSError as problem:
         raise error(
             Code.UNREADABLE, f"cannot read {path}: {problem.strerror}", "let the daemon's user read it"

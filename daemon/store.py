@@ -176,7 +176,7 @@ def open_store(folder: Path) -> Iterator[Store]:
     path = folder / LOCK_FILE
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.open("a+", encoding="ascii")
+        lock = path.open("ab+", buffering=0)  # what a full disk refused must not come up again at closing
     except OSError as problem:
         raise unusable(folder, problem) from problem
     with lock:
@@ -184,7 +184,7 @@ def open_store(folder: Path) -> Iterator[Store]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
             lock.seek(0)
-            owner = lock.read(32).strip() or "unknown"
+            owner = lock.read(32).decode("ascii", "replace").strip() or "unknown"
             raise error(
                 Code.STATE_IN_USE,
                 f"another daemon (process {owner}) uses the state folder {folder}",
@@ -193,8 +193,7 @@ def open_store(folder: Path) -> Iterator[Store]:
         try:
             lock.seek(0)
             lock.truncate()
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+            lock.write(f"{os.getpid()}\n".encode("ascii"))
         except OSError as problem:
             raise unusable(path, problem) from problem
         yield Store(folder)

@@ -7,6 +7,7 @@ import time
 import click
 
 from ...protocol.control import ModelView, SpanView, Status, WorkerStatus
+from ...protocol.errors import Exit
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
 from ..picture import Bar, gaps, picture, replica_runs, short_peer
@@ -15,12 +16,17 @@ from .options import asking, tell_privacy
 
 @click.command()
 @asking
-def status(daemon: Daemon, output: Output) -> None:
-    """This machine's daemon in one screen."""
+def status(daemon: Daemon, output: Output) -> int:
+    """This machine's daemon in one screen. Exits with 7 if a worker has failed for good."""
     view = daemon.status()
     if output.as_json:
         output.envelope(status=view)
-        return
+    else:
+        _show_status(view, output)
+    return Exit.DEGRADED if any(worker.state == "failed" for worker in view.workers) else Exit.OK
+
+
+def _show_status(view: Status, output: Output) -> None:
     where = f"in swarm {view.swarm}" if view.swarm else "in no swarm"
     output.heading(f"corollad {view.version}: {state(view.state)}, {where}")
     output.facts(
@@ -67,7 +73,8 @@ def _worker(worker: WorkerStatus) -> str:
     if worker.restarts:
         parts.append(f"restarted {worker.restarts} times")
     if isinstance(worker.error, dict):
-        parts.append(f"{worker.error.get('message')} {worker.error.get('remedy', '')}".strip())
+        remedy = worker.error.get("remedy")
+        parts.append(f"{worker.error.get('message')}" + (f" ({remedy})" if remedy else ""))
     return ", ".join(filter(None, parts))
 
 
