@@ -98,6 +98,9 @@ class PagesAgainstLists(RuleBasedStateMachine):
         for length, kept in zip(lengths, held, strict=True):
             assert 0 <= kept <= length
             assert self.truncated_since[base] or kept == length
+        if any(kept < len(row) for row, kept in zip(table, held, strict=True)):
+            # What was cut off is overwritten by whoever writes on, in older tables too.
+            self.truncated_since = dict.fromkeys(self.truncated_since, True)
         self.rows = [row[:kept] for row, kept in zip(table, held, strict=True)]
         self.step_id = base
         self.snapshots = {k: v for k, v in self.snapshots.items() if k < base}
