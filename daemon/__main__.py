@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +70,30 @@ def main(config: Path | None, **flags: Any) -> None:
     """
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     try:
-        run(config or _usual_config(), given)
+        with _leaving_at_once():
+            run(config or _usual_config(), given)
     except CorollaError as problem:
         click.echo(f"corollad: {problem}", err=True)
         sys.exit(exit_code(problem.code))
     except ModuleNotFoundError as problem:
         click.echo(f"corollad: {problem}: install it with pip install 'corolla[daemon,worker]'", err=True)
         sys.exit(Exit.ERROR)
-    except KeyboardInterrupt:  # before the daemon hears signals itself
-        sys.exit(Exit.OK)
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Until the daemon hears signals itself there is nothing to end in order: a signal just ends us.
+
+    An exception would not do: Python remembers one that cut an import short, and dies of the signal at its end.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: os._exit(Exit.OK))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(config_file: Path | None, flags: dict[str, Any]) -> None:

@@ -55,6 +55,15 @@ def test_a_signal_ends_an_idle_daemon(swarm: LocalSwarm, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_daemon_that_only_just_starts(swarm: LocalSwarm, number: int) -> None:
+    daemon = swarm.add("starting", "--blocks", "none")
+    wait_until((daemon.folder / "state" / "lock").exists, "it takes its state folder")
+    daemon.signal(number)  # most likely amid its imports
+    assert daemon.wait() == 0, daemon.log()
+    assert "Traceback" not in daemon.log(), daemon.log()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_daemon_that_loads(swarm: LocalSwarm, number: int) -> None:
     client = swarm.found()
     server = swarm.serve("server", 0, NUM_BLOCKS)
