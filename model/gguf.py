@@ -11,11 +11,13 @@ Source: the GGUF specification (ggml, docs/gguf.md); names from the package `ggu
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +36,7 @@ from .families import Skeleton
 CONVERSION: Final = 1  # part of the fingerprint: raised when the same file would become other numbers
 _MARK: Final = "corolla.json"
 _INDEX: Final = "model.safetensors.index.json"
+_LOOK_EVERY_S: Final = 0.2  # whether the one that converts is done: short beside a conversion
 # Architectures whose tensors differ in nothing but name and the order of rotary rows.
 _CONVERTIBLE: Final = (
     "LlamaForCausalLM",
@@ -75,24 +78,46 @@ def source_of(folder: Path) -> Source | None:
 def convert(source: Source, path: Path, cache_folder: Path, report: Callable[[str, int, int], None]) -> Path:
     """The folder that holds `path` as safetensors, with configuration, tokenizer and chat template.
 
-    Raises `UNSUPPORTED_FAMILY`, `DAMAGED_WEIGHTS`, `DISK_FULL`, `UNREADABLE`. A conversion that fails leaves
-    nothing behind; one that is cut off leaves a `.part` folder, which the next one replaces.
+    Of workers that start together one converts and the others wait for it. Raises `UNSUPPORTED_FAMILY`,
+    `DAMAGED_WEIGHTS`, `DISK_FULL`, `UNREADABLE`. A conversion that fails leaves nothing behind; one that is
+    cut off leaves a `.part` folder, which the next one replaces.
     """
     folder = cache_folder / f"{path.stem}-{source.sha256[:12]}-{CONVERSION}"
     if (folder / _MARK).exists():
         return folder
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        _convert_into(part, source, path, report)
-        if not (folder / _MARK).exists():  # another worker may have been faster
-            part.rename(folder)
+        with _alone(folder, lambda: report("converting", 0, path.stat().st_size)):
+            if (folder / _MARK).exists():  # another worker did it while we waited
+                return folder
+            try:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                _convert_into(part, source, path, report)
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         raise _explained(problem, folder) from problem
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Be the only process that makes `folder`; the system lets go of the lock of one that dies.
+
+    waiting: called at each look while another has it, so that whoever watches this process sees it live. The
+    lock's file stays: deleted, two processes could hold locks of two files of one name.
+    """
+    with folder.with_name(f".{folder.name}.lock").open("ab") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(_LOOK_EVERY_S)
+        yield
 
 
 def _explained(problem: Exception, folder: Path) -> CorollaError:

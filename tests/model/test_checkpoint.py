@@ -327,6 +327,43 @@ def test_a_gguf_file_is_converted_once_and_known_by_its_own_hash(
     assert not list(model.folder.parent.glob("*.part"))
 
 
+def test_processes_that_start_together_convert_a_gguf_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, save_tiny(tmp_path / "whole"))
+    program = (
+        "import sys; from pathlib import Path; from corolla.model import gguf\n"
+        "path = Path(sys.argv[1]); stages = []\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "note = lambda stage, done, total: stages.append(done)\n"
+        "print(gguf.convert(gguf.Source(path.name, '0' * 64), path, path.parent / 'cache', note), any(stages))\n"
+    )
+    (tmp_path / "cache").mkdir()
+    left = tmp_path / "cache" / f"tiny-000000000000-{gguf.CONVERSION}.part"  # of one that was killed
+    left.mkdir()
+    (left / "rest").touch()
+    command = [sys.executable, "-c", program, str(path)]
+    racing = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    try:
+        for process in racing:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in racing:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answers = [process.communicate(timeout=120)[0].split() for process in racing]
+    finally:
+        for process in racing:
+            process.kill()
+    assert [process.returncode for process in racing] == [0, 0, 0]
+    assert len({folder for folder, _ in answers}) == 1
+    assert sorted(converted for _, converted in answers) == ["False", "False", "True"]
+    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not (Path(answers[0][0]) / "rest").exists()
+
+
 def test_a_gguf_file_that_is_missing_cut_short_or_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     assert "tiny.gguf" in refused(Code.UNKNOWN_MODEL, of_gguf, path).message
