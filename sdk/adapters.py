@@ -121,11 +121,20 @@ class RemoteLora(nn.Module):
             gradients.append(tensor.to(parameter.device, torch.float32))
         return gradients
 
+    def named_factors(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names that PEFT gives them in a file, in the order of `factors`."""
+        return {
+            f"base_model.model.{linear.name}.{factor}.weight": parameter
+            for linear, factor, parameter in self._places()
+        }
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a PEFT adapter: adapter_config.json and adapter_model.safetensors."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(os.fspath(folder))
-        tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in self._keyed().items()}
+        tensors = {
+            key: parameter.detach().cpu().contiguous() for key, parameter in self.named_factors().items()
+        }
         safetensors.torch.save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def load(self, folder: str | os.PathLike[str]) -> None:
@@ -135,7 +144,7 @@ class RemoteLora(nn.Module):
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as problem:
             raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
-        keyed = self._keyed()
+        keyed = self.named_factors()
         if tensors.keys() != keyed.keys():
             odd = sorted(tensors.keys() ^ keyed.keys())
             raise error(
@@ -157,12 +166,6 @@ class RemoteLora(nn.Module):
     def _places(self) -> list[tuple[Linear, str, nn.Parameter]]:
         wanted = [(linear, factor) for linear in self._linears for factor in _FACTORS]
         return [(*place, factor) for place, factor in zip(wanted, self.factors, strict=True)]
-
-    def _keyed(self) -> dict[str, nn.Parameter]:
-        return {
-            f"base_model.model.{linear.name}.{factor}.weight": parameter
-            for linear, factor, parameter in self._places()
-        }
 
     def _by_block(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         blocks: list[dict[str, Tensor]] = [{} for _ in range(self.num_blocks)]
