@@ -146,12 +146,23 @@ async def _say_farewell(registry: Registry) -> None:
 
 
 async def discover(terms: Terms, address: str) -> Swarm:
-    """The swarm of the member at a multiaddress. Raises what `discover_swarm` raises."""
+    """The swarm of the member at a multiaddress. Raises `NO_PEERS`, and what `discover_swarm` raises."""
     if not address.startswith("/"):
         raise error(
             Code.BAD_TOKEN,
             f"{address[:40]!r} is neither a join token nor a multiaddress",
             "paste the whole line that `daemonctl status` prints on a member's machine",
         )
+    if address.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" not in address:
+        raise error(
+            Code.BAD_TOKEN,
+            f"the multiaddress {address[:100]!r} names no port",
+            "write it like /ip4/192.0.2.7/tcp/4517/p2p/PEER, as `daemonctl status` prints it there",
+        )
     async with open_network(terms.identity, listen=()) as network:
-        return await discover_swarm(network, address)
+        try:
+            return await discover_swarm(network, address)
+        except CorollaError as problem:
+            if problem.code is not Code.PEER_LOST:
+                raise
+            raise error(Code.NO_PEERS, problem.message, problem.remedy) from problem

@@ -29,6 +29,7 @@ import corolla  # noqa: E402
 from corolla.protocol.control import PRIVACY  # noqa: E402
 from corolla.protocol.errors import Code, CorollaError, Exit  # noqa: E402
 
+from ..model.test_ends import save_tokenizer  # noqa: E402
 from ..model.tiny import NUM_BLOCKS, save_tiny  # noqa: E402
 from ..processes import DaemonProcess, LocalSwarm, local_swarm, wait_until  # noqa: E402
 
@@ -194,6 +195,7 @@ class Setting(NamedTuple):
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     model = tmp_path_factory.mktemp("models") / "tiny"
     save_tiny(model, "llama", seed=4, eos_token_id=None)
+    save_tokenizer(model, None)
     cache = tmp_path_factory.mktemp("cache")
     with local_swarm(model, *OPTIONS, "--cache-dir", str(cache)) as swarm:
         client = swarm.found()
@@ -245,7 +247,7 @@ def test_joining_where_nobody_answers_names_the_address(setting: Setting) -> Non
         closed.bind(("127.0.0.1", 0))
         address = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}/p2p/{NOBODY}"
         code, line = daemonctl(setting.lonely, "join", address)
-    assert code in (Exit.ERROR, Exit.NOT_READY)
+    assert code == Exit.NOT_READY
     assert address.partition("/p2p/")[0] in line
     assert "refused" in line
     assert setting.lonely.status().state == "idle"
@@ -299,6 +301,17 @@ def test_a_prompt_longer_than_the_model_can_hold_is_refused(setting: Setting) ->
     with setting.client.connect() as daemon, pytest.raises(CorollaError) as problem:
         daemon.model("tiny").generate(tokens=[[5] * 300], max_new_tokens=4)
     refused(problem, Code.TOO_LONG, "300", "256")
+
+
+def test_a_text_that_lacks_blocks_is_not_ready_and_names_them(setting: Setting) -> None:
+    code, line = daemonctl(setting.client, "generate", "hello world")
+    assert code == Exit.NOT_READY
+    assert "2:4" in line
+    assert "--wait" in line
+    code, line = daemonctl(setting.client, "generate", "hello " * 300)
+    assert code == Exit.ERROR
+    assert "300" in line
+    assert "256" in line
 
 
 def test_blocks_served_by_nobody_are_named_with_who_loads_them_and_waited_for(setting: Setting) -> None:
