@@ -2,7 +2,8 @@
 
 FOLDER/lie: what to do to the next step or result that it sends, once: `short` (bytes are missing), `nan` (a
 number that is none), `shifted` (one position too far). FOLDER/unreachable: peer ids, one a line, to whom no
-step gets through, as if the cable between the two were cut.
+step gets through, as if the cable between the two were cut. FOLDER/stall: backward requests are taken, said to
+be worked on, and never answered; FOLDER/stalled appears once there is one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from corolla.daemon.__main__ import main
 from corolla.daemon.network.libp2p import Libp2pNetwork
 from corolla.daemon.serving.served import Served
+from corolla.daemon.serving.training import CHUNK_TIMEOUT_S, TrainingService, read_chunks
 from corolla.protocol.errors import Code, error
+from corolla.protocol.limits import WORKING_EVERY_S
 from corolla.protocol.steps import PUSH_PROTOCOL, Result, Step
+from corolla.protocol.training import SpanBackward, Working
 
 NAN = b"\x00\x00\xc0\x7f"  # float32, little endian
 
@@ -24,7 +30,9 @@ NAN = b"\x00\x00\xc0\x7f"  # float32, little endian
 def misbehave(folder: Path) -> None:
     """Put the lies and the cut cables between the daemon and its network."""
     lie, unreachable = folder / "lie", folder / "unreachable"
+    stall, stalled = folder / "stall", folder / "stalled"
     honest_send, honest_open = Served._send, Libp2pNetwork.open
+    honest_answer = TrainingService._answer
 
     def is_cut(peer: str) -> bool:
         return unreachable.exists() and peer in unreachable.read_text().split()
@@ -43,8 +51,18 @@ def misbehave(folder: Path) -> None:
             raise error(Code.PEER_LOST, f"no way to {peer}")
         return await honest_open(self, peer, protocol, timeout_s=timeout_s)
 
+    async def answer(self: TrainingService, talk: Any, worker: Any, asked: Any) -> None:
+        if not (isinstance(asked, SpanBackward) and stall.exists()):
+            return await honest_answer(self, talk, worker, asked)
+        await read_chunks(talk, asked.size_bytes, CHUNK_TIMEOUT_S)
+        while True:
+            await talk.say(Working(worker.queue))
+            stalled.touch()
+            await trio.sleep(WORKING_EVERY_S)
+
     Served._send = send  # type: ignore[method-assign]
     Libp2pNetwork.open = open_  # type: ignore[method-assign]
+    TrainingService._answer = answer  # type: ignore[method-assign]
 
 
 def spoiled(message: Step | Result, kind: str) -> Step | Result:
