@@ -102,6 +102,10 @@ class DistributedModelForCausalLM:
             raise error(Code.BAD_REQUEST, "this model has no adapter", "model.add_adapter(LoraConfig(…))")
         self._journeys.adapter.save(folder)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> None:
+        """As `save_adapter`, like a `PeftModel`: the blocks are the swarm's, so a whole model cannot be written."""
+        self.save_adapter(save_directory)
+
     def load_adapter(self, folder: str | os.PathLike[str], *_: Any, **__: Any) -> None:
         """Take a LoRA adapter from a folder that PEFT wrote. Raises as `RemoteLora` and `RemoteLora.load`."""
         from peft import PeftConfig

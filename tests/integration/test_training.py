@@ -199,7 +199,10 @@ def test_loss_backward_gives_pefts_gradients(
         assert distance(found[name].grad, reference) < TOLERANCE, name
 
 
-def test_an_adapter_that_learned_here_works_in_peft(setting: Setting, daemon: Daemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", ["save_adapter", "save_pretrained"])
+def test_an_adapter_that_learned_here_works_in_peft(
+    setting: Setting, daemon: Daemon, tmp_path: Path, save: str
+) -> None:
     peft_of(setting, tmp_path / "start")
     model = distributed(setting, daemon)
     model.load_adapter(tmp_path / "start")
@@ -212,11 +215,20 @@ def test_an_adapter_that_learned_here_works_in_peft(setting: Setting, daemon: Da
         loss.backward()
         optimizer.step()
     assert losses[2] < losses[0]
-    model.save_adapter(tmp_path / "learned")
+    getattr(model, save)(tmp_path / "learned")
     elsewhere = PeftModel.from_pretrained(deepcopy(setting.whole), tmp_path / "learned")
     with torch.no_grad():
         ours, theirs = model(IDS, use_cache=False).logits, elsewhere(IDS).logits
     assert distance(ours, theirs) < TOLERANCE
+
+
+def test_without_an_adapter_there_is_nothing_to_save(
+    setting: Setting, daemon: Daemon, tmp_path: Path
+) -> None:
+    with pytest.raises(CorollaError, match="no adapter") as caught:
+        distributed(setting, daemon).save_pretrained(tmp_path / "nothing")
+    assert caught.value.code is Code.BAD_REQUEST
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_packed_sequences_do_not_see_each_other(setting: Setting, daemon: Daemon) -> None:
