@@ -49,9 +49,15 @@ class Fleet:
         self.swarm.wait_covered(self.client, replicas)
 
     def restock(self, count: int = 2) -> None:
-        """Replace what died, so that every span has `count` daemons again."""
+        """Replace what died, so that every span has `count` daemons again, all without a session."""
         for span in list(self.serving):
             self.serving[span] = [d for d in self.serving[span] if is_alive(d)]
+            for daemon in self.serving[
+                span
+            ]:  # a hop that was left may keep its session for the time of grace
+                daemon.wait_for(
+                    lambda status: not any(worker.sessions for worker in status.workers), "has no session"
+                )
             if span not in SPANS:
                 for daemon in self.serving.pop(span):
                     daemon.kill()
