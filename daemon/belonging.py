@@ -22,6 +22,7 @@ from .network.libp2p import open_network
 from .network.membership import Membership, Swarm, discover_swarm
 from .network.registry import Registry
 from .network.relaying import RelayLimits
+from .network.roll import Roll, Standing
 from .network.seam import Network
 from .routes import Routes
 from .serving.peers import HopService
@@ -78,6 +79,7 @@ class Entry:
 class Terms:
     """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
 
+    standing, save_standing: what is kept of our membership, as `Roll` says.
     admits, on_charge: as `HopService` and `Ledger` say.
     """
 
@@ -91,6 +93,8 @@ class Terms:
     relay: RelayLimits | None
     admits: Callable[[str], None]
     on_charge: Callable[[str, float, str], None]
+    standing: Standing | None = None
+    save_standing: Callable[[Standing], None] = lambda standing: None
 
 
 @asynccontextmanager
@@ -108,7 +112,10 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
         ) as network,
         anyio.create_task_group() as tasks,
     ):
-        membership = Membership(network, entry.swarm, bootstrap=entry.bootstrap, version=__version__)
+        roll = Roll(network.peer, terms.standing, save=terms.save_standing)
+        membership = Membership(
+            network, entry.swarm, bootstrap=entry.bootstrap, version=__version__, roll=roll
+        )
         registry = Registry(
             network,
             membership,

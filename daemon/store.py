@@ -22,6 +22,7 @@ STATE_FILE: Final = "state.json"
 SEQ_FILE: Final = "seq"
 CONTRIBUTION_FILE: Final = "contribution.json"
 PROFILES_FILE: Final = "profiles.json"
+MEMBERSHIP_FILE: Final = "membership"
 LOCK_FILE: Final = "lock"
 STATE_VERSION: Final = 1
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -102,6 +103,31 @@ class Store:
     def save_profiles(self, content: Mapping[str, Any]) -> None:
         """Remember it. Raises `DISK_FULL`, `UNREADABLE`."""
         self._write(PROFILES_FILE, json.dumps(dict(content)) + "\n")
+
+    def load_membership(self) -> bytes:
+        """The standing in our swarm, as `network/roll.py` encodes it; b"" if there is none. Raises `UNREADABLE`."""
+        path = self.folder / MEMBERSHIP_FILE
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as problem:
+            raise unusable(path, problem) from problem
+
+    def save_membership(self, standing: bytes) -> None:
+        """Remember it, for our user alone to read. Raises `DISK_FULL`, `UNREADABLE`."""
+        path = self.folder / MEMBERSHIP_FILE
+        scratch = path.with_suffix(".new")
+        try:
+            scratch.unlink(missing_ok=True)  # one left by a crash may have other rights
+            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(standing)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except OSError as problem:
+            scratch.unlink(missing_ok=True)
+            raise unusable(path, problem) from problem
 
     def _load(self) -> State:
         path = self.folder / STATE_FILE

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from corolla.daemon.store import SEQ_FILE, STATE_FILE, State, migrated, open_store
+from corolla.daemon.store import MEMBERSHIP_FILE, SEQ_FILE, STATE_FILE, State, migrated, open_store
 from corolla.protocol.errors import Code, CorollaError
 
 
@@ -114,6 +114,28 @@ def test_a_lost_sequence_number_counts_from_nothing(tmp_path: Path) -> None:
         assert store.load_seq() == 0
         (tmp_path / SEQ_FILE).write_text("seven\n")
         assert store.load_seq() == 0
+
+
+def test_a_standing_is_replaced_whole_and_read_by_its_owner_alone(tmp_path: Path) -> None:
+    scratch = tmp_path / f"{MEMBERSHIP_FILE}.new"
+    with open_store(tmp_path) as store:
+        assert store.load_membership() == b""
+        scratch.write_bytes(b"left by a crash")
+        scratch.chmod(0o644)
+        store.save_membership(b"first")
+        store.save_membership(b"\x00second")
+    with open_store(tmp_path) as store:
+        assert store.load_membership() == b"\x00second"
+    assert (tmp_path / MEMBERSHIP_FILE).stat().st_mode & 0o777 == 0o600
+    assert not scratch.exists()
+
+
+def test_a_standing_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / MEMBERSHIP_FILE).mkdir()
+    with open_store(tmp_path) as store, pytest.raises(CorollaError) as caught:
+        store.load_membership()
+    assert caught.value.code is Code.UNREADABLE
+    assert str(tmp_path / MEMBERSHIP_FILE) in caught.value.message
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
