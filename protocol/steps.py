@@ -122,6 +122,8 @@ class LinkHop(Message):
     """Set this hop's place in the wiring `epoch`, and its rows back to how they stood after `base_step`.
 
     upstream, downstream: None is the client itself.
+    relays_from, relays_to: the hop before, or after, cannot be reached, so that the steps between them pass
+        through the client, on its streams, unchanged. No push stream is made there; all else is as ever.
     lengths: tokens to keep of each row of `base_step`'s row table, in its order; empty before any step.
     A hop that no longer has `base_step`'s table (or never had) keeps nothing. `Linked` tells what it holds.
     """
@@ -133,6 +135,8 @@ class LinkHop(Message):
     downstream: Hop | None
     base_step: int
     lengths: tuple[int, ...] = ()
+    relays_from: bool = False
+    relays_to: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,7 @@ class CloseSession(Message):
     session: bytes
 
 
-# client → first hop, hop → next hop
+# client → first hop, hop → next hop, and hop → client → next hop where they do not reach each other
 
 
 @dataclass(frozen=True, slots=True)

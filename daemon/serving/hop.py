@@ -72,6 +72,7 @@ class HopSession:
         self.epoch = 0
         self.upstream: Hop | None = None
         self.downstream: Hop | None = None
+        self.relays_from = False  # steps from upstream come through the client
         self.is_broken = True  # nothing counts before the first link
         self.history: Final = History(token_bytes, history_bytes)
         self.last_sent: Message | None = None  # of the last step, for `Verdict.REPEAT`
@@ -115,6 +116,7 @@ class HopSession:
             base = base if self.history.lengths else 0
         self.epoch = message.epoch
         self.upstream, self.downstream = message.upstream, message.downstream
+        self.relays_from = message.relays_from
         self.is_broken = False
         self.last_sent = None
         self._base_step = self._last_step = message.base_step
@@ -133,7 +135,7 @@ class HopSession:
 
     def expects(self, epoch: int, sender: Hop) -> bool:
         """Whether a push stream of this epoch comes from our upstream."""
-        return epoch == self.epoch and self.upstream == sender
+        return epoch == self.epoch and self.upstream == sender and not self.relays_from
 
     def break_link(self) -> None:
         """Something failed, and the client was told: nothing counts until it links anew."""
@@ -148,7 +150,7 @@ class HopSession:
         Raises `BAD_SHAPE`, also for rows that the session was not opened for, and `HISTORY_GAP` for a step
         that leaves one out: the sender's fault.
         """
-        if step.epoch != self.epoch or sender != self.upstream:
+        if step.epoch != self.epoch or sender != (None if self.relays_from else self.upstream):
             return Verdict.STALE
         if self.is_broken:
             return Verdict.DROP

@@ -82,6 +82,7 @@ class Served:
         self._line: Line | None = None  # to the client, while it is there
         self._upstream: Stream | None = None  # on which the hop before us pushes
         self._push: Push | None = None
+        self._relays_to = False  # steps go downstream through the client
         self._has_cache = False
         self._jobs: deque[_Job | _Sending] = deque()
         self._num_bytes = 0  # of the steps among them
@@ -320,7 +321,7 @@ class Served:
 
     async def _send(self, message: Message) -> bool:
         """A step goes downstream, anything else to the client. False if the link has failed."""
-        if isinstance(message, Step):
+        if isinstance(message, Step) and not self._relays_to:
             if self._push is None:
                 return False
             try:
@@ -375,6 +376,7 @@ class Served:
             return
         self._linking.cancel()
         self._forget_jobs()
+        self._relays_to = message.relays_to
         if self._push is not None:
             self._push.reset()  # also lets go whoever sends on it
             self._push = None
@@ -393,7 +395,7 @@ class Served:
         push: Push | None = None
         with scope:
             try:
-                if message.downstream is not None:
+                if message.downstream is not None and not message.relays_to:
                     push = await self._attach(message, message.downstream)
                 held = await self._held(message, asked)
                 if not self.hop.is_broken and not scope.cancel_called:

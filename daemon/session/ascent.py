@@ -199,6 +199,12 @@ class Ascent(ABC):
             return
         self._phase = Phase.LINKING
         self._epoch += 1
+        for upstream, downstream in self._roster.bridge():
+            ends = [upstream.place.hop.peer, downstream.place.hop.peer]
+            text = (
+                f"{upstream.name} and {downstream.name} do not reach each other: their steps pass through us"
+            )
+            self._emit(Kind.BRIDGED, text, peers=ends)
         self._watch.expect(Await.LINKS, self._now)
         self._without_history.clear()
         base, lengths = self._pipeline.committed, self._pipeline.lengths

@@ -106,6 +106,7 @@ class Kind(StrEnum):
     REPAIRING = "repairing"  # a hop or a link failed
     WAITING = "waiting"  # nobody serves the lost blocks; asking again and again
     REPAIRED = "repaired"
+    BRIDGED = "bridged"  # two hops do not reach each other; what passes between them goes through the client
     PRECISION_CHANGED = "precision_changed"  # no replacement computes as the lost hop did
 
 

@@ -34,7 +34,8 @@ def links(
     letters = []
     for index, member in enumerate(roster):
         upstream, downstream = roster.link_of(index)
-        link = LinkHop(terms.session, epoch, upstream, downstream, base_step, lengths)
+        relays = roster.is_bridged(index - 1), roster.is_bridged(index)
+        link = LinkHop(terms.session, epoch, upstream, downstream, base_step, lengths, *relays)
         letters.append((member.wire, link))
     return letters
 

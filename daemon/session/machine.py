@@ -26,6 +26,7 @@ from ...protocol.steps import (
     Receipt,
     Replayed,
     Result,
+    Step,
     Where,
 )
 from ..swarm.blame import HEAVY, LIGHT
@@ -47,17 +48,22 @@ from .events import (
     StepRequested,
     Tick,
 )
+from .replays import CLIENT
 from .roster import Member, Standing
 from .suspicion import Replace
 from .watch import Await, BadLink, Hung, Odd, Stuck
 from .wiring import RouteHop
 
+MAX_DETOURS: Final = 8  # bad links that a session goes round; the next ones it bridges at once
 STEADY_S: Final = 30.0  # a wiring that lasted so long was good; what failed before it counts no more
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """How a session went so far. repair_s: seconds in which it could not compute."""
+    """How a session went so far. repair_s: seconds in which it could not compute.
+
+    num_bridges: links of the present route whose steps pass through the client.
+    """
 
     num_steps: int
     num_repairs: int
@@ -65,6 +71,7 @@ class Statistics:
     epoch: int
     hops: tuple[RouteHop, ...]
     history_bytes: int
+    num_bridges: int = 0
 
 
 class SessionMachine(Ascent):
@@ -86,7 +93,10 @@ class SessionMachine(Ascent):
         """How it went so far."""
         hops = tuple(member.place for member in self._roster)
         size = self._pipeline.history.size_bytes
-        return Statistics(self._num_steps, self._num_repairs, self._repair_s, self._epoch, hops, size)
+        bridges = sum(map(self._roster.is_bridged, range(len(hops))))
+        return Statistics(
+            self._num_steps, self._num_repairs, self._repair_s, self._epoch, hops, size, bridges
+        )
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What to do about an event. After the session has ended, nothing."""
@@ -156,6 +166,19 @@ class SessionMachine(Ascent):
         if answer is not None:
             self._do(Deliver(answer.ticket, answer.payload))
         self._send_steps()
+
+    def _on_step(self, member: Member, message: Step) -> None:
+        """A step on its way from one hop to the next, who do not reach each other: pass it on as it is.
+
+        Its values are not looked at: the next hop checks them, and accuses whom it would have accused.
+        """
+        index = self._roster.index(member)
+        if self._roster.is_bridged(index):
+            self._send(self._roster[index + 1], message)
+        else:
+            self._drop(
+                member, "sent a step that should have gone to the next hop", charge=HEAVY, avoid_peer=True
+            )
 
     # down the stairs: what hops report
 
@@ -369,12 +392,21 @@ class SessionMachine(Ascent):
             case BadLink(upstream, downstream):
                 self._cut_link(upstream, downstream)
             case Stuck(member):
-                self._drop(member, "has a worker that is stuck", charge=LIGHT)
+                # In a replay it may be waiting for a part that got lost between two hops: then it is innocent.
+                is_sure = plan is None or (plan.source == CLIENT and member is members[0])
+                self._drop(member, "has a worker that is stuck", charge=LIGHT if is_sure else 0.0)
             case Odd(member, reason):
                 self._strike(member, reason)
 
     def _cut_link(self, upstream: Member, downstream: Member) -> None:
-        """Two live hops do not reach each other. Once may be chance; then one of them makes room, uncharged."""
+        """Two live hops do not reach each other. Once may be chance; then one of them makes room, uncharged.
+
+        If no route can do without the link, the search finds one that has it, and it is bridged. So it is at
+        once where many links are bad: to try them all would take longer than a user waits.
+        """
+        if self._roster.is_bridged(self._roster.index(upstream)):
+            self._strike(upstream, f"got nothing through to {downstream.name} by way of the client")
+            return
         link = (upstream.place.hop.peer, downstream.place.hop.peer)
         self._link_failures[link] += 1
         if self._link_failures[link] == 1:
@@ -385,6 +417,9 @@ class SessionMachine(Ascent):
         }
         leaving = upstream if len(failed_from) > 1 or link[0] == link[1] else downstream
         self._roster.bad_links.add(link)
+        if len(self._roster.bad_links) > MAX_DETOURS:
+            self._disturb(f"{upstream.name} and {downstream.name} do not reach each other", downstream)
+            return
         self._roster.remove(leaving)
         self._suspicion.left(leaving.place)
         self._do(CloseHop(leaving.wire, self._farewell()))
@@ -412,6 +447,7 @@ _MESSAGES: Final[
     Replayed: (frozenset((Phase.REPLAYING,)), SessionMachine._on_replayed),
     Receipt: (_WIRED, SessionMachine._on_receipt),
     At: (_WIRED, SessionMachine._on_at),
+    Step: (frozenset((Phase.REPLAYING, Phase.RUNNING)), SessionMachine._on_step),
     Result: (frozenset((Phase.RUNNING,)), SessionMachine._on_result),
     Failure: (_WIRED, SessionMachine._on_failure),
 }

@@ -75,6 +75,7 @@ class Roster:
         self.avoided: set[Hop] = set()
         self.avoided_peers: set[str] = set()
         self.bad_links: set[tuple[str, str]] = set()
+        self._bridges: set[tuple[str, str]] = set()  # bad links whose steps pass through the client
 
     def __iter__(self) -> Iterator[Member]:
         return iter(tuple(self._members))
@@ -113,6 +114,25 @@ class Roster:
         before = self._members[index - 1].place.hop if index else None
         after = self._members[index + 1].place.hop if index + 1 < len(self._members) else None
         return before, after
+
+    def is_bridged(self, index: int) -> bool:
+        """Whether what member `index` sends to the next one passes through the client."""
+        return 0 <= index < len(self._members) - 1 and self._pair(index) in self._bridges
+
+    def bridge(self) -> list[tuple[Member, Member]]:
+        """Bridge every bad link that the route contains all the same. Returns what was not bridged before."""
+        fresh = []
+        for index in range(len(self._members) - 1):
+            pair = self._pair(index)
+            if pair in self.bad_links and pair not in self._bridges:
+                self._bridges.add(pair)
+                fresh.append((self._members[index], self._members[index + 1]))
+        return fresh
+
+    @property
+    def has_bad_links(self) -> bool:
+        """Whether a search that would bridge them could find more."""
+        return bool(self.bad_links or self._bridges)
 
     def new_wire(self) -> int:
         """A number that no wire had before."""
@@ -153,8 +173,13 @@ class Roster:
         holes = gaps(self._terms.start, self._terms.end, covered)
         return holes[0] if holes else None
 
-    def request(self, hole: tuple[int, int], banned: frozenset[Hop], *, whole: bool) -> RouteRequest:
-        """What to ask for a hole, between its neighbours; or, `whole`, for all of the blocks anew."""
+    def request(
+        self, hole: tuple[int, int], banned: frozenset[Hop], *, whole: bool, bridging: bool
+    ) -> RouteRequest:
+        """What to ask for a hole, between its neighbours; or, `whole`, for all of the blocks anew.
+
+        bridging: over bad links too, which then lead through the client.
+        """
         start, end = hole
         taken: frozenset[Hop] = frozenset()
         upstream = downstream = None
@@ -175,7 +200,7 @@ class Roster:
             downstream,
             taken | self.avoided | banned,
             frozenset(self.avoided_peers),
-            frozenset(self.bad_links),
+            frozenset() if bridging else frozenset(self.bad_links | self._bridges),
             self._precision_of(*hole),
         )
 
@@ -214,6 +239,10 @@ class Roster:
         self.avoided.clear()
         self.avoided_peers.clear()
         self.bad_links.clear()
+
+    def _pair(self, index: int) -> tuple[str, str]:
+        """The peers of the link below member `index`."""
+        return self._members[index].place.hop.peer, self._members[index + 1].place.hop.peer
 
     def _insert(self, place: RouteHop) -> None:
         self._members.append(Member(place, self.new_wire()))

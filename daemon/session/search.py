@@ -1,7 +1,8 @@
 """The search for hops that cover lost blocks: whom to ask for, what next if there is nobody, how long. Pure.
 
 First just the lost interval is asked for, between the hops that stay; then all blocks anew, of which those that
-fit the present hops stay too; then a suspect is given back its place; then it waits and asks again.
+fit the present hops stay too; then both again over links known to be bad, which then lead through the client;
+then a suspect is given back its place; then it waits and asks again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Ask:
     hole: tuple[int, int]
     request: RouteRequest
     whole: bool
+    bridging: bool
     deadline: float
     again_at: float | None = None
 
@@ -62,10 +64,11 @@ class Search:
             self._ask = None
             return None
         whole = self._ask is not None and self._ask.whole and self._ask.hole == hole
-        request = self._roster.request(hole, self._suspicion.banned, whole=whole)
+        bridging = self._ask is not None and self._ask.bridging and self._ask.hole == hole
+        request = self._request(hole, whole=whole, bridging=bridging)
         if self._ask is not None and self._ask.request == request:
             return None
-        return self._question(hole, request, now_s, whole=whole)
+        return self._question(hole, request, now_s, whole=whole, bridging=bridging)
 
     def answered(self, ticket: int) -> RouteRequest | None:
         """The request that an answer belongs to; None if nobody waits for it any more."""
@@ -96,9 +99,15 @@ class Search:
             return Standstill.WAITS_ON
         if problem.fault is Fault.USER and not is_ready:
             return problem
+        wider: tuple[bool, bool] | None = None
         if not ask.whole and len(self._roster):
-            request = self._roster.request(ask.hole, self._suspicion.banned, whole=True)
-            return self._question(ask.hole, request, now_s, whole=True)
+            wider = True, ask.bridging
+        elif not ask.bridging and self._roster.has_bad_links:
+            wider = not len(self._roster), True
+        if wider is not None:
+            whole, bridging = wider
+            request = self._request(ask.hole, whole=whole, bridging=bridging)
+            return self._question(ask.hole, request, now_s, whole=whole, bridging=bridging)
         other = self._suspicion.nobody_replaces()
         if other is not None:
             return other
@@ -141,11 +150,15 @@ class Search:
         away = self._suspicion.banned
         return next((Replace(member.place) for member in self._roster if member.place.hop in away), None)
 
+    def _request(self, hole: tuple[int, int], *, whole: bool, bridging: bool) -> RouteRequest:
+        return self._roster.request(hole, self._suspicion.banned, whole=whole, bridging=bridging)
+
     def _question(
-        self, hole: tuple[int, int], request: RouteRequest, now_s: float, *, whole: bool
+        self, hole: tuple[int, int], request: RouteRequest, now_s: float, *, whole: bool, bridging: bool
     ) -> FindRoute:
         self._num_asks += 1
-        self._ask = _Ask(self._num_asks, hole, request, whole, now_s + self._settings.route_timeout_s)
+        deadline = now_s + self._settings.route_timeout_s
+        self._ask = _Ask(self._num_asks, hole, request, whole, bridging, deadline)
         return FindRoute(self._num_asks, request)
 
     def _give_up_at(self, *, is_ready: bool, is_idle: bool) -> float:

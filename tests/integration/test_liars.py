@@ -32,9 +32,9 @@ class Liar(DaemonProcess):
         """Spoil the next step that it sends."""
         (self.folder / "lie").write_text(kind)
 
-    def cut(self, other: DaemonProcess) -> None:
-        """No step of it reaches the other any more."""
-        (self.folder / "unreachable").write_text(peer_of(other))
+    def cut(self, *others: DaemonProcess) -> None:
+        """No step of it reaches these any more; without any, all is well again."""
+        (self.folder / "unreachable").write_text("\n".join(map(peer_of, others)))
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +98,24 @@ def test_two_live_hops_that_cannot_reach_each_other_are_led_round_and_nobody_is_
 
     assert outcome.tokens == fleet.expected(PROMPT, NUM_TOKENS)
     assert "repaired" in outcome.events
+    assert fleet.charges() == before
+
+
+def test_where_hops_reach_no_next_one_their_steps_pass_through_the_client(fleet: Fleet) -> None:
+    before = fleet.charges()
+    upstreams = [daemon for daemon in fleet.serving[SPANS[0]] if isinstance(daemon, Liar)]
+
+    def disturb(count: int) -> None:
+        if count == 7:
+            for daemon in upstreams:
+                daemon.cut(*fleet.serving[SPANS[1]])
+
+    try:
+        outcome = generate(fleet, PROMPT, disturb, NUM_TOKENS)
+    finally:
+        for daemon in upstreams:
+            daemon.cut()
+
+    assert outcome.tokens == fleet.expected(PROMPT, NUM_TOKENS)
+    assert "bridged" in outcome.events
     assert fleet.charges() == before

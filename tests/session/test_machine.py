@@ -10,7 +10,7 @@ import pytest
 from corolla.daemon.session import events as ev
 from corolla.daemon.session.ascent import Phase
 from corolla.daemon.session.deadlines import Settings
-from corolla.daemon.session.machine import SessionMachine
+from corolla.daemon.session.machine import MAX_DETOURS, SessionMachine
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.session.wiring import Route, RouteHop
 from corolla.daemon.swarm.blame import HEAVY, LIGHT
@@ -386,3 +386,79 @@ def test_closing_says_goodbye_to_every_hop_and_keeps_nothing() -> None:
     assert bench.machine.next_deadline is None
     assert bench.machine.statistics().history_bytes == 0
     assert bench.step(2, Row(0, 3, 1)) == []
+
+
+def bridged() -> Bench:
+    """A session over two hops that do not reach each other, and nobody else serves their blocks."""
+    bench = opened(A, B)
+    bench.step(2, Row(0, 3, 1))
+    for epoch in (1, 2):
+        bench.hear("a", Failure.of(ID, epoch, error(Code.LINK_FAILED, "no way"), about=B.hop))
+        for name in "ab":
+            bench.hear(name, At(ID, epoch, 2, Stage.UNKNOWN))
+        if epoch == 1:
+            bench.link(2, a=(3,), b=(3,))
+    bench.missing()  # for the lost blocks without the link
+    bench.missing()  # for all blocks without it
+    return bench
+
+
+def test_steps_between_hops_that_do_not_reach_each_other_pass_through_the_client() -> None:
+    bench = bridged()
+    (question,) = bench.of(ev.FindRoute)
+    assert (question.request.start, question.request.end) == (1, 2)
+    assert not question.request.avoid_links
+    bench.found(B)
+    bench.hear("b", Opened(ID))
+    assert [action.event.detail for action in bench.of(ev.Emit)] == [{"peers": ["a", "b"]}]
+    (above,), (below,) = bench.said("a", LinkHop), bench.said("b", LinkHop)
+    assert (above.downstream, above.relays_from, above.relays_to) == (B.hop, False, True)
+    assert (below.upstream, below.relays_from, below.relays_to) == (A.hop, True, False)
+    bench.link(3, a=(3,), b=(0,))
+    assert bench.said("a", Replay)  # histories are kept, and replayed, as with any other link
+    part = Step(ID, 3, 1, (Row(NEW_ROW, 0, 3),), 1, replay_hops=1, payload=b"yyy")
+    bench.hear("a", part)
+    assert bench.said("b", Step) == [part]
+    bench.hear("b", Replayed(ID, 3))
+    passing = Step(ID, 3, 2, (Row(0, 3, 1),), 1, Reply.ALL, payload=b"y")
+    bench.hear("a", passing)
+    assert bench.said("b", Step) == [passing]
+    bench.hear("b", Result(ID, 3, 2, b"d"))
+    assert bench.of(ev.Deliver) == [ev.Deliver(2, b"d")]
+    assert bench.machine.statistics().num_bridges == 1
+    assert not bench.of(ev.Charge)
+
+
+def test_a_bridge_is_left_out_of_the_next_route_if_one_can_do_without() -> None:
+    bench = bridged()
+    bench.found(B)
+    bench.hear("b", Opened(ID))
+    bench.link(3, a=(3,), b=(3,))
+    bench.lose("b")
+    bench.lose("b")
+    assert bench.of(ev.FindRoute)[0].request.avoid_links == {("a", "b")}
+
+
+def test_a_step_of_an_older_epoch_is_not_passed_on() -> None:
+    bench = bridged()
+    bench.found(B)
+    bench.hear("b", Opened(ID))
+    bench.link(3, a=(3,), b=(3,))
+    assert bench.hear("a", Step(ID, 2, 2, (Row(0, 3, 1),), 1, payload=b"y")) == []
+
+
+def test_a_hop_that_sends_the_client_what_belongs_to_the_next_hop_is_charged() -> None:
+    bench = opened(A, B)
+    bench.hear("a", Step(ID, 1, 2, (Row(0, 3, 1),), 1, payload=b"y"))
+    assert [(charge.peer, charge.weight) for charge in bench.of(ev.Charge)] == [("a", HEAVY)]
+
+
+def test_where_many_links_are_bad_the_next_one_is_bridged_without_a_search() -> None:
+    bench = opened(A, B)
+    bench.machine._roster.bad_links |= {("x", str(number)) for number in range(MAX_DETOURS)}
+    for epoch in (1, 2):
+        bench.hear("a", Failure.of(ID, epoch, error(Code.LINK_FAILED, "no way"), about=B.hop))
+        for name in "ab":
+            bench.hear(name, At(ID, epoch, 1, Stage.UNKNOWN))
+    assert not bench.of(ev.FindRoute)
+    assert bench.said("b", LinkHop)[0].relays_from

@@ -6,6 +6,7 @@ a run repeats itself exactly.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ class Story:
     lines: list[str] = field(default_factory=list)
     charges: list[tuple[str, float, str]] = field(default_factory=list)
     num_repairs: int = 0
+    num_bridges: int = 0  # of the last route
 
 
 class Reference:
@@ -182,6 +184,7 @@ class Swarm:
                 self.tell(f"step {index}")
                 await trio.sleep(self.rng.choice((0.01, 0.1, 1.0)))
             self.story.num_repairs = self.session.statistics().num_repairs
+            self.story.num_bridges = self.session.statistics().num_bridges
         await trio.sleep(300.0)  # hops that missed the farewell free everything when grace ends
         self._check_released()
 
@@ -240,6 +243,12 @@ class Swarm:
                 self.guilty.add(name)
                 await self._network.disconnect(name)
 
+    async def break_link(self, at_s: float, one: str, other: str) -> None:
+        """Two daemons do not reach each other any more."""
+        await trio.sleep(at_s)
+        self.tell(f"{one} and {other} part")
+        self._hub.cut(one, other)
+
     def _kill(self, daemon: Daemon) -> None:
         self.guilty.add(daemon.name)
         daemon.alive = False
@@ -255,8 +264,11 @@ def _too_long(output: bytes) -> bytes:
     return output + bytes(TOKEN_BYTES) if output else output
 
 
-def play_daemons(seed: int) -> Story:
-    """One schedule with whole daemons. Raises AssertionError naming the seed."""
+def play_daemons(seed: int, *, links_break: bool = False) -> Story:
+    """One schedule with whole daemons. Raises AssertionError naming the seed.
+
+    links_break: some of them, or all, never reach each other, or from some time on.
+    """
     stories: list[Story] = []
 
     async def main() -> None:
@@ -277,6 +289,11 @@ def play_daemons(seed: int) -> Story:
             for index in range(rng.randint(2, 5)):
                 start = rng.randrange(NUM_BLOCKS)
                 await swarm.start(f"peer{index}", start, rng.randint(start + 1, NUM_BLOCKS), compute_s)
+            if links_break:
+                share = rng.choice((0.5, 1.0))
+                for one, other in itertools.combinations(swarm.daemons, 2):
+                    if rng.random() < share:
+                        nursery.start_soon(swarm.break_link, rng.choice((0.0, rng.uniform(0, 5))), one, other)
             for _ in range(rng.randint(0, 5)):
                 at_s = rng.choice((0.0, rng.uniform(0, 1), rng.uniform(0, 10)))
                 nursery.start_soon(swarm.misfortune, at_s, rng.randrange(8))

@@ -80,6 +80,8 @@ class SimSession:
     epoch: int = 0
     upstream: Hop | None = None
     downstream: Hop | None = None
+    relays_from: bool = False
+    relays_to: bool = False
     last_step: int = 0
     last_result: Result | None = None
     snapshots: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class SimPeer:
                 case LinkHop():
                     self._link(session, message)
                 case Step():
-                    self._step(session, message, None)
+                    self._step(session, message, session.upstream if session.relays_from else None)
                 case Replay():
                     self._replay(session, message)
                 case Where():
@@ -182,6 +184,7 @@ class SimPeer:
             return
         session.epoch = message.epoch
         session.upstream, session.downstream = message.upstream, message.downstream
+        session.relays_from, session.relays_to = message.relays_from, message.relays_to
         session.is_linked = False
         session.base_lengths = message.lengths
         session.queue.clear()
@@ -190,7 +193,7 @@ class SimPeer:
         session.last_result = None
         session.stages = {}
         self._restore(session, message)
-        if session.downstream is None:
+        if session.downstream is None or session.relays_to:
             self._linked(session)
         else:
             attach = Attach(message.session, message.epoch, self.name)
@@ -257,18 +260,22 @@ class SimPeer:
                     self._linked(session)
             else:
                 self._attached(session, message)
-        elif isinstance(message, Step):
+        elif isinstance(message, Step) and not session.relays_from:
             self._step(session, message, session.upstream)
 
     def _attached(self, session: SimSession, attach: Attach) -> None:
         if attach.epoch > session.epoch:
             session.attaching = attach
+        elif session.relays_from:
+            return
         elif attach.epoch == session.epoch and session.upstream == Hop(attach.source, WORKER):
             answer = Attach(attach.session, attach.epoch, self.name, answered=True)
             self._world.push(self, attach.source, answer)
 
     def link_failed(self, session: SimSession) -> None:
-        """The push stream to the downstream hop broke, or could not be opened."""
+        """The push stream to the downstream hop, if there is one, broke, or could not be opened."""
+        if session.relays_to:
+            return
         self._fail(session, error(Code.LINK_FAILED, "no way downstream"), about=session.downstream)
 
     # steps
@@ -363,7 +370,9 @@ class SimPeer:
         return payload
 
     def _push(self, session: SimSession, message: Message) -> None:
-        if session.downstream is not None and not self._world.push(self, session.downstream.peer, message):
+        if session.relays_to:
+            session.say(message)
+        elif session.downstream is not None and not self._world.push(self, session.downstream.peer, message):
             self.link_failed(session)
 
     def _accuse(self, session: SimSession, code: Code, step: Step) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from functools import partial
+
 from .world import World
 
 NUM_BLOCKS = 4
+FOR_EVER_S = 1e9
 
 
-def play_machine(seed: int) -> World:
-    """Run one schedule to its end and check what must hold. Raises AssertionError naming the seed."""
+def play_machine(seed: int, *, links_break: bool = False) -> World:
+    """Run one schedule to its end and check what must hold. Raises AssertionError naming the seed.
+
+    links_break: some peers, or all, never reach each other, or from some time on.
+    """
     world = build(seed)
+    if links_break:
+        _break_links(world, seed)
     try:
         world.run()
         world.check()
@@ -40,6 +50,18 @@ def build(seed: int) -> World:
     for _ in range(rng.randint(0, 8)):
         _misfortune(world)
     return world
+
+
+def _break_links(world: World, seed: int) -> None:
+    """Cut links between live peers for ever; between the rocks, too, so that there may be no way round."""
+    rng = random.Random(f"links {seed}")
+    share = rng.choice((0.3, 0.7, 1.0))
+    for one, other in itertools.combinations(sorted(world.peers), 2):
+        among_rocks = one.startswith("rock") and other.startswith("rock")
+        if among_rocks or rng.random() < share:
+            at_s = rng.choice((0.0, 0.0, rng.uniform(0, 5)))
+            cut = partial(world.cut, one, other, silent=rng.random() < 0.3, for_s=FOR_EVER_S)
+            world.clock.after(at_s, cut)
 
 
 def _misfortune(world: World) -> None:

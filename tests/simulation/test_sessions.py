@@ -6,6 +6,8 @@ second run. By hand, any number from any seed, and one seed told in full:
 
     python -m tests.simulation.test_sessions machine 0 100000
     python -m tests.simulation.test_sessions daemons 0 10000
+    python -m tests.simulation.test_sessions links 0 10000
+    python -m tests.simulation.test_sessions parted 0 1000
     python -m tests.simulation.test_sessions machine 4711
 """
 
@@ -13,14 +15,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+
+from corolla.daemon.session.events import Kind
 
 from .daemons import Story, play_daemons
 from .schedules import play_machine
 from .world import World
 
 NUM_MACHINES = 2000
+NUM_LINKS = 500  # of the first kind, with links that never work
 NUM_DAEMONS = 120
 PER_TEST = 100
 DAEMONS_PER_TEST = 20
@@ -32,10 +38,29 @@ def test_no_schedule_changes_an_answer_or_charges_an_innocent(first: int) -> Non
         play_machine(seed)
 
 
+@pytest.mark.parametrize("first", range(0, NUM_LINKS, PER_TEST))
+def test_links_that_never_work_are_gone_round_or_pass_through_the_client(first: int) -> None:
+    kinds = set()
+    for seed in range(first, first + PER_TEST):
+        kinds |= {event.kind for event in play_machine(seed, links_break=True).outcome.events}
+    assert Kind.BRIDGED in kinds
+
+
 @pytest.mark.parametrize("first", range(0, NUM_DAEMONS, DAEMONS_PER_TEST))
 def test_no_schedule_of_whole_daemons_changes_an_answer_or_charges_an_innocent(first: int) -> None:
     for seed in range(first, first + DAEMONS_PER_TEST):
         play_daemons(seed)
+
+
+@pytest.mark.parametrize("first", range(0, NUM_DAEMONS, DAEMONS_PER_TEST))
+def test_whole_daemons_that_never_reach_each_other_are_gone_round_or_bridged(first: int) -> None:
+    stories = [play_daemons(seed, links_break=True) for seed in range(first, first + DAEMONS_PER_TEST)]
+    assert any(story.num_bridges for story in stories)
+
+
+def test_a_schedule_with_links_that_never_work_replays_exactly() -> None:
+    for play in (play_machine, play_daemons):
+        assert play(3, links_break=True).lines == play(3, links_break=True).lines
 
 
 @pytest.mark.parametrize("seed", [7452, 16171, 33096])
@@ -63,7 +88,13 @@ def test_the_default_schedules_repair_replay_wait_and_charge() -> None:
 
 def main(kind: str, first: int, last: int | None = None) -> None:
     """Play seeds [first, last), or tell one in full."""
-    play: Callable[[int], World | Story] = play_machine if kind == "machine" else play_daemons
+    plays: dict[str, Callable[[int], World | Story]] = {
+        "machine": play_machine,
+        "links": partial(play_machine, links_break=True),
+        "daemons": play_daemons,
+        "parted": partial(play_daemons, links_break=True),
+    }
+    play = plays[kind]
     if last is None:
         print("\n".join(play(first).lines))
         return
