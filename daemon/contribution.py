@@ -7,8 +7,8 @@ from typing import Final
 
 import trio
 
-from ..protocol.control import Contribution
 from ..protocol.errors import CorollaError
+from ..protocol.views import Contribution
 from .lending import Lending
 from .serving.peers import HopService
 from .store import Store

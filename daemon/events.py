@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 import trio
 
-from ..protocol.control import DaemonEvent
+from ..protocol.views import DaemonEvent
 
 MAX_EVENTS: Final = 1000  # of the latest; about a day of a busy daemon
 

@@ -16,10 +16,11 @@ from typing import Final
 import structlog
 import trio
 
-from ..protocol.control import PullProgress, WorkerStatus
+from ..protocol.control import PullProgress
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.records import SpanState
 from ..protocol.tensors import DType, Encoding
+from ..protocol.views import WorkerStatus
 from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
 from .belonging import Belonging
 from .config import Config

@@ -18,16 +18,15 @@ from ..protocol.control import (
     Join,
     Joined,
     Pause,
-    PeerView,
     Piece,
     Pulled,
     PullModel,
     Rebalance,
     SetConfig,
     Stop,
-    SwarmView,
 )
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.views import PeerView, SwarmView
 from ..protocol.work import SourceKind
 from .config import check_setting
 from .control import Ask, Handler, Reply

@@ -18,10 +18,11 @@ import structlog
 import trio
 
 from .. import __version__
-from ..protocol.control import PRIVACY, Status
+from ..protocol.control import PRIVACY
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import TOKEN_PREFIX, decode_token
 from ..protocol.limits import MAX_NAME_CHARS
+from ..protocol.views import Status
 from .belonging import Belonging, Entry, Terms, belong, discover
 from .config import Config
 from .contribution import Contributing

@@ -13,9 +13,10 @@ from typing import Final
 import structlog
 import trio
 
-from ..protocol.control import Rebalance, Rebalanced
+from ..protocol.control import Rebalance
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.steps import Hop
+from ..protocol.views import Rebalanced
 from ..protocol.work import Ready
 from .belonging import Belonging
 from .lending import Lending

@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 import structlog
 
-from ..protocol import control
+from ..protocol import views
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import CONNECT_TIMEOUT_S
 from ..protocol.work import ModelFacts
@@ -107,17 +107,17 @@ class Routes:
         spans = (self._span(seen, now) for seen in self._registry.spans_now(fingerprint))
         return SwarmView(fingerprint, num_blocks, tuple(spans))
 
-    def describe(self) -> control.SwarmView:
+    def describe(self) -> views.SwarmView:
         """The whole swarm, for people and their programs."""
         models = known_models(self._registry.manifests_now())
         names = {model.fingerprint: model.name for model in models}
         swarm = self._membership.swarm
-        return control.SwarmView(
+        return views.SwarmView(
             name=swarm.name,
             swarm_id=swarm.swarm_id,
             models=tuple(self._describe_model(model) for model in models),
             spans=tuple(
-                control.SpanView(
+                views.SpanView(
                     peer=seen.record.peer,
                     worker=seen.record.worker,
                     model=names.get(seen.record.fingerprint, seen.record.fingerprint[:8]),
@@ -135,8 +135,8 @@ class Routes:
             ),
         )
 
-    def _describe_model(self, model: ModelFacts) -> control.ModelView:
-        return control.ModelView(
+    def _describe_model(self, model: ModelFacts) -> views.ModelView:
+        return views.ModelView(
             name=model.name,
             fingerprint=model.fingerprint,
             architecture=model.architecture,

@@ -16,7 +16,7 @@ from .errors import CorollaError, error_from_wire
 from .messages import Message, Plain, Vocabulary
 from .passes import AdapterName, BackwardPass, ForwardPass, PassHandle, PutAdapterPart
 from .steps import Reply, Row
-from .tensors import DType, Encoding
+from .tensors import Encoding
 from .work import ChatMessage, Sampling, TokenRow
 
 CONTROL_VERSION: Final = 1
@@ -303,7 +303,7 @@ class SetConfig:
 # What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
 # `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
 # `Pulled`, swarm.create and swarm.join `Joined`, rebalance a list of `Rebalanced`; events sends
-# items of `DaemonEvent`. The others return None.
+# items of `DaemonEvent`. Those of `views` are there. The others return None.
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,150 +348,3 @@ METHODS: Final[dict[str, Method]] = {
         Method("stop", Right.MANAGE, Stop),
     )
 }
-
-
-# answers that programs read; `status --json` and friends print them inside `{"version": 1, …}`
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker of this daemon. state: loading, online, failed or stopped."""
-
-    worker: int
-    state: str
-    model: str
-    start: int
-    end: int
-    dtype: DType | None = None
-    quantization: str | None = None
-    device: str = ""
-    ends: bool = False
-    sessions: int = 0
-    queue: int = 0
-    tokens_per_s: float = 0.0
-    cache_tokens: int = 0
-    free_tokens: int = 0
-    weight_bytes: int = 0
-    restarts: int = 0
-    progress: float = 1.0  # of loading, 0 to 1
-    error: Plain = None
-
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """What this daemon did for others, by its own count, in all its runs.
-
-    block_tokens: tokens computed, times blocks. lending_s: seconds with a span online in a swarm.
-    """
-
-    block_tokens: int = 0
-    lending_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
-
-    version: str
-    state: str
-    peer: str
-    socket: str
-    state_folder: str
-    uptime_s: float
-    swarm: str | None
-    swarm_id: str | None
-    join_command: str | None
-    num_peers: int
-    addresses: tuple[str, ...]
-    workers: tuple[WorkerStatus, ...]
-    num_sessions: int
-    resident_bytes: int
-    pid: int
-    hint: str | None = None  # what to do next, if anything
-    lending: str = "yes"  # or `draining`, `paused`
-    contribution: Contribution | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rebalanced:
-    """What became, or would become, of one span of this daemon: from [start, end) to [to_start, to_end).
-
-    moves: whether it moves (or would). Pairs are before and after: tokens per second of the model's slowest
-    block, blocks that nobody serves, blocks that only one serves.
-    """
-
-    worker: int
-    model: str
-    start: int
-    end: int
-    to_start: int
-    to_end: int
-    moves: bool
-    tokens_per_s: tuple[float, float]
-    num_gaps: tuple[int, int]
-    num_single: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class SpanView:
-    """A span that somebody serves, as this daemon sees it."""
-
-    peer: str
-    worker: int
-    model: str
-    fingerprint: str
-    start: int
-    end: int
-    state: str
-    dtype: DType
-    quantization: str | None
-    tokens_per_s: float
-    expires_in_s: float
-    mine: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PeerView:
-    """A member of the swarm that this daemon knows. rtt_s: None until measured. relayed: through others alone."""
-
-    peer: str
-    addresses: tuple[str, ...] = ()
-    connected: bool = False
-    relayed: bool = False
-    rtt_s: float | None = None
-    version: str = ""
-    spans: tuple[str, ...] = ()  # `NAME START:END STATE`, for people
-
-
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """A model that the swarm serves. replicas: of each block."""
-
-    name: str
-    fingerprint: str
-    architecture: str
-    num_blocks: int
-    hidden_size: int
-    hub_id: str | None
-    licence: str | None
-    replicas: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmView:
-    """The swarm as this daemon sees it."""
-
-    name: str | None
-    swarm_id: str | None
-    models: tuple[ModelView, ...]
-    spans: tuple[SpanView, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonEvent:
-    """Something that happened. kind: see the daemon's `events`; unix_s is the wall clock."""
-
-    kind: str
-    unix_s: float
-    text: str
-    detail: Plain = None

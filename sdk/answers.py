@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ..protocol.control import Item, ModelView, OpenModelSession, Rebalance
+from ..protocol.control import Item, OpenModelSession, Rebalance
 from ..protocol.errors import Code, error
 from ..protocol.limits import MAX_ROWS
 from ..protocol.messages import from_plain
 from ..protocol.tensors import Encoding
+from ..protocol.views import ModelView
 from .generation import as_encoding
 
 T = TypeVar("T")

@@ -11,25 +11,20 @@ from typing import Any, Self, Unpack
 
 from ..protocol.control import (
     CreateSwarm,
-    DaemonEvent,
     Follow,
     Join,
     Joined,
-    ModelView,
     Pause,
-    PeerView,
     Pulled,
     PullModel,
     PullProgress,
-    Rebalanced,
     SessionOpened,
     SetConfig,
-    Status,
     Stop,
-    SwarmView,
 )
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.tensors import Encoding
+from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
 from .answers import find_model, item, one, rebalance_request, session_request, several
 from .async_wire import AsyncWire

@@ -17,28 +17,23 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from ..protocol.control import (
     CreateSwarm,
-    DaemonEvent,
     Follow,
     InstallProgress,
     Join,
     Joined,
-    ModelView,
     Pause,
-    PeerView,
     Pulled,
     PullModel,
     PullProgress,
-    Rebalanced,
     SessionOpened,
     SetConfig,
-    Status,
     Stop,
-    SwarmView,
 )
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.passes import PutAdapterPart
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
+from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
 from .answers import find_model, item, one, rebalance_request, session_request, several
 from .generation import (

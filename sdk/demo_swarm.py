@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from ..protocol.control import Status
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.places import user_cache_folder
+from ..protocol.views import Status
 from .client import Daemon, connect
 
 START_WITHIN_S: Final = 240.0  # four workers loading side by side on a small machine

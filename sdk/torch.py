@@ -14,8 +14,8 @@ from typing import Any, Self
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..protocol.control import ModelView
 from ..protocol.errors import Code, error
+from ..protocol.views import ModelView
 from .adapters import RemoteLora, linears_of
 from .client import Daemon, connect
 from .journeys import Journeys

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import corolla
-from corolla.protocol.control import Status
 from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.views import Status
 
 START_DEADLINE_S = 120.0  # only a daemon that hangs needs so long, also on a busy machine
 _POLL_S = 0.02

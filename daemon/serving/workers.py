@@ -17,9 +17,9 @@ from typing import Final
 import structlog
 import trio
 
-from ...protocol.control import WorkerStatus
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.messages import Message
+from ...protocol.views import WorkerStatus
 from ...protocol.work import (
     Beat,
     Begun,

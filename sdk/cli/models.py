@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from ...protocol.control import ModelView, PullProgress
+from ...protocol.control import PullProgress
+from ...protocol.views import ModelView
 from ..client import Daemon
 from ..output import Output, num_bytes
 from ..picture import gaps

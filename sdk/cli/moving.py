@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ...protocol.control import Rebalanced
+from ...protocol.views import Rebalanced
 from ..client import Daemon
 from ..output import Output, duration
 from .options import asking

@@ -6,8 +6,8 @@ import time
 
 import click
 
-from ...protocol.control import ModelView, SpanView, Status, WorkerStatus
 from ...protocol.errors import Exit
+from ...protocol.views import ModelView, SpanView, Status, WorkerStatus
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
 from ..picture import Bar, gaps, picture, replica_runs, short_peer

@@ -12,7 +12,7 @@ import trio.testing
 from corolla.daemon.contribution import SAVE_EVERY_S, Contributing
 from corolla.daemon.lending import Lending
 from corolla.daemon.store import CONTRIBUTION_FILE, open_store
-from corolla.protocol.control import Contribution
+from corolla.protocol.views import Contribution
 
 from .members import Member, knows, meadow, until
 from .test_rebalancing import compute

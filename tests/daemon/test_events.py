@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from corolla.daemon.events import MAX_EVENTS, EventLog
-from corolla.protocol.control import DaemonEvent
+from corolla.protocol.views import DaemonEvent
 
 pytestmark = pytest.mark.anyio
 

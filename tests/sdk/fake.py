@@ -23,23 +23,20 @@ from corolla.protocol.control import (
     Generated,
     Item,
     Joined,
-    ModelView,
     OpenModelSession,
-    PeerView,
     Piece,
     Refused,
     Return,
     SessionHandle,
     SessionOpened,
     SessionStep,
-    Status,
-    SwarmView,
 )
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.framing import FrameParser
 from corolla.protocol.messages import Message, encode, from_plain, to_plain
 from corolla.protocol.steps import NEW_ROW, Reply
 from corolla.protocol.tensors import Encoding
+from corolla.protocol.views import ModelView, PeerView, Status, SwarmView
 from corolla.protocol.work import TokenRow
 
 HIDDEN = 8

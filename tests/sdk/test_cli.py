@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from corolla.protocol.control import PRIVACY, Call, DaemonEvent, Item, Return, SpanView, SwarmView
+from corolla.protocol.control import PRIVACY, Call, Item, Return
 from corolla.protocol.errors import Code, Exit, error
 from corolla.protocol.messages import to_plain
 from corolla.protocol.tensors import DType
+from corolla.protocol.views import DaemonEvent, SpanView, SwarmView
 from corolla.sdk.cli import main
 from corolla.sdk.cli.program import COMMANDS
 

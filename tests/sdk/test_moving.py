@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from corolla.protocol.control import Pause, Rebalance, Rebalanced
+from corolla.protocol.control import Pause, Rebalance
 from corolla.protocol.errors import Code, CorollaError, Exit
 from corolla.protocol.messages import from_plain
+from corolla.protocol.views import Rebalanced
 from corolla.sdk.cli import main
 from corolla.sdk.client import connect
 
