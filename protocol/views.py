@@ -122,6 +122,40 @@ class PeerView:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayUse:
+    """A relay where this daemon holds a reservation. address: where others find it; rtt_s: None until measured."""
+
+    peer: str
+    address: str
+    rtt_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReachView:
+    """Where this daemon can be reached, as far as it knows. Addresses are multiaddresses without `/p2p/…`.
+
+    reachability: `public` (others can dial it), `private` (they come through relays) or `unknown`.
+    configured: whether the owner said so, or announced an address; else it was found out.
+    nat: what stands between it and the world: `none`; `endpoint-independent` (one mapped port for all, so that
+    direct connections can be made); `symmetric` (another port for each, so that they mostly cannot);
+    `unknown` while fewer than two peers have told. observed: where several peers see it.
+    proven: of its addresses, those at which others lately dialled it back. mapped: what a router forwards to it.
+    relays: where it holds reservations. offers_relay: whether it carries others' connections, and how many.
+    """
+
+    reachability: str = "unknown"
+    configured: bool = False
+    nat: str = "unknown"
+    observed: tuple[str, ...] = ()
+    proven: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
+    relays: tuple[RelayUse, ...] = ()
+    offers_relay: bool = False
+    num_reservations: int = 0
+    num_circuits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """A model that the swarm serves. replicas: of each block."""
 

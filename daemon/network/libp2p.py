@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
 from ...protocol.punch import Doors
+from ...protocol.views import ReachView
 from ..identity import Identity
 from .dialling import AddressBook, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
@@ -220,6 +221,17 @@ class Libp2pNetwork:
 
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(_view(peer, connections) for peer, connections in self._connections.items())
+
+    def reach(self) -> ReachView:
+        relaying, is_private = self.relaying, self.is_private()
+        return ReachView(
+            "private" if is_private else "unknown",
+            observed=self.relays.observed(),
+            relays=self.relays.uses(),
+            offers_relay=relaying is not None and not is_private,
+            num_reservations=relaying.num_reservations if relaying is not None else 0,
+            num_circuits=relaying.num_circuits if relaying is not None else 0,
+        )
 
     async def open(self, peer: str, protocol: str, *, timeout_s: float) -> Stream:
         if peer == self._peer:

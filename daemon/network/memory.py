@@ -17,6 +17,7 @@ from typing import Final
 import trio
 
 from ...protocol.errors import Code, error
+from ...protocol.views import ReachView
 from .handlers import Handlers
 from .seam import Guard, Handler, PeerView
 
@@ -408,6 +409,9 @@ class MemoryNetwork:
             )
             for peer, inbound in self._hub.connected_to(self._peer)
         )
+
+    def reach(self) -> ReachView:
+        return ReachView("public", nat="none")  # on a hub everyone reaches everyone
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         peer = address.removeprefix(_PREFIX).partition("/")[0]

@@ -27,6 +27,7 @@ from ...protocol.limits import (
     RELAYS_EVERY_S,
     RESERVATION_S,
 )
+from ...protocol.views import RelayUse
 from .circuits import (
     HOP_PROTOCOL,
     STOP_PROTOCOL,
@@ -98,6 +99,11 @@ class Relays:
     def addresses(self) -> tuple[str, ...]:
         """Where we are called through relays, without our own `/p2p/…`."""
         return tuple(circuit_address(address, relay) for relay, (address, _) in self._held.items())
+
+    def uses(self) -> tuple[RelayUse, ...]:
+        """Our relays, and how far away they are."""
+        rtts = {view.peer: view.rtt_s for view in self._network.peers()}
+        return tuple(RelayUse(relay, address, rtts.get(relay)) for relay, (address, _) in self._held.items())
 
     def observed(self) -> tuple[str, ...]:
         """Where our relays see us: what our NAT makes of the port that we listen on."""

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...protocol.views import ReachView
+
 
 class Stream(Protocol):
     """One bidirectional byte stream with a peer whose id the connection has proved."""
@@ -95,6 +97,9 @@ class Network(Protocol):
 
     def peers(self) -> tuple[PeerView, ...]:
         """Who is connected."""
+
+    def reach(self) -> ReachView:
+        """Where others can reach us, and by what evidence."""
 
     async def disconnect(self, peer: str) -> None:
         """Close every connection with a peer."""

@@ -264,3 +264,14 @@ def test_candidates_are_reached_directly_and_by_us_nearest_first() -> None:
 def test_an_address_without_a_relay_is_refused(address: str) -> None:
     with pytest.raises(CorollaError, match="names no relay"):
         split_circuit(address)
+
+
+async def test_a_network_tells_how_it_is_reached() -> None:
+    async with relay() as middle, hidden() as server:
+        await enter(server, middle)
+        told = server.reach()
+        assert told.reachability == "private"
+        assert [use.peer for use in told.relays] == [middle.peer]
+        assert not told.offers_relay
+        assert middle.reach().offers_relay
+        assert middle.reach().num_reservations == 1
