@@ -50,7 +50,7 @@ make_venv() {
     say "installing PyTorch"
     install_torch
     say "installing Corolla and what it needs"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/packaging/constraints.txt" -e "$root[all,dev]"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/packaging/constraints.txt" -e "$root[all,dev,examples]"
     printf '%s\n' "$wanted" >"$stamp"
 }
 

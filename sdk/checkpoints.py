@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import safetensors.torch
 import torch
@@ -33,6 +33,13 @@ class Savable(Protocol):
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
+
+
+class Restored(NamedTuple):
+    """Where a run goes on: after so many steps, with the notes that were saved."""
+
+    step: int
+    notes: Any
 
 
 class Scheduler(Protocol):
@@ -67,11 +74,14 @@ class Checkpoints:
         optimizer: Optimizer,
         scheduler: Scheduler | None = None,
         model: Savable | None = None,
+        *,
+        notes: Any = None,
     ) -> Path:
         """Keep the run as it is after so many steps; the folder of the checkpoint.
 
         The parameters are those of the optimizer, whatever they belong to. model: its adapter is written
-        beside them, for PEFT. Raises `DISK_FULL` and leaves the earlier checkpoints as they were.
+        beside them, for PEFT. notes: whatever else belongs to the run and JSON can hold, such as its losses.
+        Raises `DISK_FULL` and leaves the earlier checkpoints as they were.
         """
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
         for number, parameter in enumerate(_parameters(optimizer)):
@@ -79,6 +89,7 @@ class Checkpoints:
         rest = {
             "version": VERSION,
             "step": step,
+            "notes": notes,
             "optimizer": _lift(optimizer.state_dict(), "optimizer", tensors),
             "scheduler": None if scheduler is None else _lift(scheduler.state_dict(), "scheduler", tensors),
         }
@@ -107,15 +118,15 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
         return target
 
-    def restore(self, optimizer: Optimizer, scheduler: Scheduler | None = None) -> int:
-        """Set parameters, optimizer and schedule to the last checkpoint; its step, or 0 if there is none.
+    def restore(self, optimizer: Optimizer, scheduler: Scheduler | None = None) -> Restored:
+        """Set parameters, optimizer and schedule to the last checkpoint; step 0 and no notes if there is none.
 
         optimizer: made as for the run that was saved, over the same parameters; their values are replaced in
         place. Raises `UNREADABLE`, and `BAD_SHAPE` for another run's parameters; then nothing was changed.
         """
         steps = self.steps()
         if not steps:
-            return 0
+            return Restored(0, None)
         folder = self.folder / f"step-{steps[-1]:08d}"
         tensors, rest = _read(folder)
         parameters = _parameters(optimizer)
@@ -144,7 +155,7 @@ class Checkpoints:
         if scheduler is not None:
             scheduler.load_state_dict(_settle(rest["scheduler"], tensors))
         torch.set_rng_state(tensors["random"])
-        return int(rest["step"])
+        return Restored(int(rest["step"]), rest["notes"])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -163,7 +174,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = safetensors.torch.load_file(folder / _TENSORS)
         rest = json.loads((folder / _REST).read_text())
-        known = {"version", "step", "optimizer", "scheduler"}
+        known = {"version", "step", "notes", "optimizer", "scheduler"}
         if not isinstance(rest, dict) or not known <= rest.keys() or "random" not in tensors:
             raise ValueError("something is missing in it")
         if rest["version"] != VERSION:

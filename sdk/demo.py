@@ -98,7 +98,7 @@ def run(plan: Plan, view: View, *, keep: Callable[[DemoSwarm], object] | None = 
     Raises `CorollaError` when the model cannot be had or the swarm does not come up.
     """
     view.stage("looking at the model (a GGUF file is converted once)")
-    facts = _plain(plan.model)
+    facts = plain(plan.model)
     num_blocks = int(facts["num_blocks"])
     spans = split(num_blocks, plan.hops)
     chat = bool(facts["has_chat_template"])
@@ -112,7 +112,7 @@ def run(plan: Plan, view: View, *, keep: Callable[[DemoSwarm], object] | None = 
         view.stage("stopping the daemons")
     view.stage("writing the same in one plain transformers process")
     arguments = ["--prompt", plan.prompt, "--max-new-tokens", str(plan.max_new_tokens)]
-    local = _plain(plan.model, *arguments, *(["--chat"] if chat else []))
+    local = plain(plan.model, *arguments, *(["--chat"] if chat else []))
     return Outcome(
         model=str(facts["name"]),
         prompt=plan.prompt,
@@ -261,7 +261,7 @@ class _Story:
         self._view.swarm(self._num_blocks, self._swarm.members)
 
 
-def _plain(model: str, *arguments: str) -> dict[str, Any]:
+def plain(model: str, *arguments: str) -> dict[str, Any]:
     """What `corolla.model.plain` says, in a process of its own. Raises its error, or `INTERNAL`."""
     command = [sys.executable, "-m", "corolla.model.plain", model, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

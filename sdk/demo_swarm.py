@@ -93,6 +93,13 @@ class DemoSwarm:
                 with member.connect() as daemon:
                     self._token = daemon.create_swarm(self._name).token
 
+    def add(self, name: str, blocks: tuple[int, int] | None) -> None:
+        """One more daemon. It joins by those that run now: the first may be gone."""
+        for status in filter(None, (m.status() for m in self.members if not m.is_killed)):
+            if status.join_command is not None:
+                self._token = status.join_command.split()[-1]
+        self.start([(name, blocks)], _nothing)
+
     def wait(self, condition: Callable[[], bool], on_progress: Callable[[], object]) -> None:
         """Wait until a condition holds. Raises `NOT_READY` with its log if a daemon ends before, `TIMEOUT`."""
         deadline = time.monotonic() + START_WITHIN_S
@@ -189,6 +196,10 @@ class DemoSwarm:
             f"the daemon {member.name!r} ended with exit code {member.process.returncode}:\n{member.last_words()}",
             "pip install 'corolla[daemon,worker]' brings what it needs",
         )
+
+
+def _nothing() -> None:
+    return None
 
 
 @contextmanager

@@ -51,11 +51,11 @@ def test_a_restored_run_ends_as_one_that_was_never_interrupted(tmp_path: Path, k
     torch.manual_seed(1)
     first = Run(kind)
     first.go(4)
-    Checkpoints(tmp_path).save(4, first.optimizer, first.scheduler)
+    Checkpoints(tmp_path).save(4, first.optimizer, first.scheduler, notes={"losses": [1.5]})
 
     torch.manual_seed(99)
     second = Run(kind)
-    assert Checkpoints(tmp_path).restore(second.optimizer, second.scheduler) == 4
+    assert Checkpoints(tmp_path).restore(second.optimizer, second.scheduler) == (4, {"losses": [1.5]})
     second.go(STEPS - 4)
     for found, expected in zip(second.values(), whole.values(), strict=True):
         assert torch.equal(found, expected)
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_a_run_begins_at_step_0(tmp_path: Path) -> None:
     run = Run("sgd")
-    assert Checkpoints(tmp_path / "none").restore(run.optimizer) == 0
+    assert Checkpoints(tmp_path / "none").restore(run.optimizer) == (0, None)
 
 
 def test_the_adapter_lies_beside_it(tmp_path: Path) -> None:

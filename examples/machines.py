@@ -1,0 +1,76 @@
+"""The machines that an example trains on: a private swarm on this one, or the user's own daemon.
+
+In the private swarm every block is served twice, so that a daemon can be killed while the run goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from corolla.sdk.client import Daemon, connect
+from corolla.sdk.demo import plain, split
+from corolla.sdk.demo_swarm import DemoSwarm, Member
+
+REPLICAS = 2
+
+
+class Machines:
+    """A daemon to ask, and machines that can be killed. label: of the model, as the daemon calls it."""
+
+    def __init__(self, daemon: Daemon, model: str, swarm: DemoSwarm | None) -> None:
+        self.daemon = daemon
+        self.model = model
+        self._swarm = swarm
+        self._numbers = itertools.count(1)
+
+    def kill_one(self) -> None:
+        """SIGKILL to the machine that has run longest; another one with its blocks is started.
+
+        Waits until the one killed before has its successor, so that no block is ever without a machine.
+        """
+        if self._swarm is None:
+            sys.exit("error: --kill-every is for the private swarm; leave out --socket")
+        self._swarm.wait(self._swarm.is_serving, _nothing)
+        victim = next(member for member in self._swarm.members if _is_lending(member))
+        self._swarm.kill(victim)
+        self._swarm.members.remove(victim)
+        self._swarm.add(f"successor-{next(self._numbers)}", victim.blocks)
+
+
+@contextmanager
+def private(model: str, hops: int) -> Iterator[Machines]:
+    """A swarm of this machine alone, gone at the end. model: a folder, a GGUF file or a hub id."""
+    num_blocks = int(plain(model)["num_blocks"])
+    with DemoSwarm(model, "example") as swarm:
+        spans = split(num_blocks, hops)
+        names = [(f"hop-{a}-{b}", span) for a, span in enumerate(spans) for b in range(REPLICAS)]
+        print(f"starting {len(names) + 1} daemons, each with a part of {Path(model).stem}", file=sys.stderr)
+        swarm.start([*names, ("client", None)], _nothing)
+        swarm.wait(swarm.is_serving, _nothing)
+        client = next(member for member in swarm.members if member.blocks is None)
+        with client.connect() as daemon:
+            swarm.wait(lambda: _is_covered(daemon), _nothing)
+            yield Machines(daemon, daemon.models()[0].name, swarm)
+
+
+@contextmanager
+def own(socket: str, model: str) -> Iterator[Machines]:
+    """The daemon that answers on a socket, and a model of its swarm."""
+    with connect(socket) as daemon:
+        yield Machines(daemon, model, None)
+
+
+def _is_covered(daemon: Daemon) -> bool:
+    return any(min(model.replicas) >= REPLICAS for model in daemon.models())
+
+
+def _is_lending(member: Member) -> bool:
+    return member.blocks is not None and not member.is_killed
+
+
+def _nothing() -> None:
+    return None
