@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
@@ -157,6 +158,7 @@ class OurSwarm(Swarm):
         self.auto_connector = _NoAutoConnector(self, 0.0)
         self._reach = reach
         self._num_handshakes = 0
+        self._from_own_port: weakref.WeakSet[SwarmConn] = weakref.WeakSet()
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
         """For the library's own services, such as Kademlia: the same dialling as ours."""
@@ -167,7 +169,15 @@ class OurSwarm(Swarm):
 
     async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
         """A new connection to `address`; whoever answers is accepted when `expected` is None."""
-        return await self.upgrade_outbound(await self._dial_tcp(address), expected)
+        raw = await self._dial_tcp(address)
+        connection = await self.upgrade_outbound(raw, expected)
+        if _local_port(raw) in self._listening_ports():
+            self._from_own_port.add(connection)
+        return connection
+
+    def shows_mapping(self, connection: SwarmConn) -> bool:
+        """Whether we dialled from a port on which we listen: the far side sees what a NAT makes of it."""
+        return connection in self._from_own_port
 
     async def meet_address(self, address: Multiaddr) -> None:
         """Dial one who dials us at the same time, and be the server of what comes of it."""
@@ -195,9 +205,12 @@ class OurSwarm(Swarm):
         text = str(address)
         if reach_of(text) is not Reach.PUBLIC or not text.startswith("/ip4/"):
             return None
+        ports = self._listening_ports()
+        return ("0.0.0.0", ports[0]) if ports else None  # noqa: S104 - as the socket listens
+
+    def _listening_ports(self) -> list[int]:
         bound = [str(own) for one in self.listeners.values() for own in one.get_addrs()]
-        ports = [own.split("/")[4] for own in bound if own.startswith("/ip4/")]
-        return ("0.0.0.0", int(ports[0])) if ports else None  # noqa: S104 - as the socket listens
+        return [int(own.split("/")[4]) for own in bound if own.startswith("/ip4/")]
 
     async def upgrade_outbound(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
         """A connection of ours made of what reaches a peer: a socket, or a circuit through a relay."""
@@ -229,6 +242,12 @@ class OurSwarm(Swarm):
             self._num_handshakes -= 1
         if isinstance(muxed, Yamux):
             await muxed.event_closed.wait()
+
+
+def _local_port(raw: IRawConnection) -> int | None:
+    """Of a socket of ours; None of anything else."""
+    stream = getattr(getattr(raw, "stream", None), "stream", None)
+    return int(stream.socket.getsockname()[1]) if isinstance(stream, trio.SocketStream) else None
 
 
 class _NoAutoConnector(AutoConnector):

@@ -19,7 +19,7 @@ from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
-from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -34,17 +34,18 @@ from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
+from .observations import Sighting, place_of
 from .punching import Punching, Ways
 from .relaying import RelayLimits, RelayService
 from .relays import Relays
 from .seam import Guard, Handler, PeerView, Stream
+from .streams import Libp2pStream
 from .whereabouts import Whereabouts
 from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
 MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
 CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then everything is dropped
-_RECEIVE_BYTES: Final = 1024 * 1024
 
 _log = structlog.get_logger("corolla.libp2p")
 
@@ -97,49 +98,6 @@ async def open_network(
     failure = failure or network.failure
     if failure is not None:
         raise failure
-
-
-class Libp2pStream:
-    """One stream of a connection; see `seam.Stream`."""
-
-    __slots__ = ("_muxed", "_peer", "_protocol")
-
-    def __init__(self, muxed: YamuxStream, peer: str, protocol: str) -> None:
-        self._muxed = muxed
-        self._peer = peer
-        self._protocol = protocol
-
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def protocol(self) -> str:
-        return self._protocol
-
-    async def send(self, data: bytes) -> None:
-        try:
-            await self._muxed.write(data)
-        except MuxedStreamError as failure:
-            raise self._lost(failure) from failure
-
-    async def receive(self) -> bytes:
-        try:
-            return await self._muxed.read(_RECEIVE_BYTES)
-        except MuxedStreamEOF:
-            return b""
-        except MuxedStreamError as failure:
-            raise self._lost(failure) from failure
-
-    async def close(self) -> None:
-        self._muxed.finish()
-        self._muxed.linger()
-
-    def reset(self) -> None:
-        self._muxed.break_off()
-
-    def _lost(self, failure: Exception) -> CorollaError:
-        return error(Code.PEER_LOST, f"lost peer {self._peer} during {self._protocol}: {failure}")
 
 
 class _Dial:
@@ -222,11 +180,26 @@ class Libp2pNetwork:
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(_view(peer, connections) for peer, connections in self._connections.items())
 
+    def observes(self, peer: str) -> str:
+        direct = [c for c in self._connections.get(peer, ()) if not _is_relayed(c)]
+        direct.sort(key=lambda c: c.direction is not Direction.INBOUND)  # how it came tells it more
+        return next((str(address) for c in direct for address in c.get_transport_addresses()), "")
+
+    def observed_by(self, peer: str, address: str) -> None:
+        direct = [c for c in self._connections.get(peer, ()) if not _is_relayed(c)]
+        places = [place_of(str(a)) for c in direct for a in c.get_transport_addresses()]
+        if not places:
+            return
+        is_mapping = any(self._swarm.shows_mapping(connection) for connection in direct)
+        if self._whereabouts.seen_by(peer, Sighting(places[0], address, is_mapping)):
+            self._addresses_changed()
+
     def reach(self) -> ReachView:
-        relaying, is_private = self.relaying, self.is_private()
+        relaying, is_private, seen = self.relaying, self.is_private(), self._whereabouts.seen()
         return ReachView(
             "private" if is_private else "unknown",
-            observed=self.relays.observed(),
+            nat=seen.nat,
+            observed=seen.addresses,
             relays=self.relays.uses(),
             offers_relay=relaying is not None and not is_private,
             num_reservations=relaying.num_reservations if relaying is not None else 0,
@@ -453,6 +426,7 @@ class Libp2pNetwork:
         if connection in connections:
             connections.remove(connection)
         if not connections and self._connections.pop(peer, None) is not None:
+            self._whereabouts.lost(peer)
             self._tell(peer, connected=False)
 
     def _tell(self, peer: str, *, connected: bool) -> None:
@@ -510,7 +484,7 @@ class Libp2pNetwork:
             listener()
 
     def _own_addresses(self) -> tuple[str, ...]:
-        return self._whereabouts.all(self.relays.addresses())
+        return self._whereabouts.all(self.relays.addresses(), is_private=self.is_private())
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:

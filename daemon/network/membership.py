@@ -26,6 +26,7 @@ from ...protocol.limits import (
     MAX_ADDRESSES_TOLD,
     MAX_HELLO_BYTES,
     MAX_MEMBERS_TOLD,
+    MAX_NAME_CHARS,
 )
 from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
@@ -333,6 +334,7 @@ class Membership:
             proof=self.roll.proof,
             revocations=self.roll.revocations if is_member else None,
             admitted=self.roll.sample(self._rng) if is_member else (),
+            observed=self._network.observes(to)[:MAX_NAME_CHARS],
             problem=None if refusal is None else refusal.to_wire(),
         )
 
@@ -350,6 +352,8 @@ class Membership:
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
         self._strangers.pop(peer, None)
         now = self._clock()
+        if hello.observed:
+            self._network.observed_by(peer, hello.observed)
         if addresses:
             self._network.learn(peer, addresses)
             self._known[peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)

@@ -410,6 +410,12 @@ class MemoryNetwork:
             for peer, inbound in self._hub.connected_to(self._peer)
         )
 
+    def observes(self, peer: str) -> str:
+        return ""  # a hub has no addresses to be seen at
+
+    def observed_by(self, peer: str, address: str) -> None:
+        """On a hub nobody is seen elsewhere than where it is."""
+
     def reach(self) -> ReachView:
         return ReachView("public", nat="none")  # on a hub everyone reaches everyone
 

@@ -98,6 +98,12 @@ class Network(Protocol):
     def peers(self) -> tuple[PeerView, ...]:
         """Who is connected."""
 
+    def observes(self, peer: str) -> str:
+        """Where we see a connected peer, as a multiaddress; "" if it comes through others, or is not there."""
+
+    def observed_by(self, peer: str, address: str) -> None:
+        """A connected peer says where it sees us. It may lie: what several say decides."""
+
     def reach(self) -> ReachView:
         """Where others can reach us, and by what evidence."""
 

@@ -429,3 +429,20 @@ async def test_a_killed_process_is_noticed_at_once() -> None:
 @pytest.mark.long
 async def test_a_stopped_process_is_noticed_within_ten_seconds() -> None:
     await _lose(signal.SIGSTOP, 10.0)
+
+
+# where others see us
+
+
+async def test_each_side_is_told_where_the_other_sees_it() -> None:
+    async with network() as one, network() as other:
+        assert one.observes(other.peer) == ""
+        await one.connect(other.addresses()[0], timeout_s=5)
+        assert one.observes(other.peer) == split_peer(other.addresses()[0])[0]
+        await assert_echoes(other, one.peer)  # it has noticed the connection by now
+        seen = other.observes(one.peer)
+        assert seen.startswith("/ip4/127.0.0.1/tcp/")
+        one.observed_by(
+            other.peer, "/ip4/11.0.0.9/tcp/4517"
+        )  # by a neighbour: that says nothing of the world
+        assert one.reach().observed == ()

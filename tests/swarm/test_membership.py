@@ -312,3 +312,17 @@ async def test_stopping_ends_in_bounded_time() -> None:
         with anyio.move_on_after(5) as scope:
             await ada.run()
         assert scope.cancelled_caught
+
+
+async def test_a_greeting_says_where_the_other_is_seen() -> None:
+    async with garden() as g:
+        told: list[tuple[str, str]] = []
+        network = g.network("ada")
+        network.observes = lambda peer: f"/memory/{peer}"  # type: ignore[method-assign]
+        ada = await g.enter(network)
+        other = g.network("bob")
+        other.observed_by = lambda peer, address: told.append((peer, address))  # type: ignore[method-assign]
+        bob = await g.enter(other, "ada")
+        await bob.wait_joined(timeout_s=5)
+        await ada.wait_member("bob", timeout_s=5)
+        assert set(told) == {("ada", "/memory/bob")}
