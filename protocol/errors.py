@@ -84,7 +84,7 @@ class CorollaError(Exception):
 
     fault: Fault = Fault.SELF
 
-    def __init__(self, code: Code, message: str, remedy: str = "", **details: Any) -> None:
+    def __init__(self, code: Code, message: str, remedy: str = "", /, **details: Any) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -155,7 +155,7 @@ _TYPES: Final[Mapping[Code, type[CorollaError]]] = {
 }
 
 
-def error(code: Code, message: str, remedy: str = "", **details: Any) -> CorollaError:
+def error(code: Code, message: str, remedy: str = "", /, **details: Any) -> CorollaError:
     """The error of this code, as the type that says whose fault it is. Use as `raise error(…)`."""
     return _TYPES[code](code, message, remedy, **details)
 

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
@@ -51,6 +51,11 @@ class Vocabulary:
                 raise ValueError(f"two messages are called {cls.KIND!r}")
             self._classes[cls.KIND] = cls
 
+    @property
+    def classes(self) -> tuple[type[Message], ...]:
+        """The messages, in the order given."""
+        return tuple(self._classes.values())
+
     def decode(self, frame: Frame) -> Message:
         """The message in a frame.
 
@@ -77,6 +82,26 @@ def encode(message: Message) -> bytes:
     return encode_frame(cbor2.dumps(header), payload)  # type: ignore[arg-type]
 
 
+class _NoTags(Mapping[int, Any]):
+    """Refuses every tag of CBOR: no message of ours has one.
+
+    The decoder would otherwise make of them what is costly or surprising elsewhere: numbers of a thousand
+    digits, patterns to be compiled, lists that contain themselves.
+    """
+
+    def __getitem__(self, tag: int) -> Any:
+        raise ValueError(f"tag {tag}, and no tag may be used")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 1  # an empty one would be taken for none
+
+
+_NO_TAGS: Final = _NoTags()
+
+
 def load_map(data: bytes) -> dict[str, Any]:
     """Decode a CBOR map with string keys, strictly. Raises `PROTOCOL_VIOLATION`."""
     try:
@@ -86,7 +111,7 @@ def load_map(data: bytes) -> dict[str, Any]:
             allow_indefinite=False,
             allow_duplicate_keys=False,
             strict_hashable_types=True,
-            semantic_decoders={},
+            semantic_decoders=_NO_TAGS,
         )
     except Exception as problem:  # the decoder raises many types on hostile input; all mean the same here
         raise error(Code.PROTOCOL_VIOLATION, f"unreadable CBOR: {problem}"[:200]) from problem

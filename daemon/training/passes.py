@@ -221,7 +221,8 @@ class Swarm:
 
     async def _upload(self, batch: Batch, leg: Leg, problem: CorollaError) -> None:
         """Put the parts that a hop lacks. Raises `ADAPTER_MISSING` for one that we lack as well."""
-        missing = set(problem.details.get("missing", ()))
+        told = problem.details.get("missing")
+        missing = {name for name in told if isinstance(name, str)} if isinstance(told, (list, tuple)) else ()
         for block, name in enumerate(batch.parts_of(leg.start, leg.end), leg.start):
             if name == NO_PART or name.hex() not in missing:
                 continue
