@@ -13,6 +13,7 @@ Source: Kwon et al. 2023, PagedAttention; Milakov and Gimelshein 2018, for mergi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +28,9 @@ from .pages import Segment
 __all__ = ["ATTENTION", "Batch", "Placement", "Segment", "attend", "register"]
 
 ATTENTION: Final = "corolla"
+
+# (first, last, device) → (num_heads, last - first): added to the scores of the keys at these positions of a row.
+Bias = Callable[[int, int, torch.device], Tensor]
 
 # Up to so many new tokens of a row, one small product per head is faster than the flash kernel's start.
 _FEW_TOKENS: Final = 8
@@ -127,17 +131,18 @@ def _runs(pages: tuple[int, ...], end: int, page_tokens: int) -> tuple[_Run, ...
 
 
 class _Form(NamedTuple):
-    """How a module wants its scores: scaled, limited to a window, capped, with a sink for each head."""
+    """How a module wants its scores: scaled, limited to a window, capped, with a sink or a bias for each head."""
 
     scaling: float
     window: int | None
     softcap: float | None
     sinks: Tensor | None  # (num_heads,)
+    bias: Bias | None
 
     @property
     def is_plain(self) -> bool:
         """Whether the kernels of `scaled_dot_product_attention` compute it."""
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.bias is None
 
 
 def attend(
@@ -153,7 +158,8 @@ def attend(
     """Causal attention of new tokens over the pages of their own rows, which then hold them too.
 
     query: (1, num_heads, num_tokens, head_dim), already rotated; key and value likewise with their heads.
-    options: as transformers' modules pass them: scaling, sliding_window, softcap, s_aux; others are ignored.
+    options: as transformers' modules pass them: scaling, sliding_window, softcap, s_aux; bias, from modules of
+    our own; others are ignored.
     Returns (1, num_tokens, num_heads, value_dim), and no weights.
     """
     scaling = options.get("scaling")
@@ -162,6 +168,7 @@ def attend(
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
+        bias=options.get("bias"),
     )
     if placement.cache is None:
         return _attend_alone(query[0], key[0], value[0], placement, form), None
@@ -233,6 +240,10 @@ def _attend_parts(
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (kv heads, group * n, num_keys)
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
+    if form.bias is not None:
+        biases = form.bias(starts[1], starts[1] + scores.shape[-1], scores.device)
+        by_head = scores.view(num_heads, num_queries, -1) + biases[:, None]
+        scores = by_head.view(num_kv_heads, group * num_queries, -1)
     hidden = _hidden_mask(num_queries, scores.shape[-1], starts, form.window, scores.device)
     if hidden is not None:
         by_query = scores.view(num_kv_heads, group, num_queries, -1)

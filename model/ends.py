@@ -26,8 +26,9 @@ class Ends:
     def __init__(
         self, parts: dict[str, nn.Module], skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        """For `load`; parts: `embeddings`, `norm` and `head`, with weights."""
+        """For `load`; parts: `embeddings`, `norm` and `head`, and `embeddings_norm` or not, with weights."""
         self._embeddings = parts["embeddings"]
+        self._embeddings_norm = parts.get("embeddings_norm")
         self._norm = parts["norm"]
         self._head = parts["head"]
         self._tokenizer = tokenizer
@@ -63,7 +64,7 @@ class Ends:
             )
         prefixes = skeleton.end_prefixes
         parts = skeleton.take_ends()
-        wanted = ("embeddings", "norm") if skeleton.is_tied else ("embeddings", "norm", "head")
+        wanted = [part for part in parts if part != "head" or not skeleton.is_tied]
         fetch_parts(checkpoint, skeleton, [prefixes[part] for part in wanted])
         for part in wanted:
             kept = shelf if part == "head" else None
@@ -118,6 +119,8 @@ class Ends:
             raise error(Code.BAD_REQUEST, f"token id {worst}, the vocabulary has {self.vocab_size}")
         with torch.inference_mode():
             embedded: Tensor = self._embeddings(ids.to(self.device)[None])[0]
+            if self._embeddings_norm is not None:
+                embedded = self._embeddings_norm(embedded)
             return embedded
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ then taken out one by one. Whatever is not on the list is refused by name: a fam
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,18 +20,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
+from . import falcon
+from .alibi import BloomBlock
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
 from .quantization import can_hold, weight_bytes
 
 
 class Layout(NamedTuple):
-    """What a family calls the parts of its base model."""
+    """What a family calls the parts of its base model.
+
+    embeddings_norm: behind the embeddings, where a family has one. rotary: "" where it has none. block: what
+    stands in the place of transformers' blocks, where those do not follow its attention interface. refusal:
+    why a configuration cannot be computed, or None.
+    """
 
     blocks: str = "layers"
     embeddings: str = "embed_tokens"
     norm: str = "norm"
     rotary: str = "rotary_emb"
+    embeddings_norm: str = ""
+    block: Callable[[Any], nn.Module] | None = None
+    refusal: Callable[[PretrainedConfig], str | None] | None = None
 
 
 CERTIFIED: Final[Mapping[str, Layout]] = {
@@ -64,6 +74,21 @@ CERTIFIED: Final[Mapping[str, Layout]] = {
     "SeedOssForCausalLM": Layout(),
     "SmolLM3ForCausalLM": Layout(),
     "Starcoder2ForCausalLM": Layout(),
+    "BloomForCausalLM": Layout(
+        blocks="h",
+        embeddings="word_embeddings",
+        norm="ln_f",
+        rotary="",
+        embeddings_norm="word_embeddings_layernorm",
+        block=BloomBlock,
+    ),
+    "FalconForCausalLM": Layout(
+        blocks="h",
+        embeddings="word_embeddings",
+        norm="ln_f",
+        block=falcon.FalconBlock,
+        refusal=falcon.refusal,
+    ),
 }
 
 # Rope types whose frequencies follow the longest position of the batch that they are asked for.
@@ -92,6 +117,10 @@ def architecture(config: PretrainedConfig) -> str:
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise error(Code.UNSUPPORTED_FAMILY, f"{name} with bidirectional attention cannot be cached")
+    refusal = CERTIFIED[name].refusal
+    reason = refusal(config) if refusal is not None else None
+    if reason is not None:
+        raise error(Code.UNSUPPORTED_FAMILY, f"{reason} is not supported")
     return name
 
 
@@ -108,7 +137,9 @@ class Skeleton:
         register()
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation=ATTENTION, dtype=torch.float32
+                config,
+                attn_implementation=ATTENTION if layout.block is None else "eager",
+                dtype=torch.float32,
             )
         self.model.eval().requires_grad_(False)
         self.config = self.model.config
@@ -117,6 +148,9 @@ class Skeleton:
         self._prefix = f"{self.model.base_model_prefix}."
         self._blocks: Any = self._base.get_submodule(layout.blocks)  # an nn.ModuleList
         self.num_blocks = len(self._blocks)
+        if layout.block is not None:
+            for index in range(self.num_blocks):
+                self._blocks[index] = layout.block(self._blocks[index])
         self.tensors: dict[str, Tensor] = self.model.state_dict()  # all on the meta device
         self._linear = {
             f"{name}.weight" for name, module in self.model.named_modules() if type(module) is nn.Linear
@@ -134,11 +168,14 @@ class Skeleton:
     @property
     def end_prefixes(self) -> dict[str, str]:
         """Part of the ends → what the names of its tensors start with."""
-        return {
+        parts = {
             "embeddings": f"{self._prefix}{self._layout.embeddings}.",
             "norm": f"{self._prefix}{self._layout.norm}.",
             "head": f"{self._head_name()}.",
         }
+        if self._layout.embeddings_norm:
+            parts["embeddings_norm"] = f"{self._prefix}{self._layout.embeddings_norm}."
+        return parts
 
     def block_bytes(self, block: int, dtype: torch.dtype, scheme: Quantization | None = None) -> int:
         """Bytes of a block's weights in `dtype`, those of linear layers in `scheme`."""
@@ -158,7 +195,7 @@ class Skeleton:
         return module
 
     def take_ends(self) -> dict[str, nn.Module]:
-        """The modules `embeddings`, `norm` and `head`, their weights still on the meta device."""
+        """The modules of `end_prefixes`, by its names, their weights still on the meta device."""
         names = self.end_prefixes
         parts = {part: self.model.get_submodule(name.removesuffix(".")) for part, name in names.items()}
         for module in parts.values():
@@ -175,12 +212,18 @@ class Skeleton:
         for part in module.modules():
             head_dim = getattr(part, "head_dim", None) or getattr(part, "head_size", None)
             if head_dim is not None and hasattr(part, "layer_idx"):
-                heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+                heads = (
+                    getattr(part, "num_kv_heads", None)
+                    or getattr(self.config, "num_key_value_heads", None)
+                    or self.config.num_attention_heads
+                )
                 return CacheShape(int(heads), int(head_dim), int(head_dim))
         raise error(Code.UNSUPPORTED_FAMILY, f"{self.architecture} has a block without attention")
 
-    def rotary(self) -> Rotary:
-        """The model's rotary embeddings, with buffers of their own on the CPU."""
+    def rotary(self) -> Rotary | None:
+        """The model's rotary embeddings, with buffers of their own on the CPU; None if it has none."""
+        if not self._layout.rotary:
+            return None
         return Rotary(type(self._base.get_submodule(self._layout.rotary))(self.config), self.config)
 
     def _bytes(self, prefix: str, dtype: torch.dtype, scheme: Quantization | None) -> int:

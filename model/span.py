@@ -7,6 +7,7 @@ in the thread that calls it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class Span:
     another thread can see that this one is alive.
     """
 
-    def __init__(self, blocks: dict[int, nn.Module], shapes: dict[int, CacheShape], rotary: Rotary) -> None:
+    def __init__(
+        self, blocks: dict[int, nn.Module], shapes: dict[int, CacheShape], rotary: Rotary | None
+    ) -> None:
         """For `load`, and for tests that bring their own blocks; `blocks` are consecutive."""
         self.start = min(blocks, default=0)
         self.end = self.start + len(blocks)
@@ -84,7 +87,8 @@ class Span:
             blocks[block] = load_part(checkpoint, skeleton, prefix, module, dtype, device, shelf)
             if report is not None:
                 report(sum(sizes[: len(blocks)]), sum(sizes))
-        span = cls(blocks, shapes, skeleton.rotary().to(device))
+        rotary = skeleton.rotary()
+        span = cls(blocks, shapes, rotary.to(device) if rotary is not None else None)
         span.bytes = sum(sizes)
         span.hidden_size = skeleton.hidden_size
         span.dtype = dtype
@@ -135,7 +139,9 @@ class Span:
     ) -> Tensor:
         states = hidden  # (num_tokens, hidden_size)
         positions = placement.positions[None]
-        embeddings = self._rotary(states[None], placement, blocks)
+        embeddings: dict[int, Any] = dict.fromkeys(blocks)
+        if self._rotary is not None:
+            embeddings = self._rotary(states[None], placement, blocks)
         for block in blocks:
             module = self._blocks[block]
             with worn(module, block, overlays, len(states)):

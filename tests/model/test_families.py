@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig
+from transformers import FalconConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
 from corolla.model.cache import CacheShape
 from corolla.model.families import CERTIFIED, Skeleton, architecture
@@ -40,10 +40,22 @@ def test_a_skeleton_weighs_nothing_and_hands_out_each_block_once(family: str) ->
     assert not list(skeleton.take_block(2).parameters())
 
 
+# Where they are not two, as the configurations say.
+KEY_HEADS = {
+    "gpt_neox": 4,
+    "bloom": 4,
+    "bloom_normed_residual": 4,
+    "falcon_new_alibi": 1,
+    "falcon_multi_query": 1,
+    "falcon_alibi": 4,
+    "falcon_sequential": 1,
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_shape_is_that_of_the_keys(family: str) -> None:
     skeleton = Skeleton(FAMILIES[family]())
-    heads = 4 if family == "gpt_neox" else 2
+    heads = KEY_HEADS.get(family, 2)
     assert skeleton.cache_shape(skeleton.take_block(1)) == CacheShape(heads, 16, 16)
 
 
@@ -66,9 +78,27 @@ def refused(config: PretrainedConfig) -> CorollaError:
 
 
 def test_a_family_that_is_not_certified_is_refused_by_name() -> None:
-    problem = refused(BloomConfig(architectures=["BloomForCausalLM"]))
-    assert "BloomForCausalLM" in problem.message
+    problem = refused(GPT2Config(architectures=["GPT2LMHeadModel"]))
+    assert "GPT2LMHeadModel" in problem.message
     assert all(name in problem.remedy for name in CERTIFIED)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"new_decoder_architecture": True, "parallel_attn": False}, "without parallel attention"),
+        ({"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "3 norms"),
+        ({"num_ln_in_parallel_attn": 2}, "2 norms"),
+        (
+            {"multi_query": False, "num_kv_heads": 2, "hidden_size": 64, "num_attention_heads": 4},
+            "2 key heads",
+        ),
+    ],
+)
+def test_variants_of_falcon_that_transformers_cannot_run_are_refused(
+    options: dict[str, Any], named: str
+) -> None:
+    assert named in refused(FalconConfig(architectures=["FalconForCausalLM"], **options)).message
 
 
 def test_weights_stored_quantized_are_refused_by_method() -> None:

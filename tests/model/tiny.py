@@ -11,8 +11,10 @@ from transformers import (
     ApertusConfig,
     ArceeConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     Ernie4_5Config,
     Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -98,7 +100,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         layer_types=_MIXED,
         rope_parameters=_ROPE,
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+    "gpt_neox": lambda: GPTNeoXConfig(**_without_kv_heads()),
     "apertus": lambda: ApertusConfig(**_COMMON),
     "arcee": lambda: ArceeConfig(**_COMMON),
     "ernie4_5": lambda: Ernie4_5Config(**_COMMON, **_HEADS),
@@ -123,7 +125,28 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "seed_oss": lambda: SeedOssConfig(**_COMMON, **_HEADS),
     "smollm3": lambda: SmolLM3Config(**_COMMON, no_rope_layers=[1, 1, 0, 1]),
     "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=8),
+    "bloom": lambda: BloomConfig(**_without_kv_heads(), pretraining_tp=2, slow_but_exact=True),
+    "bloom_normed_residual": lambda: BloomConfig(
+        **_without_kv_heads(), apply_residual_connection_post_layernorm=True
+    ),
+    # As falcon-40b, falcon-11B, falcon-7b and falcon-rw-1b, and what lies between them.
+    "falcon": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_one_norm": lambda: _falcon(
+        new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "falcon_new_alibi": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=1, alibi=True),
+    "falcon_multi_query": lambda: _falcon(multi_query=True),
+    "falcon_alibi": lambda: _falcon(multi_query=False, parallel_attn=False, alibi=True, bias=True),
+    "falcon_sequential": lambda: _falcon(multi_query=True, parallel_attn=False, bias=True),
 }
+
+
+def _without_kv_heads() -> dict[str, Any]:
+    return {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+
+
+def _falcon(**options: Any) -> PretrainedConfig:
+    return FalconConfig(**_without_kv_heads(), ffn_hidden_size=96, **options)
 
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:

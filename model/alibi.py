@@ -1,0 +1,95 @@
+"""ALiBi: instead of rotated keys, scores lean towards near tokens; and BLOOM's blocks, which attend so.
+
+Owns the slopes, and BLOOM's own block: transformers' passes neither an attention function nor our placement
+on to its attention, so one of the same parts, under the same names, stands in its place.
+
+A bias is linear in the key's position alone. Softmax does not see what all keys of a query share, so this
+equals one that is linear in the distance, and it is how both families compute it.
+
+Source: Press et al. 2022, Train Short, Test Long; BigScience 2022, BLOOM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Placement, attend
+
+
+def slopes(num_heads: int) -> Tensor:
+    """(num_heads,) float32: how steeply each head's bias grows with the position.
+
+    2^(-8i / n) for head i of n, counted from 1. Where n is no power of two, that for the largest one below n,
+    and then every other one for twice as many heads.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    first = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    others = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(first + others, dtype=torch.float32)
+
+
+class Alibi:
+    """The bias of every head, by the position of the key.
+
+    rounded: products are rounded to bfloat16, as Falcon does whatever its dtype. scale: of the products.
+    """
+
+    def __init__(self, num_heads: int, *, rounded: bool = False, scale: float = 1.0) -> None:
+        self._slopes = slopes(num_heads)[:, None]
+        self._rounded = rounded
+        self._scale = scale
+
+    def __call__(self, first: int, last: int, device: torch.device) -> Tensor:
+        """(num_heads, last - first) float32, for keys at the positions [first, last) of a row."""
+        steep = self._slopes.to(device)
+        positions = torch.arange(first, last, device=device)[None]
+        if self._rounded:
+            return (steep.bfloat16() * positions).float() * self._scale
+        return steep * positions * self._scale
+
+
+class BloomAttention(nn.Module):
+    """Attention of one block; the parts are those of `inner`, transformers' own."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.layer_idx = int(inner.layer_idx)
+        self.head_dim = int(inner.head_dim)
+        self.query_key_value: nn.Module = inner.query_key_value
+        self.dense: nn.Module = inner.dense
+        self._num_heads = int(inner.num_heads)
+        self._bias = Alibi(self._num_heads)
+
+    def forward(self, states: Tensor, placement: Placement) -> Tensor:
+        """(1, num_tokens, hidden_size), without the residual."""
+        fused = self.query_key_value(states)  # (1, num_tokens, 3 * hidden_size)
+        by_head = fused.view(*fused.shape[:2], self._num_heads, 3, self.head_dim).transpose(1, 2)
+        query, key, value = by_head.unbind(dim=3)  # (1, num_heads, num_tokens, head_dim) each
+        attended, _ = attend(self, query, key, value, None, placement=placement, bias=self._bias)
+        mixed: Tensor = self.dense(attended.flatten(2))
+        return mixed
+
+
+class BloomBlock(nn.Module):
+    """One block; the parts are those of `inner`, transformers' own, under the same names."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.input_layernorm: nn.Module = inner.input_layernorm
+        self.self_attention = BloomAttention(inner.self_attention)
+        self.post_attention_layernorm: nn.Module = inner.post_attention_layernorm
+        self.mlp: nn.Module = inner.mlp
+        # The same sum in the order of the machines that trained the model: it reads plain weights, slice by slice.
+        inner.mlp.slow_but_exact = False
+        self._keeps_normed = bool(inner.apply_residual_connection_post_layernorm)
+
+    def forward(self, states: Tensor, *, placement: Placement, **_: Any) -> Tensor:
+        """(1, num_tokens, hidden_size) in and out."""
+        normed = self.input_layernorm(states)
+        states = self.self_attention(normed, placement) + (normed if self._keeps_normed else states)
+        normed = self.post_attention_layernorm(states)
+        output: Tensor = self.mlp(normed, normed if self._keeps_normed else states)
+        return output
