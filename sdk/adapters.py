@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from ..protocol.errors import Code, error
 from ..protocol.training import NO_PART
+from .layers import layers_name
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _FACTORS: Final = ("lora_A", "lora_B")
@@ -56,7 +57,8 @@ def linears_of(config: Any) -> tuple[Linear, ...]:
         whole: Any = AutoModelForCausalLM.from_config(deepcopy(config))  # type: ignore[no-untyped-call]
     found = []
     names = {module: name for name, module in whole.named_modules()}
-    for block, layer in enumerate(whole.get_decoder().layers):
+    decoder = whole.get_decoder()
+    for block, layer in enumerate(getattr(decoder, layers_name(decoder))):
         for target, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 full = f"{names[layer]}.{target}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from .journeys import Journeys
+from .layers import OldStyleLayer, layer_of
 from .swarm_cache import SwarmCache, as_swarm_cache
 
 MakeCache = Callable[[int], SwarmCache]  # for rows of so many tokens; 0: nobody knows how many
@@ -126,6 +127,10 @@ def pass_padding(make_cache: MakeCache, journeys: Journeys) -> Callable[..., tup
             kwargs["use_cache"] = use_cache
         if use_cache or kwargs.get("past_key_values") is not None:
             kwargs["past_key_values"] = as_swarm_cache(kwargs.get("past_key_values"), lambda: make_cache(0))
+        layer = layer_of(decoder)
+        if isinstance(layer, OldStyleLayer):
+            layer.padding = mask
+            return args, kwargs
         return args, {**kwargs, "padding": mask}
 
     return hook

@@ -19,6 +19,7 @@ from ..protocol.views import ModelView
 from .adapters import RemoteLora, linears_of
 from .client import Daemon, connect
 from .journeys import Journeys
+from .layers import attach, attached
 from .remote_blocks import RemoteBlocks, pass_padding
 from .swarm_cache import DEFAULT_LENGTH, Sessions, SwarmCache
 
@@ -77,9 +78,9 @@ class DistributedModelForCausalLM:
     @property
     def blocks(self) -> RemoteBlocks:
         """The swarm's blocks; `blocks[a:b](hidden)` runs some of them, with gradients."""
-        decoder: Any = self.get_decoder()  # type: ignore[attr-defined]  # of the family's class
-        remote: RemoteBlocks = decoder.layers[0]
-        return remote
+        remote: Any = attached(self.get_decoder())  # type: ignore[attr-defined]  # of the family's class
+        blocks: RemoteBlocks = remote
+        return blocks
 
     def add_adapter(self, adapter_config: Any, *_: Any, **__: Any) -> None:
         """Train LoRA over the swarm's blocks; all other parameters are frozen, as PEFT does.
@@ -192,7 +193,7 @@ def _load_ends(
         raise error(
             Code.UNSUPPORTED_FAMILY, f"transformers has no causal language model for {config.model_type}"
         ) from None
-    ignored = [*(family._keys_to_ignore_on_load_unexpected or []), r"\blayers\.\d+\."]
+    ignored = [*(family._keys_to_ignore_on_load_unexpected or []), r"\b(layers|h)\.\d+\."]
     made = type(
         f"Distributed{family.__name__}",
         (cls, family),
@@ -210,7 +211,7 @@ def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
         return SwarmCache(sessions, max_length=max_length or DEFAULT_LENGTH)
 
     decoder = model.get_decoder()
-    decoder.layers = nn.ModuleList([RemoteBlocks(make_cache, model._journeys, num_blocks)])
+    attach(decoder, RemoteBlocks(make_cache, model._journeys, num_blocks))
     decoder.register_forward_pre_hook(pass_padding(make_cache, model._journeys), with_kwargs=True)
     model.config.num_hidden_layers = num_blocks  # what the model is, not what is loaded of it
     model._sessions = sessions

@@ -71,8 +71,8 @@ class BlocksDaemon(FakeDaemon):
         caught: list[Any] = []
         given = torch.from_numpy(history)[None]
         hooks = (
-            decoder.layers[0].register_forward_pre_hook(lambda module, args: (given, *args[1:])),
-            decoder.norm.register_forward_pre_hook(lambda module, args: caught.append(args[0])),
+            _first_layer(decoder).register_forward_pre_hook(lambda module, args: (given, *args[1:])),
+            _norm(decoder).register_forward_pre_hook(lambda module, args: caught.append(args[0])),
         )
         with torch.no_grad():
             decoder(torch.zeros(1, len(history), dtype=torch.long), use_cache=False)
@@ -80,6 +80,14 @@ class BlocksDaemon(FakeDaemon):
             hook.remove()
         answer: np.ndarray = caught[0][0].numpy()
         return answer
+
+
+def _first_layer(decoder: Any) -> Any:
+    return decoder.h[0] if hasattr(decoder, "h") else decoder.layers[0]
+
+
+def _norm(decoder: Any) -> Any:
+    return decoder.ln_f if hasattr(decoder, "ln_f") else decoder.norm
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +177,11 @@ def test_forward_without_a_cache_equals_the_whole_model(model: Any, whole: Any, 
     assert not fake.sessions
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2", "qwen3", "mistral", "mixtral", "olmo2", "gemma2", "gemma3", "gpt_oss"]
-)
+OTHERS = ["qwen2", "qwen3", "mistral", "mixtral", "olmo2", "gemma2", "gemma3", "gpt_oss"]
+OLD_STYLE = ["bloom", "falcon", "falcon_alibi"]
+
+
+@pytest.mark.parametrize("family", [*OTHERS, *OLD_STYLE])
 def test_other_families_equal_the_whole_model(family: str, tmp_path: Path) -> None:
     whole: Any = save_tiny(tmp_path / "tiny", family)
     with BlocksDaemon(tmp_path / "control.sock", whole) as fake, corolla.connect(fake.path) as daemon:
@@ -182,6 +192,24 @@ def test_other_families_equal_the_whole_model(family: str, tmp_path: Path) -> No
             assert torch.allclose(model(prompt(2, 10)).logits, whole(prompt(2, 10)).logits, atol=1e-4)
         ours, theirs = (by.generate(prompt(1, 6), max_new_tokens=6, pad_token_id=0) for by in (model, whole))
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", OLD_STYLE)
+def test_left_padded_rows_of_families_with_layers_of_the_old_style(family: str, tmp_path: Path) -> None:
+    whole: Any = save_tiny(tmp_path / "tiny", family)
+    ids, mask = prompt(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[2, :1] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "do_sample": False}
+    with BlocksDaemon(tmp_path / "control.sock", whole) as fake, corolla.connect(fake.path) as daemon:
+        model = DistributedModelForCausalLM.from_pretrained(
+            "tiny", ends=tmp_path / "tiny", daemon=daemon, dtype=torch.float32
+        )
+        assert torch.equal(model.generate(ids, **given), whole.generate(ids, **given))
+        assert torch.equal(
+            model.generate(ids[1:2], num_beams=3, max_new_tokens=5, pad_token_id=0),
+            whole.generate(ids[1:2], num_beams=3, max_new_tokens=5, pad_token_id=0),
+        )
 
 
 def test_a_cache_goes_on_and_crops(model: Any, whole: Any) -> None:
