@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from .attention import Placement, attend
 
@@ -51,6 +52,13 @@ class Alibi:
         return steep * positions * self._scale
 
 
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why BLOOM's blocks of this configuration cannot be computed; None if they can."""
+    if config.slow_but_exact and config.pretraining_tp > 1:
+        return "BLOOM with slow_but_exact, where transformers leaves biases out,"
+    return None
+
+
 class BloomAttention(nn.Module):
     """Attention of one block; the parts are those of `inner`, transformers' own."""
 
@@ -82,8 +90,6 @@ class BloomBlock(nn.Module):
         self.self_attention = BloomAttention(inner.self_attention)
         self.post_attention_layernorm: nn.Module = inner.post_attention_layernorm
         self.mlp: nn.Module = inner.mlp
-        # The same sum in the order of the machines that trained the model: it reads plain weights, slice by slice.
-        inner.mlp.slow_but_exact = False
         self._keeps_normed = bool(inner.apply_residual_connection_post_layernorm)
 
     def forward(self, states: Tensor, *, placement: Placement, **_: Any) -> Tensor:

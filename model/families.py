@@ -20,8 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from . import falcon
-from .alibi import BloomBlock
+from . import alibi, falcon
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
 from .quantization import can_hold, weight_bytes
@@ -80,7 +79,8 @@ CERTIFIED: Final[Mapping[str, Layout]] = {
         norm="ln_f",
         rotary="",
         embeddings_norm="word_embeddings_layernorm",
-        block=BloomBlock,
+        block=alibi.BloomBlock,
+        refusal=alibi.refusal,
     ),
     "FalconForCausalLM": Layout(
         blocks="h",

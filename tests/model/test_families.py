@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import FalconConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from corolla.model.cache import CacheShape
 from corolla.model.families import CERTIFIED, Skeleton, architecture
@@ -99,6 +106,11 @@ def test_variants_of_falcon_that_transformers_cannot_run_are_refused(
     options: dict[str, Any], named: str
 ) -> None:
     assert named in refused(FalconConfig(architectures=["FalconForCausalLM"], **options)).message
+
+
+def test_bloom_without_its_biases_is_refused() -> None:
+    config = BloomConfig(architectures=["BloomForCausalLM"], slow_but_exact=True, pretraining_tp=4)
+    assert "slow_but_exact" in refused(config).message
 
 
 def test_weights_stored_quantized_are_refused_by_method() -> None:

@@ -279,3 +279,15 @@ def test_a_span_of_bfloat16_computes_in_it(tiny: Callable[[str], Tiny]) -> None:
     rough = span.forward(hidden.to(torch.bfloat16), Batch.stateless((17,)))
     assert rough.dtype is torch.bfloat16
     assert float((rough.float() - exact).abs().max()) < 0.05 * float(exact.abs().max())
+
+
+def test_a_checkpoint_of_the_base_model_loads_as_the_whole_one(tmp_path: Path) -> None:
+    """Those of BLOOM on the hub are such: their tensors lack the base model's name, and the head is tied."""
+    whole: Any = save_tiny(tmp_path / "whole", "bloom")
+    whole.base_model.save_pretrained(tmp_path / "base")
+    config = (tmp_path / "whole" / "config.json").read_text()
+    (tmp_path / "base" / "config.json").write_text(config)
+    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path / "base")), tmp_path)
+    assert not any(name.startswith("transformer.") for name in checkpoint.tensors)
+    model = Tiny(whole, tmp_path / "base", Ends.load(checkpoint, torch.float32, CPU))
+    assert Session(model, [model.span(0, NUM_BLOCKS)]).step(Row(NEW_ROW, 0, 9)) < TOLERANCE

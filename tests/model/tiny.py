@@ -125,7 +125,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "seed_oss": lambda: SeedOssConfig(**_COMMON, **_HEADS),
     "smollm3": lambda: SmolLM3Config(**_COMMON, no_rope_layers=[1, 1, 0, 1]),
     "starcoder2": lambda: Starcoder2Config(**_COMMON, sliding_window=8),
-    "bloom": lambda: BloomConfig(**_without_kv_heads(), pretraining_tp=2, slow_but_exact=True),
+    "bloom": lambda: BloomConfig(**_without_kv_heads(), pretraining_tp=2),
     "bloom_normed_residual": lambda: BloomConfig(
         **_without_kv_heads(), apply_residual_connection_post_layernorm=True
     ),
