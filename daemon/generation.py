@@ -34,6 +34,7 @@ from .session.client import Session
 from .session.events import SessionEvent
 from .session.machine import Statistics
 from .sessions import DEFAULT_ENCODING, Wanted, find_model, opened
+from .training.parts import Adapter
 
 MAX_RESTARTS: Final = 3  # of the ends' worker in one generation; then it is the generation that kills it
 MAX_DISPUTES: Final = 4  # of one answer that is not finite
@@ -59,6 +60,7 @@ class Generation:
         request: Generate,
         emit: Emit,
         post: Post,
+        adapter: Adapter | None = None,
         *,
         replacement_wait_s: float,
     ) -> None:
@@ -67,6 +69,7 @@ class Generation:
         self._request = request
         self._emit = emit
         self._post = post
+        self._adapter = adapter or Adapter()
         self._replacement_wait_s = replacement_wait_s
         self._encoding: Encoding = request.encoding or DEFAULT_ENCODING
         self._texts: list[_Text] = []
@@ -109,6 +112,7 @@ class Generation:
                 max_tokens=longest,
                 encoding=self._encoding,
                 wait_s=request.wait_s,
+                adapter=self._adapter,
             )
             wait_s = self._replacement_wait_s
             async with opened(

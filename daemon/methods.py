@@ -17,6 +17,7 @@ from ..protocol.control import (
     InstallProgress,
     Join,
     Joined,
+    OpenModelSession,
     Pause,
     Piece,
     Pulled,
@@ -33,6 +34,7 @@ from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
+from .training.parts import PartShelf
 from .training.programs import Programs
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 
 def handlers(node: Node) -> Mapping[str, Handler]:
     """The table of handlers; its names are those of `protocol.control.METHODS`."""
-    methods = Methods(node)
+    parts = PartShelf()
+    methods = Methods(node, parts)
     return {
         "status": methods.status,
         "swarm": methods.swarm,
@@ -64,15 +67,16 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "pause": methods.pause,
         "resume": methods.resume,
         "stop": methods.stop,
-        **Programs(node).handlers(),
+        **Programs(node, parts).handlers(),
     }
 
 
 class Methods:
-    """Handlers that need the node."""
+    """Handlers that need the node. parts: of adapters that programs put here."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, parts: PartShelf) -> None:
         self._node = node
+        self._parts = parts
 
     async def status(self, ask: Ask) -> Reply:
         await trio.lowlevel.checkpoint()
@@ -154,6 +158,7 @@ class Methods:
             arguments,
             emit,
             ask.post,
+            self._parts.adapter(arguments.parts),
             replacement_wait_s=node.config.replacement_wait_s,
         )
         with node.session_open():
@@ -163,9 +168,11 @@ class Methods:
 
     async def open_session(self, ask: Ask) -> Reply:
         node = self._node
+        arguments: OpenModelSession = ask.arguments
         return await open_for_program(
             ask,
             node.the_belonging(),
+            self._parts.adapter(arguments.parts),
             replacement_wait_s=node.config.replacement_wait_s,
             on_event=lambda event: node.events.emit(f"session_{event.kind}", event.text, **event.detail),
             counted=node.session_open,

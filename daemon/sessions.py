@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -17,7 +17,7 @@ import trio
 from ..protocol.control import OpenModelSession, SessionHandle, SessionOpened, SessionStep
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_ROWS, SESSION_ID_BYTES
-from ..protocol.steps import check_payload
+from ..protocol.steps import Hop, check_payload
 from ..protocol.tensors import Encoding, is_finite
 from ..protocol.work import ModelFacts
 from .belonging import Belonging
@@ -26,6 +26,7 @@ from .session.client import Events, Session, open_session
 from .session.deadlines import Settings
 from .session.events import SessionEvent
 from .session.roster import Terms
+from .training.parts import Adapter, put_parts
 
 MAX_SESSIONS_PER_PROGRAM: Final = 64
 MODEL_RETRY_S: Final = 0.5  # between two looks for a model that nobody serves yet
@@ -43,6 +44,7 @@ class Wanted:
     max_tokens: int = 2048
     encoding: Encoding | None = None
     wait_s: float = 0.0
+    adapter: Adapter = field(default_factory=Adapter)
 
 
 async def find_model(belonging: Belonging, name: str, wait_s: float) -> ModelFacts:
@@ -68,9 +70,49 @@ async def opened(
 ) -> AsyncIterator[Session]:
     """An open session, which ends early when we leave the swarm.
 
-    Raises `BLOCKS_OUT_OF_RANGE`, `BLOCKS_UNSERVED`, `NO_PEERS`, `TOO_LONG`, `BUSY`, `BAD_REQUEST`; at the end
-    what the block raised, or `SESSION_LOST` when we left.
+    Raises `BLOCKS_OUT_OF_RANGE`, `BLOCKS_UNSERVED`, `NO_PEERS`, `TOO_LONG`, `BUSY`, `BAD_REQUEST`, and `BAD_SHAPE` for
+    an adapter of another model; at the end what the block raised, or `SESSION_LOST` when we left.
     """
+    terms = _terms(facts, wanted)
+    settings = Settings(open_wait_s=wanted.wait_s, replacement_wait_s=replacement_wait_s)
+
+    def charge(peer: str, weight: float, reason: str) -> None:
+        belonging.ledger.charge(peer, weight, reason, trio.current_time())
+
+    async def bring(hop: Hop, parts: tuple[tuple[int, bytes], ...]) -> None:
+        await put_parts(belonging.network, facts.fingerprint, hop, parts, wanted.adapter.data)
+
+    async def tell(events: Events) -> None:
+        async for event in events:
+            on_event(event)
+
+    async def end_with_swarm(scope: trio.CancelScope) -> None:
+        await belonging.over.wait()
+        scope.cancel()
+
+    failure: Exception | None = None
+    is_done = False
+    network, routes = belonging.network, belonging.routes
+    async with (
+        open_session(network, routes, terms, settings, charge=charge, bring=bring) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(tell, session.events())
+        nursery.start_soon(end_with_swarm, nursery.cancel_scope)
+        try:
+            yield session
+            is_done = True
+        except Exception as problem:  # raised again outside, so that the nursery does not wrap it
+            failure = problem
+        nursery.cancel_scope.cancel()
+    if belonging.over.is_set() and not is_done:
+        raise belonging.left() from failure
+    if failure is not None:
+        raise failure
+
+
+def _terms(facts: ModelFacts, wanted: Wanted) -> Terms:
+    """What is asked for, with an id that nobody can guess. Raises what is wrong with it."""
     end = facts.num_blocks if wanted.end == -1 else wanted.end
     if not 0 <= wanted.start < end <= facts.num_blocks:
         raise error(
@@ -91,7 +133,7 @@ async def opened(
             "ask for a smaller max_length",
         )
     encoding = wanted.encoding or DEFAULT_ENCODING
-    terms = Terms(
+    return Terms(
         session=secrets.token_bytes(SESSION_ID_BYTES),
         fingerprint=facts.fingerprint,
         start=wanted.start,
@@ -100,38 +142,8 @@ async def opened(
         token_bytes=encoding.token_bytes(facts.hidden_size),
         max_rows=wanted.max_rows,
         max_tokens=wanted.max_tokens,
+        parts=wanted.adapter.of(facts, wanted.start, end),
     )
-    settings = Settings(open_wait_s=wanted.wait_s, replacement_wait_s=replacement_wait_s)
-
-    def charge(peer: str, weight: float, reason: str) -> None:
-        belonging.ledger.charge(peer, weight, reason, trio.current_time())
-
-    async def tell(events: Events) -> None:
-        async for event in events:
-            on_event(event)
-
-    async def end_with_swarm(scope: trio.CancelScope) -> None:
-        await belonging.over.wait()
-        scope.cancel()
-
-    failure: Exception | None = None
-    is_done = False
-    async with (
-        open_session(belonging.network, belonging.routes, terms, settings, charge=charge) as session,
-        trio.open_nursery() as nursery,
-    ):
-        nursery.start_soon(tell, session.events())
-        nursery.start_soon(end_with_swarm, nursery.cancel_scope)
-        try:
-            yield session
-            is_done = True
-        except Exception as problem:  # raised again outside, so that the nursery does not wrap it
-            failure = problem
-        nursery.cancel_scope.cancel()
-    if belonging.over.is_set() and not is_done:
-        raise belonging.left() from failure
-    if failure is not None:
-        raise failure
 
 
 class ProgramSession:
@@ -149,6 +161,7 @@ class ProgramSession:
 async def open_for_program(
     ask: Ask,
     belonging: Belonging,
+    adapter: Adapter,
     *,
     replacement_wait_s: float,
     on_event: Callable[[SessionEvent], None],
@@ -172,6 +185,7 @@ async def open_for_program(
         arguments.max_length,
         arguments.encoding,
         arguments.wait_s,
+        adapter,
     )
     encoding = wanted.encoding or DEFAULT_ENCODING
     handle = connection.new_handle()

@@ -113,6 +113,7 @@ class Generate:
     max_length: prompt and new tokens of one row; 0 is the prompt plus max_new_tokens.
     wait_s: how long to wait at the start for blocks that nobody serves yet.
     generated: tokens that each row already gave out (the SDK resumes after a restart of the daemon).
+    parts: of an adapter, as in `OpenModelSession`.
     """
 
     model: str
@@ -125,6 +126,7 @@ class Generate:
     encoding: Encoding | None = None
     wait_s: float = 0.0
     generated: tuple[TokenRow, ...] = ()
+    parts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,9 @@ class OpenModelSession:
     """Open a session of hidden states on blocks [start, end); end -1 is the last block.
 
     `Return.value` is a `SessionOpened`. The session lives until `session.close` or the connection ends.
+    parts: names of an adapter's parts, from the model's first block on, whatever `start` is; blocks beyond the last
+        name are left alone. Those that the daemon does not keep are `ADAPTER_MISSING` with the hex names in
+        `missing`: `adapter.put` them and ask again.
     """
 
     model: str
@@ -168,6 +173,7 @@ class OpenModelSession:
     max_length: int = 2048
     encoding: Encoding | None = None
     wait_s: float = 0.0
+    parts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from .errors import Code, CorollaError, error, error_from_wire
 from .limits import MAX_BLOCKS, MAX_NAME_CHARS, MAX_POSITION, MAX_ROWS, SESSION_ID_BYTES
 from .messages import Message, Plain, Vocabulary, check_length, check_range
 from .tensors import Encoding
+from .training import check_parts
 
 SESSION_PROTOCOL: Final = "/corolla/session/1"
 PUSH_PROTOCOL: Final = "/corolla/push/1"
@@ -96,6 +97,10 @@ class OpenSession(Message):
 
     Sent again for a session that this worker already has, it resumes the session on a new stream. If the
     blocks are others than it has, what it has is freed first, and the session is as new.
+
+    parts: of an adapter (see `training`), one name for each block, or nothing. A worker that lacks some answers
+    `ADAPTER_MISSING` with the hex names in `missing`; the client puts them there (`training.PutPart`) and opens the
+    session again, and nobody is charged. Those in use stay for as long as the session does.
     """
 
     KIND: ClassVar[str] = "open"
@@ -107,6 +112,7 @@ class OpenSession(Message):
     encoding: Encoding
     max_rows: int
     max_tokens: int  # of one row
+    parts: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         _check_session(self.session)
@@ -115,6 +121,7 @@ class OpenSession(Message):
         check_range("end", self.end, self.start + 1, MAX_BLOCKS)
         check_range("max_rows", self.max_rows, 1, MAX_ROWS)
         check_range("max_tokens", self.max_tokens, 1, MAX_POSITION)
+        check_parts(self.start, self.end, self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
-from .errors import CorollaError, error_from_wire
+from .errors import Code, CorollaError, error_from_wire
 from .limits import (
     MAX_BLOCKS,
     MAX_NAME_CHARS,
@@ -86,11 +86,24 @@ def check_micro_batch(
     for sequence in sequences:
         check_range("n", sequence.n, 1, MAX_POSITION)
         check_range("position", sequence.position, 0, MAX_POSITION - sequence.n)
+    check_parts(start, end, parts)
+
+
+def check_parts(start: int, end: int, parts: tuple[bytes, ...]) -> None:
+    """Raise ValueError unless these are names of parts, one for each block of [start, end), or nothing."""
     if parts and len(parts) != end - start:
         raise ValueError(f"{len(parts)} adapter parts for blocks {start}:{end}")
     for part in parts:
         if len(part) not in (0, PART_NAME_BYTES):
             raise ValueError(f"name of an adapter part of {len(part)} bytes, expected {PART_NAME_BYTES}")
+
+
+def missing_parts(problem: CorollaError) -> frozenset[str]:
+    """The hex names in an `ADAPTER_MISSING`, whoever said it; empty for any other error."""
+    named = problem.details.get("missing") if problem.code is Code.ADAPTER_MISSING else None
+    if not isinstance(named, (list, tuple)):  # a hostile hop may name anything
+        return frozenset()
+    return frozenset(name for name in named if name and isinstance(name, str))
 
 
 # client → hop

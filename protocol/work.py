@@ -92,7 +92,8 @@ class OpenCache(Message):
     """Admit a session on blocks [start, end) of the span. Answered by `Done`, or `Failed`.
 
     `BUSY`, with `free_tokens` and `wanted_tokens` in its details, if the cache cannot promise max_tokens to
-    each of max_rows now; `TOO_LONG` if it never could. A session of this id that is open is closed first.
+    each of max_rows now; `TOO_LONG` if it never could; `ADAPTER_MISSING` with the hex names in `missing`. A session
+    of this id that is open is closed first.
     """
 
     KIND: ClassVar[str] = "open"

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from ..protocol.errors import Code, error
 from ..protocol.training import NO_PART
 from .layers import layers_name
+from .parts import WEIGHTS_FILE, PartFile, Weights, part_file
 
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _FACTORS: Final = ("lora_A", "lora_B")
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
@@ -42,13 +41,6 @@ class Linear(NamedTuple):
     name: str
     in_features: int
     out_features: int
-
-
-class PartFile(NamedTuple):
-    """One block's part, named by its sha256; `NO_PART` and no bytes for a block that is left alone."""
-
-    name: bytes
-    data: bytes
 
 
 def linears_of(config: Any) -> tuple[Linear, ...]:
@@ -179,11 +171,13 @@ class RemoteLora(nn.Module):
         if not tensors:
             return PartFile(NO_PART, b"")
         targets = {name.rpartition(".")[0] for name in tensors}
-        data = safetensors.torch.save(
-            {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()},
-            metadata={f"{target}.scaling": repr(self.scaling) for target in sorted(targets)},
-        )
-        return PartFile(sha256(data).digest(), data)
+        weights = {name: _weights(tensor) for name, tensor in tensors.items()}
+        return part_file(weights, dict.fromkeys(targets, self.scaling))
+
+
+def _weights(tensor: Tensor) -> Weights:
+    numbers = tensor.detach().to("cpu", torch.float32).contiguous()
+    return Weights(tuple(numbers.shape), numbers.numpy().tobytes())
 
 
 def _checked(config: Any) -> int:

@@ -15,6 +15,7 @@ from ..protocol.messages import from_plain
 from ..protocol.tensors import Encoding
 from ..protocol.views import ModelView
 from .generation import as_encoding
+from .parts import Adapter
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ def session_request(
     max_length: int,
     encoding: Encoding | str | None,
     wait_s: float,
+    adapter: Adapter | None = None,
 ) -> OpenModelSession:
     """The call that opens a session. Raises `BLOCKS_OUT_OF_RANGE` and `BAD_REQUEST`."""
     start, end = (0, -1) if blocks is None else blocks
@@ -86,4 +88,5 @@ def session_request(
         raise error(Code.BAD_REQUEST, f"rows={rows}, expected 1 to {MAX_ROWS}")
     if max_length < 1:
         raise error(Code.BAD_REQUEST, f"max_length={max_length}, expected 1 or more")
-    return OpenModelSession(model, start, end, rows, max_length, as_encoding(encoding), wait_s)
+    names = adapter.names if adapter is not None else ()
+    return OpenModelSession(model, start, end, rows, max_length, as_encoding(encoding), wait_s, names)

@@ -29,6 +29,7 @@ from ..protocol.work import ChatMessage
 from .answers import find_model, item, one, rebalance_request, session_request, several
 from .async_wire import AsyncWire
 from .generation import RECONNECT_WITHIN_S, RETRY_EVERY_S, GenerateOptions, Generation, OnEvent, request
+from .parts import AdapterLike, aput_lacking, as_adapter
 from .session import AsyncSession
 from .streams import AsyncStream
 
@@ -207,8 +208,9 @@ class AsyncModel:
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """The whole answer; arguments as in `client.Model.generate`."""
-        asked = request(self.name, prompt, messages, tokens, options)
-        async with AsyncStream(self._daemon._connection, asked, on_event=on_event) as running:
+        adapter = as_adapter(options.get("adapter"))
+        asked = request(self.name, prompt, messages, tokens, options, adapter)
+        async with AsyncStream(self._daemon._connection, asked, adapter, on_event=on_event) as running:
             return await running.result()
 
     def stream(
@@ -222,8 +224,9 @@ class AsyncModel:
         **options: Unpack[GenerateOptions],
     ) -> AsyncStream:
         """Pieces as they come: `async with model.stream(…) as pieces: async for piece in pieces`."""
-        asked = request(self.name, prompt, messages, tokens, options)
-        return AsyncStream(self._daemon._connection, asked, events=events, on_event=on_event)
+        adapter = as_adapter(options.get("adapter"))
+        asked = request(self.name, prompt, messages, tokens, options, adapter)
+        return AsyncStream(self._daemon._connection, asked, adapter, events=events, on_event=on_event)
 
     async def session(
         self,
@@ -233,11 +236,18 @@ class AsyncModel:
         rows: int = 1,
         encoding: Encoding | str | None = None,
         wait_s: float = 0.0,
+        adapter: AdapterLike | None = None,
     ) -> AsyncSession:
         """Open a session: `async with await model.session(…) as session`; see `client.Model.session`."""
-        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s)
+        used = as_adapter(adapter)
+        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s, used)
         wire = await self._daemon._connection()
-        opened = one(SessionOpened, (await wire.call("session.open", asked)).value)
+        try:
+            answer = await wire.call("session.open", asked)
+        except CorollaError as problem:
+            await aput_lacking(wire, used, problem)
+            answer = await wire.call("session.open", asked)
+        opened = one(SessionOpened, answer.value)
         return AsyncSession(wire, opened, rows, max_length)
 
     def __repr__(self) -> str:

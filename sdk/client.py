@@ -44,6 +44,7 @@ from .generation import (
     OnEvent,
     request,
 )
+from .parts import AdapterLike, as_adapter, put_lacking
 from .session import Session
 from .streams import Stream
 from .training import Gradients, Pass, Trip, forward
@@ -277,8 +278,9 @@ class Model:
         When the daemon is restarted meanwhile, the text goes on, once. Raises `CorollaError`; its details
         hold what was generated so far.
         """
-        asked = request(self.name, prompt, messages, tokens, options)
-        running = Stream(self._daemon._connection, asked, events=events, on_event=on_event)
+        adapter = as_adapter(options.get("adapter"))
+        asked = request(self.name, prompt, messages, tokens, options, adapter)
+        running = Stream(self._daemon._connection, asked, adapter, events=events, on_event=on_event)
         return running if stream else running.result()
 
     def session(
@@ -289,16 +291,24 @@ class Model:
         rows: int = 1,
         encoding: Encoding | str | None = None,
         wait_s: float = 0.0,
+        adapter: AdapterLike | None = None,
     ) -> Session:
         """Open a session of hidden states; use it as a context manager.
 
         max_length: tokens of one row. rows: how many at most. blocks: [start, end) of them; None is all.
         encoding: of hidden states on the wire ("float32", "bfloat16", "float16", "int8"); None: the daemon chooses.
         wait_s: how long to wait for blocks that nobody serves yet.
+        adapter: a LoRA adapter over these blocks: a folder that PEFT wrote, or a `parts.Adapter`.
         """
-        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s)
+        used = as_adapter(adapter)
+        asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s, used)
         wire = self._daemon._connection()
-        opened = one(SessionOpened, wire.call("session.open", asked).value)
+        try:
+            answer = wire.call("session.open", asked)
+        except CorollaError as problem:
+            put_lacking(wire, used, problem)
+            answer = wire.call("session.open", asked)
+        opened = one(SessionOpened, answer.value)
         return Session(wire, opened, rows, max_length)
 
     def forward(

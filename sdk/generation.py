@@ -18,6 +18,7 @@ from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.messages import from_plain
 from ..protocol.tensors import Encoding
 from ..protocol.work import ChatMessage, Sampling, TokenRow
+from .parts import Adapter, AdapterLike
 
 RECONNECT_WITHIN_S: Final = 30.0  # a daemon is back in about a second; its worker in a few more
 RETRY_EVERY_S: Final = 0.25
@@ -37,6 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: of each row (256). max_length: prompt and new tokens of a row together; 0 is no bound but
     the model's. wait_s: how long to wait for blocks that nobody serves yet. encoding: of hidden states
     between the hops ("float32", "bfloat16", "float16"); None leaves it to the daemon.
+    adapter: a LoRA adapter over the blocks: a folder that PEFT wrote, or a `parts.Adapter`.
     temperature: 0 (the default) is greedy. seed: None draws one. stop: a text, or several, that end a row
     and are not given out. The others as in `protocol.work.Sampling`.
     """
@@ -45,6 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     max_length: int
     wait_s: float
     encoding: Encoding | str | None
+    adapter: AdapterLike | None
     temperature: float
     top_k: int
     top_p: float
@@ -86,10 +89,11 @@ def request(
     messages: Iterable[Mapping[str, str] | ChatMessage] | None,
     tokens: Any,
     options: GenerateOptions,
+    adapter: Adapter | None = None,
 ) -> Generate:
     """The call for what the caller said. Raises `BAD_REQUEST` naming what is wrong.
 
-    tokens: one list of token ids, or one a row; arrays and tensors work too.
+    tokens: one list of token ids, or one a row; arrays and tensors work too. adapter: as read from the options.
     """
     if unknown := options.keys() - GenerateOptions.__annotations__.keys():
         raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
@@ -122,6 +126,7 @@ def request(
         sampling=_sampling(options),
         encoding=as_encoding(options.get("encoding")),
         wait_s=options.get("wait_s", 0.0),
+        parts=adapter.names if adapter is not None else (),
     )
 
 

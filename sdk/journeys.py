@@ -18,6 +18,7 @@ from ..protocol.errors import Code, error
 from ..protocol.training import Sequence
 from .adapters import RemoteLora
 from .client import Model
+from .parts import Adapter
 from .training import Pass, Trip
 
 MICRO_BATCHES: Final = 4  # of one batch: as many as keep a few hops busy
@@ -54,6 +55,10 @@ class Journeys:
         factors = list(self.adapter.factors) if self.adapter is not None else []
         answer: Tensor = _Through.apply(hidden, self, real, rows, blocks, *factors)  # type: ignore[no-untyped-call]
         return answer
+
+    def worn(self) -> Adapter | None:
+        """The adapter as it is now, for a session; None without one."""
+        return None if self.adapter is None else Adapter(self._model.name, self.adapter.parts())
 
     def parts(self, blocks: tuple[int, int]) -> tuple[bytes, ...]:
         """Names of the adapter's parts as it is now, each given to the daemon once."""

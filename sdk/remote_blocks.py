@@ -25,7 +25,8 @@ class RemoteBlocks(nn.Module):
     """Hidden states in, hidden states out, of blocks [start, end). Holds no parameters but an adapter's.
 
     `blocks[a:b]` is a module of just these, for loops of one's own. Without a cache, what wants gradients or has an
-    adapter is a pass of training; all else is a step of a session. While learning, no cache is made unasked.
+    adapter is a pass of training; all else is a step of a session, which keeps the adapter that it was opened with.
+    While learning, no cache is made unasked.
     """
 
     def __init__(
@@ -64,17 +65,16 @@ class RemoteBlocks(nn.Module):
         adapter = self._journeys.adapter
         is_partial = len(self) < self._num_blocks
         wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or adapter is not None)
-        if past_key_values is not None and (adapter is not None or is_partial):
+        if past_key_values is not None and is_partial:
             raise error(
-                Code.UNSUPPORTED,
-                "a cache together with an adapter or with a part of the blocks",
-                "pass use_cache=False",
+                Code.UNSUPPORTED, "a cache together with a part of the blocks", "pass use_cache=False"
             )
         if past_key_values is None and (wants_gradient or is_partial or adapter is not None):
             return self._journeys.run(hidden_states, padding, position_ids, self._span)
         check_positions(position_ids, padding, int(hidden_states.shape[1]))
         if wants_gradient:
-            answer: Tensor = _NoGradient.apply(hidden_states, self, past_key_values, padding)  # type: ignore[no-untyped-call]
+            factors = () if adapter is None else tuple(adapter.factors)
+            answer: Tensor = _NoGradient.apply(hidden_states, self, past_key_values, padding, *factors)  # type: ignore[no-untyped-call]
             return answer
         return self.run(hidden_states, past_key_values, padding)
 
@@ -93,7 +93,9 @@ class _NoGradient(torch.autograd.Function):
     """A step of a session; says so when a gradient is wanted, instead of silently giving none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, blocks: RemoteBlocks, cache: Any, padding: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, blocks: RemoteBlocks, cache: Any, padding: Tensor | None, *_: Tensor
+    ) -> Tensor:
         return blocks.run(hidden.detach(), cache, padding)
 
     @staticmethod

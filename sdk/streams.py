@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Self
 
 from ..protocol.control import Generate, Piece
 from ..protocol.errors import CorollaError
+from ..protocol.training import missing_parts
 from .generation import RECONNECTING, Generation, OnEvent, Progress
+from .parts import Adapter, aput_lacking, put_lacking
 
 if TYPE_CHECKING:
     from .async_wire import AsyncWire
@@ -27,15 +29,16 @@ class Stream:
         self,
         connect: Callable[[bool], Wire],
         asked: Generate,
+        adapter: Adapter | None = None,
         *,
         events: bool = False,
         on_event: OnEvent | None = None,
     ) -> None:
-        """connect: gives the connection; True waits for a daemon that is being restarted."""
+        """connect: gives the connection; True waits for a daemon that is being restarted. adapter: of `asked`."""
         self._progress = Progress(asked)
         self._events = events
         self._on_event = on_event
-        self._pieces = self._run(connect, asked)
+        self._pieces = self._run(connect, asked, adapter)
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -61,8 +64,10 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _run(self, connect: Callable[[bool], Wire], asked: Generate) -> Generator[Piece, None, None]:
-        restarted = False
+    def _run(
+        self, connect: Callable[[bool], Wire], asked: Generate, adapter: Adapter | None
+    ) -> Generator[Piece, None, None]:
+        restarted = has_put = False
         while True:
             try:
                 for message in connect(restarted).stream("generate", asked):
@@ -71,11 +76,15 @@ class Stream:
                         yield piece
                 return
             except CorollaError as problem:
+                if missing_parts(problem) and not has_put:
+                    put_lacking(connect(False), adapter, problem)
+                    has_put = True
+                    continue
                 if not self._progress.may_resume(problem, time.monotonic()):
                     self._progress.note_interruption(problem)
                     raise
             asked = self._progress.resumed()
-            restarted = True
+            restarted, has_put = True, False
             if self._wanted(RECONNECTING):
                 yield RECONNECTING
 
@@ -92,6 +101,7 @@ class AsyncStream:
         self,
         connect: Callable[[bool], Awaitable[AsyncWire]],
         asked: Generate,
+        adapter: Adapter | None = None,
         *,
         events: bool = False,
         on_event: OnEvent | None = None,
@@ -99,7 +109,7 @@ class AsyncStream:
         self._progress = Progress(asked)
         self._events = events
         self._on_event = on_event
-        self._pieces = self._run(connect, asked)
+        self._pieces = self._run(connect, asked, adapter)
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
@@ -126,9 +136,9 @@ class AsyncStream:
         await self.close()
 
     async def _run(
-        self, connect: Callable[[bool], Awaitable[AsyncWire]], asked: Generate
+        self, connect: Callable[[bool], Awaitable[AsyncWire]], asked: Generate, adapter: Adapter | None
     ) -> AsyncGenerator[Piece, None]:
-        restarted = False
+        restarted = has_put = False
         while True:
             try:
                 stream = (await connect(restarted)).stream("generate", asked)
@@ -141,11 +151,15 @@ class AsyncStream:
                     await stream.aclose()
                 return
             except CorollaError as problem:
+                if missing_parts(problem) and not has_put:
+                    await aput_lacking(await connect(False), adapter, problem)
+                    has_put = True
+                    continue
                 if not self._progress.may_resume(problem, time.monotonic()):
                     self._progress.note_interruption(problem)
                     raise
             asked = self._progress.resumed()
-            restarted = True
+            restarted, has_put = True, False
             if self._wanted(RECONNECTING):
                 yield RECONNECTING
 

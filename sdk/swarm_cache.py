@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from ..protocol.errors import Code, error
 from ..protocol.steps import NEW_ROW, Row
 from .client import Model
+from .parts import Adapter
 from .session import Session
 
 DEFAULT_LENGTH: Final = 2048  # tokens of a row, when nobody said how many will come
@@ -31,17 +32,29 @@ class Sessions:
     closed when the next one is opened or `sweep` is called.
     """
 
-    def __init__(self, model: Model, encoding: str | None, wait_s: float) -> None:
+    def __init__(
+        self,
+        model: Model,
+        encoding: str | None,
+        wait_s: float,
+        worn: Callable[[], Adapter | None] = lambda: None,
+    ) -> None:
+        """worn: the adapter of a session that is opened now."""
+        self._worn = worn
         self._model = model
         self._encoding = encoding
         self._wait_s = wait_s
         self._forgotten: deque[Session] = deque()
 
     def open(self, rows: int, max_length: int) -> Session:
-        """A session of all blocks."""
+        """A session of all blocks, with the adapter as it is now."""
         self.sweep()
         return self._model.session(
-            rows=rows, max_length=max_length, encoding=self._encoding, wait_s=self._wait_s
+            rows=rows,
+            max_length=max_length,
+            encoding=self._encoding,
+            wait_s=self._wait_s,
+            adapter=self._worn(),
         )
 
     def forget(self, session: Session) -> None:

@@ -62,8 +62,9 @@ class DistributedModelForCausalLM:
             config = AutoConfig.from_pretrained(where)
             _check(config, view, where)
             distributed = _load_ends(cls, where, config, options)
-            distributed._journeys = Journeys(asked.model(name), encoding)
-            _attach(distributed, Sessions(asked.model(name), encoding, wait_s), config.num_hidden_layers)
+            journeys = distributed._journeys = Journeys(asked.model(name), encoding)
+            sessions = Sessions(asked.model(name), encoding, wait_s, journeys.worn)
+            _attach(distributed, sessions, config.num_hidden_layers)
             distributed._own_daemon = own
         except BaseException:
             if own is not None:

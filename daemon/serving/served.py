@@ -426,7 +426,7 @@ class Served:
     def _open_cache(self) -> Pending:
         o = self.hop.opened
         return self.worker.submit(
-            OpenCache(0, self._cache_id, o.start, o.end, o.encoding, o.max_rows, o.max_tokens)
+            OpenCache(0, self._cache_id, o.start, o.end, o.encoding, o.max_rows, o.max_tokens, o.parts)
         )
 
     async def _cache_answer(self, asked: Pending) -> Done | Restored:

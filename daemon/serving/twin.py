@@ -19,6 +19,7 @@ import trio
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.steps import NEW_ROW, Reply, Row, check_payload
 from ...protocol.tensors import DType, Encoding
+from ...protocol.training import NO_PART
 from ...protocol.work import (
     Backward,
     BeginGeneration,
@@ -64,11 +65,14 @@ def twin_facts(name: str = "twin", num_blocks: int = 4) -> ModelFacts:
     )
 
 
-def whole_row(start: int, end: int, inputs: Sequence[bytes]) -> list[bytes]:
-    """What blocks [start, end) give for one row from its beginning: the reference to compare with."""
+def whole_row(start: int, end: int, inputs: Sequence[bytes], parts: Sequence[bytes] = ()) -> list[bytes]:
+    """What blocks [start, end) give for one row from its beginning: the reference to compare with.
+
+    parts: of an adapter, by name, one for each block, or nothing.
+    """
     values = list(inputs)
     for block in range(start, end):
-        values, _ = _through(block, (), values)
+        values, _ = _through(block, (), values, parts[block - start] if parts else NO_PART)
     return values
 
 
@@ -82,10 +86,12 @@ def not_finite(token_bytes: int) -> bytes:
     return b"\xff" * token_bytes
 
 
-def _through(block: int, chain: Chain, values: Sequence[bytes]) -> tuple[list[bytes], Chain]:
-    """One block: its outputs, and its chain after these inputs."""
+def _through(
+    block: int, chain: Chain, values: Sequence[bytes], part: bytes = NO_PART
+) -> tuple[list[bytes], Chain]:
+    """One block, with a part of an adapter over it: its outputs, and its chain after these inputs."""
     states = list(chain)
-    state = states[-1] if states else b"block %d" % block
+    state = states[-1] if states else b"block %d" % block + part
     outputs = []
     for value in values:
         state = blake2b(state + value, digest_size=_STATE_BYTES).digest()
@@ -150,7 +156,8 @@ class _Cache:
         chains = []
         for index, block in enumerate(range(self.ask.start, self.ask.end)):
             kept = () if row.parent == NEW_ROW else self._rows[row.parent][index][: row.position]
-            values, chain = _through(block, kept, values)
+            part = self.ask.parts[index] if self.ask.parts else NO_PART
+            values, chain = _through(block, kept, values, part)
             chains.append(chain)
         return tuple(chains), values
 
@@ -253,6 +260,7 @@ class WorkerTwin:
         self._queue: deque[tuple[Request, Pending]] = deque()
         self._caches: dict[bytes, _Cache] = {}
         self._texts: dict[int, _Text] = {}
+        self._parts: set[bytes] = set()  # names of adapter parts held
         self._lost: list[Callable[[], None]] = []
         self._changed = trio.Event()
         self._working = trio.CancelScope()
@@ -331,6 +339,7 @@ class WorkerTwin:
         queue, self._queue = self._queue, deque()
         self._caches.clear()
         self._texts.clear()
+        self._parts.clear()
         for _, pending in queue:
             pending.fail(error(Code.WORKER_LOST, f"worker {self.number} crashed"))
         self._working.cancel()
@@ -392,13 +401,19 @@ class WorkerTwin:
                 return self._begin(request)
             case Sample():
                 return self._sample(request)
-            case Forward() | Backward() | HoldPart():
+            case HoldPart():
+                self._parts.add(request.part)
+                return Done(request.request)
+            case Forward() | Backward():
                 raise error(Code.UNSUPPORTED, "a twin does not train")
 
     def _open(self, ask: OpenCache) -> None:
         if not self._serves.start <= ask.start < ask.end <= self._serves.end:
             raise error(Code.BLOCKS_OUT_OF_RANGE, f"blocks {ask.start}:{ask.end} of a twin")
         self._caches.pop(ask.session, None)
+        missing = sorted({part.hex() for part in ask.parts if part != NO_PART and part not in self._parts})
+        if missing:
+            raise error(Code.ADAPTER_MISSING, f"a twin without {len(missing)} parts", missing=missing)
         cache = _Cache(ask, self._serves.facts.hidden_size)
         free_tokens = self._serves.cache_tokens - sum(c.promised_tokens for c in self._caches.values())
         if cache.promised_tokens > free_tokens:

@@ -14,10 +14,10 @@ from collections import Counter
 from enum import Enum, auto
 from typing import Any, Final
 
-from ...protocol.errors import Code, CorollaError, error
+from ...protocol.errors import Code, CorollaError, Fault, error
 from ...protocol.messages import Message
 from ...protocol.steps import CloseSession, Linked, Opened, Replayed
-from ..swarm.blame import HEAVY
+from ..swarm.blame import HEAVY, LIGHT
 from . import letters
 from .deadlines import Settings
 from .events import (
@@ -29,6 +29,8 @@ from .events import (
     FindRoute,
     Kind,
     OpenHop,
+    PartsPut,
+    PutParts,
     Ready,
     RouteFound,
     RouteMissing,
@@ -43,6 +45,9 @@ from .search import Search, Standstill
 from .suspicion import Replace, Suspicion
 from .watch import Await, Watch
 
+MAX_PUTS: Final = 3  # of parts to one hop: it may drop some while others come; then it has no room for them
+# What a hop says of parts that are wrong in themselves. Amid a session others took the same ones: then it errs.
+_UNFIT: Final = frozenset((Code.BAD_REQUEST, Code.BAD_SHAPE, Code.NOT_FINITE))
 MAX_WIRINGS: Final = 64  # without a committed step between them; then something is wrong that no route cures
 
 
@@ -186,6 +191,38 @@ class Ascent(ABC):
             member.resumes = False
             self._advance()
 
+    def _put_parts(self, member: Member, missing: frozenset[str]) -> None:
+        """A hop lacks parts of the adapter: it gets them, and is opened again. Nobody is to blame."""
+        parts = letters.lacking(self._terms, member.place, missing)
+        if not parts or member.num_puts == MAX_PUTS:
+            self._drop(member, f"does not keep the adapter's parts, put there {member.num_puts} times")
+            return
+        member.num_puts += 1
+        is_amid = member.standing is Standing.OPEN
+        self._do(CloseHop(member.wire, None))
+        self._roster.reopen(member)
+        member.standing = Standing.LACKING
+        self._do(PutParts(member.wire, member.place.hop, parts))
+        if is_amid:
+            self._disturb(f"{member.name} lost the adapter's parts", member)
+
+    def _on_parts_put(self, event: PartsPut) -> None:
+        member = self._roster.by_wire(event.wire)
+        problem = event.problem
+        if member is None or member.standing is not Standing.LACKING:
+            return
+        if problem is None:
+            member.standing = Standing.NEW
+            self._advance()
+        elif problem.code in _UNFIT and not self._is_ready:  # it fits no other hop better
+            self._fail(problem)
+        elif problem.fault is Fault.PEER:
+            self._drop(member, problem.message, charge=HEAVY, avoid_peer=True)
+        elif problem.code in (Code.PEER_LOST, Code.TIMEOUT):
+            self._drop(member, f"is gone: {problem.message}", charge=LIGHT, avoid_peer=True)
+        else:
+            self._drop(member, f"takes no adapter: {problem.message}")
+
     def _link(self) -> None:
         self._num_wirings += 1
         if self._num_wirings > MAX_WIRINGS:
@@ -224,6 +261,7 @@ class Ascent(ABC):
             self._drop(member, f"holds {held} of {lengths}", charge=HEAVY, avoid_peer=True)
             return
         member.linked = True
+        member.num_puts = 0
         member.holding = Holding.of(held, history, lengths)
         if all(other.linked for other in self._roster):
             self._replay_or_run()
@@ -337,6 +375,10 @@ class Ascent(ABC):
     @abstractmethod
     def _drop(self, member: Member, reason: str, *, charge: float = 0.0, avoid_peer: bool = False) -> None:
         """Replace a hop."""
+
+    @abstractmethod
+    def _disturb(self, reason: str, member: Member | None = None) -> None:
+        """The wiring does not work any more."""
 
     @abstractmethod
     def _replace(self, decision: Replace, reason: str) -> None:

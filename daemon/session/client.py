@@ -7,7 +7,7 @@ owns what waits: the wires' tasks, the timer, the questions to the router, the u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from ...protocol.errors import Code, CorollaError, error, error_from_wire
 from ...protocol.messages import Message
-from ...protocol.steps import Reply, Row
+from ...protocol.steps import Hop, Reply, Row
 from ..network.seam import Network
 from . import events as ev
 from .deadlines import Settings
@@ -28,6 +28,7 @@ from .wiring import Router
 MAX_UNREAD_EVENTS: Final = 256  # of one listener; the oldest go first
 
 ChargePeer = Callable[[str, float, str], None]
+BringParts = Callable[[Hop, tuple[tuple[int, bytes], ...]], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -38,16 +39,19 @@ async def open_session(
     settings: Settings | None = None,
     *,
     charge: ChargePeer | None = None,
+    bring: BringParts | None = None,
 ) -> AsyncIterator[Session]:
     """A session that is open for as long as the block runs.
 
     terms: with a session id that nobody else can guess, 16 random bytes.
     charge: is told which peer did wrong: peer, weight (see `swarm/blame.py`), reason.
+    bring: puts parts of the terms' adapter on a hop that lacks them: block and name of each. Raises why it cannot.
     Raises what the router raised (`BLOCKS_UNSERVED`, `NO_PEERS`), or `SESSION_LOST`.
     """
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
-        session = Session(network, router, SessionMachine(terms, settings or Settings()), tasks, charge)
+        machine = SessionMachine(terms, settings or Settings())
+        session = Session(network, router, machine, tasks, charge, bring)
         try:
             await session.wait_ready()
             yield session
@@ -122,12 +126,14 @@ class Session:
         machine: SessionMachine,
         tasks: TaskGroup,
         charge: ChargePeer | None,
+        bring: BringParts | None,
     ) -> None:
         self._network = network
         self._router = router
         self._machine = machine
         self._tasks = tasks
         self._charge = charge
+        self._bring = bring
         self._wires: dict[int, Wire] = {}
         self._num_wires = 0  # whose tasks still run
         self._no_wires = anyio.Event()
@@ -231,6 +237,8 @@ class Session:
                 wire = self._wires[action.wire] = Wire(self._network, action, self._hear, self._lose)
                 self._num_wires += 1
                 self._tasks.start_soon(self._run_wire, wire)
+            case ev.PutParts():
+                self._tasks.start_soon(self._put_parts, action)
             case ev.CloseHop():
                 wire = self._wires.pop(action.wire, None)
                 if wire is not None:
@@ -284,6 +292,16 @@ class Session:
             self._feed(ev.RouteMissing(action.ticket, problem))
         else:
             self._feed(ev.RouteFound(action.ticket, route))
+
+    async def _put_parts(self, action: ev.PutParts) -> None:
+        problem: CorollaError | None = None
+        try:
+            if self._bring is None:
+                raise error(Code.INTERNAL, "a session with an adapter, and nobody to bring its parts")
+            await self._bring(action.hop, action.parts)
+        except CorollaError as reason:
+            problem = reason
+        self._feed(ev.PartsPut(action.wire, problem))
 
     async def _keep_time(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...protocol.errors import CorollaError
 from ...protocol.messages import Message
-from ...protocol.steps import OpenSession, Reply, Row
+from ...protocol.steps import Hop, OpenSession, Reply, Row
 from .wiring import Route, RouteRequest
 
 # events
@@ -75,6 +75,14 @@ class HopLost:
 
 
 @dataclass(frozen=True, slots=True)
+class PartsPut:
+    """The answer to `PutParts`. problem: None if the hop holds them now."""
+
+    wire: int
+    problem: CorollaError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -92,6 +100,7 @@ Event = (
     | RouteMissing
     | HopSaid
     | HopLost
+    | PartsPut
     | Tick
     | CloseRequested
 )
@@ -135,6 +144,15 @@ class OpenHop:
     peer: str
     message: OpenSession
     timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PutParts:
+    """Bring parts of the adapter to a hop, which will then be opened as `wire`. parts: block and name of each."""
+
+    wire: int
+    hop: Hop
+    parts: tuple[tuple[int, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +215,4 @@ class Fail:
     problem: CorollaError
 
 
-Action = FindRoute | OpenHop | Send | CloseHop | Ready | Deliver | Refuse | Charge | Emit | Fail
+Action = FindRoute | OpenHop | PutParts | Send | CloseHop | Ready | Deliver | Refuse | Charge | Emit | Fail

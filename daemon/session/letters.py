@@ -24,7 +24,14 @@ def opening(terms: Terms, place: RouteHop) -> OpenSession:
         terms.encoding,
         terms.max_rows,
         terms.max_tokens,
+        terms.parts_of(place.start, place.end),
     )
+
+
+def lacking(terms: Terms, place: RouteHop, missing: frozenset[str]) -> tuple[tuple[int, bytes], ...]:
+    """Blocks, and the names of the adapter's parts for them, that a hop says (in hex) it does not hold."""
+    names = terms.parts_of(place.start, place.end)
+    return tuple((block, name) for block, name in enumerate(names, place.start) if name.hex() in missing)
 
 
 def links(

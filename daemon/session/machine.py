@@ -29,6 +29,7 @@ from ...protocol.steps import (
     Step,
     Where,
 )
+from ...protocol.training import missing_parts
 from ..swarm.blame import HEAVY, LIGHT
 from .ascent import Ascent, Phase
 from .events import (
@@ -42,6 +43,7 @@ from .events import (
     HopSaid,
     Kind,
     OpenRequested,
+    PartsPut,
     Refuse,
     RouteFound,
     RouteMissing,
@@ -215,6 +217,9 @@ class SessionMachine(Ascent):
 
     def _on_failure(self, member: Member, failure: Failure) -> None:
         problem = failure.problem()
+        if problem.code is Code.ADAPTER_MISSING:
+            self._put_parts(member, missing_parts(problem))
+            return
         if member.standing is Standing.OPENING:
             self._drop(member, f"refused: {problem.message}")
             return
@@ -434,6 +439,7 @@ _EVENTS: Final[dict[type, Callable[[SessionMachine, Any], None]]] = {
     RouteMissing: SessionMachine._on_route_missing,
     HopSaid: SessionMachine._on_said,
     HopLost: SessionMachine._on_lost,
+    PartsPut: SessionMachine._on_parts_put,
     Tick: SessionMachine._on_tick,
     CloseRequested: SessionMachine._on_close_requested,
 }

@@ -19,7 +19,7 @@ from .wiring import Precision, Route, RouteHop, RouteRequest, covers, gaps
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a session is, from its first to its last moment."""
+    """What a session is, from its first to its last moment. parts: of an adapter, one for each block, or nothing."""
 
     session: bytes
     fingerprint: str
@@ -29,11 +29,18 @@ class Terms:
     token_bytes: int
     max_rows: int
     max_tokens: int
+    parts: tuple[bytes, ...] = ()
+
+    def parts_of(self, start: int, end: int) -> tuple[bytes, ...]:
+        """The adapter's parts for some of the blocks; nothing if it leaves them all alone."""
+        names = self.parts[start - self.start : end - self.start]
+        return names if any(names) else ()
 
 
 class Standing(Enum):
     """How far a hop is with its stream."""
 
+    LACKING = auto()  # its parts of the adapter are being put there, on another stream
     NEW = auto()  # to be opened
     OPENING = auto()
     OPEN = auto()
@@ -45,6 +52,7 @@ class Member:
 
     resumes: the stream broke, and is being opened again for a session that the hop should still have.
     resumed_at, struck_at: what was committed when it last had a second chance of that kind; -1 is never.
+    num_puts: how often it lacked parts of the adapter since it was last linked.
     """
 
     place: RouteHop
@@ -57,6 +65,7 @@ class Member:
     deadline: float = 0.0
     resumed_at: int = -1
     struck_at: int = -1
+    num_puts: int = 0
 
     @property
     def name(self) -> str:

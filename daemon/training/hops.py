@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
 import trio
 
-from ...protocol.errors import Code, error
+from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import OPEN_TIMEOUT_S, STEP_TIMEOUT_S
 from ...protocol.training import (
     TRAINING,
@@ -27,6 +28,8 @@ from ..network.seam import Network
 from ..serving.training import hear_within, read_chunks, send_chunks
 
 HARD_TIMEOUT_S: Final = 900.0  # of one request, however much progress its hop reports
+
+_log = structlog.get_logger("corolla.training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +51,34 @@ async def ask_hop(
     with trio.move_on_after(HARD_TIMEOUT_S):
         stream = await network.open(peer, TRAINING_PROTOCOL, timeout_s=OPEN_TIMEOUT_S)
         try:
-            talk = Conversation(stream, TRAINING)
-            async with trio.open_nursery(strict_exception_groups=False) as nursery:
-                nursery.start_soon(_say, talk, request, payload)
-                answer = await _hear(talk, request, len(payload))
-                nursery.cancel_scope.cancel()
+            return await _talk(Conversation(stream, TRAINING), request, payload)
         finally:
             stream.reset()
-        return answer
     raise error(Code.TIMEOUT, f"{peer} did not finish {request.KIND} in {HARD_TIMEOUT_S:g} s")
 
 
-async def _say(talk: Conversation, request: SpanForward | SpanBackward | PutPart, payload: bytes) -> None:
-    await talk.say(request)
-    await send_chunks(talk, payload)
+async def _talk(talk: Conversation, request: SpanForward | SpanBackward | PutPart, payload: bytes) -> Answer:
+    """Ask and hear at once: a hop may decline before it has heard all."""
+    problems: list[CorollaError] = []
+    answers: list[Answer] = []
+
+    async def hear(scope: trio.CancelScope) -> None:
+        try:
+            answers.append(await _hear(talk, request, len(payload)))
+        except CorollaError as problem:
+            problems.append(problem)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hear, nursery.cancel_scope)
+        try:
+            await talk.say(request)
+            await send_chunks(talk, payload)
+        except CorollaError as problem:
+            _log.debug("training_request_cut", reason=problem.message)  # what is heard tells more
+    if problems:
+        raise problems[0]
+    return answers[0]
 
 
 async def _hear(talk: Conversation, request: SpanForward | SpanBackward | PutPart, num_sent: int) -> Answer:

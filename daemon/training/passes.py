@@ -18,12 +18,13 @@ import trio
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.steps import Hop
 from ...protocol.tensors import Encoding, is_finite
-from ...protocol.training import NO_PART, Dropout, PutPart, Sequence, SpanBackward, SpanForward
+from ...protocol.training import Dropout, Sequence, SpanBackward, SpanForward, missing_parts
 from ..network.seam import Network
 from ..session.wiring import Precision
 from ..swarm.blame import HEAVY, LIGHT
 from ..swarm.view import Span
 from .hops import Answer, ask_hop
+from .parts import put_parts
 from .wiring import Leg, common_precision, next_leg, usable
 
 MAX_ATTEMPTS: Final = 16  # of one interval; then its last error is the user's to see
@@ -220,21 +221,11 @@ class Swarm:
         return answer
 
     async def _upload(self, batch: Batch, leg: Leg, problem: CorollaError) -> None:
-        """Put the parts that a hop lacks. Raises `ADAPTER_MISSING` for one that we lack as well."""
-        told = problem.details.get("missing")
-        missing = {name for name in told if isinstance(name, str)} if isinstance(told, (list, tuple)) else ()
-        for block, name in enumerate(batch.parts_of(leg.start, leg.end), leg.start):
-            if name == NO_PART or name.hex() not in missing:
-                continue
-            data = self._parts.get(name)
-            if data is None:
-                raise error(
-                    Code.BAD_REQUEST,
-                    f"part {name.hex()[:12]} of block {block} was never put here, or was dropped since",
-                    "put the adapter's parts again",
-                )
-            put = PutPart(batch.fingerprint, leg.hop.worker, block, name, len(data))
-            await ask_hop(self._network, leg.hop.peer, put, data)
+        """Put the parts that a hop lacks. Raises as `put_parts`."""
+        missing = missing_parts(problem)
+        names = enumerate(batch.parts_of(leg.start, leg.end), leg.start)
+        wanted = [(block, name) for block, name in names if name.hex() in missing]
+        await put_parts(self._network, batch.fingerprint, leg.hop, wanted, self._parts)
 
     def _note(self, leg: Leg, problem: CorollaError) -> None:
         """Charge the guilty; raise what no other hop could answer better."""

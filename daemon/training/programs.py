@@ -1,24 +1,20 @@
 """Answers programs of this machine that train: passes by handle, and the parts of their adapters.
 
-It owns what is kept for them and its bounds: the inputs of passes that wait for their backward, which end with
-the program's connection; and adapter parts, of which the least recently used make room.
+It owns what is kept of passes that wait for their backward, and its bounds; it ends with the program's connection.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ...protocol.errors import Code, error
-from ...protocol.limits import MAX_PART_BYTES, MAX_TRAINING_BYTES, MIB
+from ...protocol.limits import MAX_TRAINING_BYTES, MIB
 from ...protocol.passes import (
     AdapterName,
-    AdapterView,
     BackwardPass,
     ForwardPass,
     Passed,
@@ -32,13 +28,13 @@ from ..belonging import Belonging
 from ..control import Ask, Connection, Handler, Reply
 from ..sessions import find_model
 from ..swarm.view import Span
+from .parts import PartShelf
 from .passes import Batch, Interval, Swarm
 
 if TYPE_CHECKING:
     from ..node import Node
 
 MAX_KEPT_BYTES: Final = 2048 * MIB  # inputs of one program's passes: their backward is on its way
-MAX_PARTS_BYTES: Final = 1024 * MIB  # of all adapters; each optimizer step makes new ones
 FRESH_S: Final = 5.0  # so old may our knowledge of the spans be when a hop is chosen
 
 
@@ -55,83 +51,12 @@ class _Kept:
         return sum(len(interval.inputs) for interval in self.intervals)
 
 
-class PartShelf(Mapping[bytes, bytes]):
-    """Adapter parts by name. Least recently used ones make room; reading one is a use."""
-
-    def __init__(self, max_bytes: int = MAX_PARTS_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._parts: OrderedDict[bytes, bytes] = OrderedDict()
-        self._adapters: dict[bytes, str] = {}
-        self._num_bytes = 0
-
-    def put(self, name: bytes, data: bytes, adapter: str) -> None:
-        """Keep a part. Raises `BAD_REQUEST` if its name is not its hash, `LIMIT_EXCEEDED`."""
-        if sha256(data).digest() != name:
-            raise error(
-                Code.BAD_REQUEST,
-                f"{len(data)} bytes named {name.hex()[:12]} have the sha256 {sha256(data).hexdigest()[:12]}",
-                "name each part by the sha256 of its bytes",
-            )
-        if len(data) > MAX_PART_BYTES:
-            raise error(
-                Code.LIMIT_EXCEEDED,
-                f"an adapter part of {len(data)} bytes, at most {MAX_PART_BYTES} are taken",
-                "use a smaller rank, or fewer targets",
-            )
-        if name not in self._parts:
-            self._num_bytes += len(data)
-        self._parts[name] = data
-        self._parts.move_to_end(name)
-        self._adapters[name] = adapter
-        while self._num_bytes > self._max_bytes:
-            self._drop(next(iter(self._parts)))
-
-    def remove(self, adapter: str) -> None:
-        """Forget the parts of an adapter. Raises `BAD_REQUEST` for one that is not here."""
-        for name in self._named(adapter):
-            self._drop(name)
-
-    def views(self) -> tuple[AdapterView, ...]:
-        """The adapters kept."""
-        return tuple(self._view(adapter) for adapter in dict.fromkeys(self._adapters.values()))
-
-    def view(self, adapter: str) -> AdapterView:
-        """One of them, with its parts. Raises `BAD_REQUEST` for one that is not here."""
-        return self._view(adapter, tuple(name.hex() for name in self._named(adapter)))
-
-    def __getitem__(self, name: bytes) -> bytes:
-        data = self._parts[name]
-        self._parts.move_to_end(name)
-        return data
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def _view(self, adapter: str, listed: tuple[str, ...] = ()) -> AdapterView:
-        names = self._named(adapter)
-        return AdapterView(adapter, len(names), sum(len(self._parts[name]) for name in names), listed)
-
-    def _named(self, adapter: str) -> list[bytes]:
-        names = [name for name, of in self._adapters.items() if of == adapter]
-        if not names:
-            known = ", ".join(sorted(set(self._adapters.values()))) or "none"
-            raise error(Code.BAD_REQUEST, f"no adapter {adapter!r} is kept here; kept: {known}")
-        return names
-
-    def _drop(self, name: bytes) -> None:
-        self._num_bytes -= len(self._parts.pop(name))
-        del self._adapters[name]
-
-
 class Programs:
-    """Handlers of the training methods, with what they keep."""
+    """Handlers of the training methods. parts: what programs put here, for training and for sessions."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, parts: PartShelf) -> None:
         self._node = node
-        self._parts = PartShelf()
+        self._parts = parts
         self._swarms: dict[str, Swarm] = {}  # by model, of the belonging below
         self._belonging: Belonging | None = None
 

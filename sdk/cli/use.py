@@ -26,6 +26,12 @@ def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--top-k", default=0, help="Choose among so many."),
             click.option("--seed", type=int, help="The same seed gives the same text."),
             click.option("--stop", multiple=True, help="A text that ends the answer (repeats)."),
+            click.option(
+                "--adapter",
+                metavar="FOLDER",
+                type=click.Path(exists=True, file_okay=False),
+                help="A LoRA adapter to use, as PEFT writes it.",
+            ),
             click.option("--encoding", help="Of hidden states: float32, bfloat16, float16, int8."),
             click.option(
                 "--wait", "wait_s", default=0.0, help="Seconds to wait for blocks nobody serves yet."

@@ -23,6 +23,7 @@ from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.registry import Registry
 from corolla.daemon.routes import Routes
 from corolla.daemon.serving.peers import HopService
+from corolla.daemon.serving.training import TrainingService
 from corolla.daemon.serving.twin import HIDDEN_SIZE, WorkerTwin, embedding, twin_facts, whole_row
 from corolla.daemon.swarm.blame import Ledger
 from corolla.protocol.records import SpanState
@@ -100,6 +101,7 @@ class Meadow:
         belonging = Belonging(SWARM, network, membership, registry, routes, ledger, hops, over)
         if worker is not None:
             hops.add_worker(worker)
+            TrainingService(network, hops.worker_for)  # the network holds it
         with trio.CancelScope() as life:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(membership.run)

@@ -6,6 +6,7 @@ import contextlib
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from corolla.daemon.sessions import (
     open_for_program,
     step_for_program,
 )
+from corolla.daemon.training.parts import Adapter
 from corolla.protocol.control import (
     Call,
     OpenModelSession,
@@ -32,6 +34,7 @@ from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.limits import MAX_ROWS
 from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
+from corolla.protocol.training import NO_PART
 
 from .members import NUM_BLOCKS, TOKEN_BYTES, Meadow, Member, meadow
 
@@ -65,10 +68,11 @@ class Program:
     def _ask(self, arguments: Any, payload: bytes = b"") -> Ask:
         return Ask(self.connection, Call(1, "session", None, payload), arguments)
 
-    async def open(self, **options: Any) -> SessionOpened:
+    async def open(self, adapter: Adapter = Adapter(), **options: Any) -> SessionOpened:  # noqa: B008 - frozen
         reply = await open_for_program(
             self._ask(OpenModelSession("twin", **{"max_length": 64, **options})),
             self.client.belonging,
+            adapter,
             replacement_wait_s=20.0,
             on_event=lambda event: self.events.append(event.kind.value),
             counted=self._counted,
@@ -165,6 +169,65 @@ async def test_a_lost_hop_is_repaired_and_told() -> None:
         answer = await user.step(handle, (Row(0, 3, 1),), PROMPT[0])
         assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]])[-1]
         assert user.events[-1] == "repaired"
+
+
+PARTS = {sha256(data).digest(): data for data in (b"first", b"second", b"third")}
+FIRST, SECOND, THIRD = PARTS
+
+
+async def test_hops_get_the_parts_that_they_lack_and_nobody_is_charged() -> None:
+    async with program((0, 2), (2, NUM_BLOCKS)) as (user, _):
+        handle = (await user.open(Adapter((FIRST, NO_PART, SECOND, THIRD), PARTS))).handle
+        expected = whole_row(0, NUM_BLOCKS, PROMPT, (FIRST, NO_PART, SECOND, THIRD))
+        assert await user.step(handle, NEW, b"".join(PROMPT)) == b"".join(expected)
+        assert user.client.belonging.ledger.charged(trio.current_time()) == {}
+        assert user.events == []
+
+
+async def test_an_adapter_of_few_blocks_leaves_the_others_alone() -> None:
+    async with program((0, NUM_BLOCKS)) as (user, _):
+        handle = (await user.open(Adapter((NO_PART, FIRST), PARTS), start=1)).handle
+        expected = whole_row(1, NUM_BLOCKS, PROMPT, (FIRST, NO_PART, NO_PART))
+        assert await user.step(handle, NEW, b"".join(PROMPT)) == b"".join(expected)
+
+
+async def test_a_replacement_gets_the_parts_too() -> None:
+    async with program((0, NUM_BLOCKS), (0, NUM_BLOCKS)) as (user, swarm):
+        parts = (FIRST, SECOND, THIRD, FIRST)
+        handle = (await user.open(Adapter(parts, PARTS))).handle
+        await user.step(handle, NEW, b"".join(PROMPT))
+        (used,) = [m for m in swarm.members if m.belonging.hops.statistics().num_sessions]
+        swarm.kill(used)
+        answer = await user.step(handle, (Row(0, 3, 1),), PROMPT[0])
+        assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]], parts)[-1]
+        assert user.events[-1] == "repaired"
+
+
+async def test_a_worker_that_forgot_the_parts_gets_them_again() -> None:
+    async with program((0, 2), (2, NUM_BLOCKS)) as (user, swarm):
+        parts = (FIRST, SECOND, THIRD, FIRST)
+        handle = (await user.open(Adapter(parts, PARTS))).handle
+        await user.step(handle, NEW, b"".join(PROMPT))
+        worker = swarm.members[2].worker
+        assert worker is not None
+        worker.crash()
+        answer = await user.step(handle, (Row(0, 3, 1),), PROMPT[0])
+        assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]], parts)[-1]
+
+
+async def test_an_adapter_for_more_blocks_is_refused_by_number() -> None:
+    async with program((0, NUM_BLOCKS)) as (user, _):
+        problem = await refused(user.open(Adapter((FIRST,) * 5, PARTS)))
+        assert problem.code is Code.BAD_SHAPE
+        assert "5 blocks, twin has 4" in problem.message
+
+
+async def test_a_part_that_no_worker_can_use_is_told_at_once() -> None:
+    async with program((0, NUM_BLOCKS), (0, NUM_BLOCKS)) as (user, _):
+        problem = await refused(user.open(Adapter((FIRST,), {FIRST: b"another"})))
+        assert problem.code is Code.BAD_REQUEST
+        assert FIRST.hex()[:8] in problem.message
+        assert user.num_counted == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

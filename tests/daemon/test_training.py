@@ -10,7 +10,7 @@ import pytest
 
 from corolla.daemon.session.wiring import Precision
 from corolla.daemon.swarm.view import Span
-from corolla.daemon.training.programs import PartShelf
+from corolla.daemon.training.parts import PartShelf
 from corolla.daemon.training.wiring import common_precision, next_leg, usable
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.records import SpanState

@@ -8,7 +8,7 @@ from typing import TypeVar
 import pytest
 
 from corolla.daemon.session import events as ev
-from corolla.daemon.session.ascent import Phase
+from corolla.daemon.session.ascent import MAX_PUTS, Phase
 from corolla.daemon.session.deadlines import Settings
 from corolla.daemon.session.machine import MAX_DETOURS, SessionMachine
 from corolla.daemon.session.roster import Terms
@@ -462,3 +462,100 @@ def test_where_many_links_are_bad_the_next_one_is_bridged_without_a_search() -> 
             bench.hear(name, At(ID, epoch, 1, Stage.UNKNOWN))
     assert not bench.of(ev.FindRoute)
     assert bench.said("b", LinkHop)[0].relays_from
+
+
+PART = bytes(range(32))
+
+
+def adapted(*hops: RouteHop) -> Bench:
+    """A session with an adapter on the first block alone, as its hops are being opened."""
+    parts = (PART, *[b""] * (len(hops) - 1))
+    terms = Terms(ID, "model", 0, len(hops), Encoding.FLOAT32, 1, 4, 100, parts)
+    bench = Bench(SessionMachine(terms, SETTINGS))
+    bench.feed(ev.OpenRequested())
+    bench.found(*hops)
+    return bench
+
+
+def lacks(name: str = PART.hex()) -> Failure:
+    return Failure.of(ID, 0, error(Code.ADAPTER_MISSING, "not here", missing=[name]))
+
+
+def put(bench: Bench) -> ev.PutParts:
+    (action,) = bench.of(ev.PutParts)
+    return action
+
+
+def test_only_hops_of_adapted_blocks_hear_of_the_adapter() -> None:
+    bench = adapted(A, B)
+    assert [opening.message.parts for opening in bench.of(ev.OpenHop)] == [(PART,), ()]
+
+
+def test_a_hop_without_the_parts_gets_them_and_is_opened_again() -> None:
+    bench = adapted(A, B)
+    bench.hear("b", Opened(ID))
+    bench.hear("a", lacks())
+    assert put(bench).hop == A.hop
+    assert put(bench).parts == ((0, PART),)
+    bench.feed(ev.PartsPut(put(bench).wire))
+    (again,) = bench.of(ev.OpenHop)
+    assert (again.peer, again.message.parts) == ("a", (PART,))
+    bench.hear("a", Opened(ID))
+    assert bench.machine.phase is Phase.LINKING
+
+
+def test_a_hop_that_keeps_no_parts_makes_room_for_another_uncharged() -> None:
+    bench = adapted(A, B)
+    for _ in range(MAX_PUTS):
+        bench.hear("a", lacks())
+        bench.feed(ev.PartsPut(put(bench).wire))
+    bench.hear("a", lacks())
+    assert not bench.of(ev.PutParts)
+    assert not bench.of(ev.Charge)
+    assert bench.of(ev.FindRoute)
+
+
+@pytest.mark.parametrize("told", [5, "x", [7], ["00" * 32], None])
+def test_a_hop_that_lacks_what_nobody_named_makes_room(told: object) -> None:
+    bench = adapted(A, B)
+    bench.hear("a", Failure.of(ID, 0, error(Code.ADAPTER_MISSING, "what?", missing=told)))
+    assert not bench.of(ev.PutParts)
+    assert bench.of(ev.FindRoute)
+
+
+@pytest.mark.parametrize(
+    ("code", "charge"),
+    [
+        (Code.BUSY, None),
+        (Code.PEER_LOST, LIGHT),
+        (Code.PROTOCOL_VIOLATION, HEAVY),
+        (Code.BLOCKS_OUT_OF_RANGE, None),
+    ],
+)
+def test_a_hop_that_does_not_take_the_parts_makes_room(code: Code, charge: float | None) -> None:
+    bench = adapted(A, B)
+    bench.hear("a", lacks())
+    bench.feed(ev.PartsPut(put(bench).wire, error(code, "no")))
+    assert bench.of(ev.FindRoute)
+    assert [action.weight for action in bench.of(ev.Charge)] == ([] if charge is None else [charge])
+
+
+def test_parts_that_fit_no_hop_end_the_session_before_it_began() -> None:
+    bench = adapted(A, B)
+    bench.hear("a", lacks())
+    problem = error(Code.BAD_SHAPE, "for another model")
+    bench.feed(ev.PartsPut(put(bench).wire, problem))
+    assert bench.of(ev.Fail) == [ev.Fail(problem)]
+
+
+def test_a_worker_that_lost_the_parts_amid_a_session_gets_them_again() -> None:
+    bench = adapted(A, B)
+    for name in "ab":
+        bench.hear(name, Opened(ID))
+    for name in "ab":
+        bench.hear(name, Linked(ID, 1))
+    bench.hear("a", Failure.of(ID, 1, error(Code.ADAPTER_MISSING, "lost", missing=[PART.hex()])))
+    bench.feed(ev.PartsPut(put(bench).wire))
+    bench.hear("a", Opened(ID))
+    assert bench.said("a", LinkHop)[0].epoch == 2
+    assert not bench.of(ev.Charge)

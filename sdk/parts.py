@@ -1,0 +1,237 @@
+"""An adapter as the daemon and the hops get it: one part for each block, out of a folder that PEFT wrote.
+
+Owns the reading of PEFT's files for inference, without torch, numpy or PEFT: a config in JSON, weights as a
+safetensors file, and the parts, which are such files again (`protocol.training`). An adapter that learns is
+`adapters`' business; the daemon is given the parts that it lacks, and how they reach the hops is its own.
+Source: the safetensors format; PEFT's `LoraConfig` for what its options mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.passes import PutAdapterPart
+from ..protocol.training import NO_PART, missing_parts
+
+if TYPE_CHECKING:
+    from .async_wire import AsyncWire
+    from .wire import Wire
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+_MAX_HEADER_BYTES: Final = 1 << 26  # of a safetensors file; the library itself takes 100 MB
+# What changes the mathematics of LoRA and is not computed by the hops.
+_UNSUPPORTED: Final = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "layer_replication",
+)
+# `layers.3.mlp.up_proj.lora_A.weight` behind whatever stands before the blocks: the first number is the block's.
+_KEY: Final = re.compile(r"^(?:[^.\d][^.]*\.)*?(\d+)\.(.+)\.(lora_[AB])\.weight$")
+_ROOT: Final = "base_model.model."  # before the names of the model's own modules
+
+
+class PartFile(NamedTuple):
+    """One block's part, named by its sha256; `NO_PART` and no bytes for a block that is left alone."""
+
+    name: bytes
+    data: bytes
+
+
+class Adapter(NamedTuple):
+    """An adapter to be used. name: what people call it. files: one for each block, from the model's first on."""
+
+    name: str
+    files: tuple[PartFile, ...]
+
+    @property
+    def names(self) -> tuple[bytes, ...]:
+        """Of the parts, as sessions ask for them."""
+        return tuple(file.name for file in self.files)
+
+
+AdapterLike: TypeAlias = str | os.PathLike[str] | Adapter
+
+
+def as_adapter(given: AdapterLike | None) -> Adapter | None:
+    """What a caller gave as `adapter=`: an adapter, or a folder that PEFT wrote. Raises as `read_adapter`."""
+    return given if given is None or isinstance(given, Adapter) else read_adapter(given)
+
+
+def put_lacking(wire: Wire, adapter: Adapter | None, problem: CorollaError) -> None:
+    """Give the daemon the parts that it said it does not keep. Raises `problem` if it is about anything else."""
+    for put, data in _lacking(adapter, problem):
+        wire.call("adapter.put", put, data)
+
+
+async def aput_lacking(wire: AsyncWire, adapter: Adapter | None, problem: CorollaError) -> None:
+    """As `put_lacking`."""
+    for put, data in _lacking(adapter, problem):
+        await wire.call("adapter.put", put, data)
+
+
+def _lacking(adapter: Adapter | None, problem: CorollaError) -> tuple[tuple[PutAdapterPart, bytes], ...]:
+    missing = missing_parts(problem)
+    wanted = [file for file in adapter.files if file.name.hex() in missing] if adapter is not None else []
+    if adapter is None or not wanted:
+        raise problem
+    return tuple((PutAdapterPart(file.name, adapter.name), file.data) for file in dict.fromkeys(wanted))
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """The LoRA adapter in a folder.
+
+    Raises `UNREADABLE` for files that are not there or damaged, `UNSUPPORTED` naming what the hops do not compute,
+    `BAD_SHAPE` for factors that do not fit each other.
+    """
+    path = Path(folder)
+    config = _read_config(path / CONFIG_FILE)
+    tensors = read_tensors(path / WEIGHTS_FILE)
+    blocks: dict[int, dict[str, Weights]] = {}
+    for key, tensor in tensors.items():
+        found = _KEY.match(key.removeprefix(_ROOT))
+        if found is None:
+            raise error(
+                Code.UNSUPPORTED,
+                f"{path} changes {key}, which is no linear layer of a block",
+                "train an adapter whose target_modules are linear layers of the blocks alone",
+            )
+        block, target, factor = int(found[1]), found[2], found[3]
+        blocks.setdefault(block, {})[f"{target}.{factor}"] = tensor
+    files = [PartFile(NO_PART, b"")] * (max(blocks) + 1)
+    for block, factors in blocks.items():
+        targets = sorted({name.rpartition(".")[0] for name in factors})
+        scalings = {
+            target: _scaling(config, f"{block}.{target}", _rank(path, block, target, factors))
+            for target in targets
+        }
+        files[block] = part_file(factors, scalings)
+    return Adapter(path.resolve().name, tuple(files))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
+    if not isinstance(config, dict):
+        raise error(Code.UNREADABLE, f"{path} holds no object", "give a folder that PEFT wrote")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise error(
+            Code.UNSUPPORTED,
+            f"{path.parent} is an adapter of the type {kind!r}, sessions take LORA",
+            "prompts are used through corolla.sdk.torch: model.load_adapter(FOLDER)",
+        )
+    for option in _UNSUPPORTED:
+        if value := config.get(option):
+            raise error(Code.UNSUPPORTED, f"{path}: {option}={value!r} is not computed by the hops")
+    return config
+
+
+def _rank(path: Path, block: int, target: str, factors: Mapping[str, Weights]) -> int:
+    first, second = factors.get(f"{target}.lora_A"), factors.get(f"{target}.lora_B")
+    shapes = [None if weights is None else weights.shape for weights in (first, second)]
+    if first is None or second is None or len(first.shape) != 2 or first.shape[0] != second.shape[-1]:
+        raise error(
+            Code.BAD_SHAPE,
+            f"{path}: {target} of block {block} has factors of the shapes {shapes}, expected (r, in) and (out, r)",
+        )
+    return first.shape[0]
+
+
+def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha / rank, as PEFT has it. name: ends as the layer's whole name does."""
+    alpha = config.get("lora_alpha", 8)
+    patterns = config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    return float(alpha) / root
+
+
+# safetensors
+
+
+class Weights(NamedTuple):
+    """A tensor of float32. data: its numbers, little endian, row after row."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def part_file(
+    tensors: Mapping[str, Weights], scalings: Mapping[str, float], dropout: float = 0.0
+) -> PartFile:
+    """The part of these tensors, named as `protocol.training` says; the same ones give the same bytes."""
+    metadata = {f"{target}.scaling": repr(float(scalings[target])) for target in sorted(scalings)}
+    if dropout:
+        metadata["dropout"] = repr(float(dropout))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name in sorted(tensors):
+        end = at + len(tensors[name].data)
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        at = end
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)
+    data = (
+        len(written).to_bytes(8, "little")
+        + written
+        + b"".join(tensors[name].data for name in sorted(tensors))
+    )
+    return PartFile(sha256(data).digest(), data)
+
+
+def read_tensors(path: Path) -> dict[str, Weights]:
+    """Every tensor of a safetensors file, as float32. Raises `UNREADABLE`."""
+    try:
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{len(data)} bytes with a header of {length}")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(told, data[8 + length :]) for name, told in header.items()}
+        if not tensors:
+            raise ValueError("it holds no tensors")
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as problem:
+        raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
+
+
+def _tensor(told: Mapping[str, Any], data: bytes) -> Weights:
+    shape = tuple(int(size) for size in told["shape"])
+    start, end = told["data_offsets"]
+    raw = data[start:end]
+    kind = told["dtype"]
+    if kind not in _WIDTHS or len(raw) != math.prod(shape) * _WIDTHS[kind]:
+        raise ValueError(f"{len(raw)} bytes of {kind} for a tensor of shape {shape}")
+    return Weights(shape, _as_float32(raw, kind))
+
+
+_WIDTHS: Final = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
+
+
+def _as_float32(raw: bytes, kind: str) -> bytes:
+    if kind == "F32":
+        return raw
+    if kind == "BF16":  # the upper half of a float32
+        wide = bytearray(2 * len(raw))
+        wide[2::4], wide[3::4] = raw[::2], raw[1::2]
+        return bytes(wide)
+    num, letter = (len(raw) // 2, "e") if kind == "F16" else (len(raw) // 8, "d")
+    return struct.pack(f"<{num}f", *struct.unpack(f"<{num}{letter}", raw))
