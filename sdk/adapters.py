@@ -29,7 +29,7 @@ _FACTORS: Final = ("lora_A", "lora_B")
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
     "use_dora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias",
-    "trainable_token_indices", "exclude_modules", "lora_dropout",
+    "trainable_token_indices", "exclude_modules", "lora_dropout", "target_parameters",
 )  # fmt: skip
 
 

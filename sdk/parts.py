@@ -35,10 +35,11 @@ _UNSUPPORTED: Final = (
     "modules_to_save",
     "lora_bias",
     "trainable_token_indices",
+    "target_parameters",
     "layer_replication",
 )
 # `layers.3.mlp.up_proj.lora_A.weight` behind whatever stands before the blocks: the first number is the block's.
-_KEY: Final = re.compile(r"^(?:[^.\d][^.]*\.)*?(\d+)\.(.+)\.(lora_[AB])\.weight$")
+_KEY: Final = re.compile(r"^((?:[^.\d][^.]*\.)+?(\d+)\.(.+))\.(lora_[AB])\.weight$")
 _ROOT: Final = "base_model.model."  # before the names of the model's own modules
 
 
@@ -99,6 +100,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     config = _read_config(path / CONFIG_FILE)
     tensors = read_tensors(path / WEIGHTS_FILE)
     blocks: dict[int, dict[str, Weights]] = {}
+    scalings: dict[int, dict[str, float]] = {}
     for key, tensor in tensors.items():
         found = _KEY.match(key.removeprefix(_ROOT))
         if found is None:
@@ -107,16 +109,14 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
                 f"{path} changes {key}, which is no linear layer of a block",
                 "train an adapter whose target_modules are linear layers of the blocks alone",
             )
-        block, target, factor = int(found[1]), found[2], found[3]
+        name, block, target, factor = found[1], int(found[2]), found[3], found[4]
         blocks.setdefault(block, {})[f"{target}.{factor}"] = tensor
+        if factor == "lora_A" and tensor.shape:
+            scalings.setdefault(block, {})[target] = _scaling(config, name, tensor.shape[0])
     files = [PartFile(NO_PART, b"")] * (max(blocks) + 1)
     for block, factors in blocks.items():
-        targets = sorted({name.rpartition(".")[0] for name in factors})
-        scalings = {
-            target: _scaling(config, f"{block}.{target}", _rank(path, block, target, factors))
-            for target in targets
-        }
-        files[block] = part_file(factors, scalings)
+        _check_factors(path, block, factors)
+        files[block] = part_file(factors, scalings[block])
     return Adapter(path.resolve().name, tuple(files))
 
 
@@ -140,19 +140,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _rank(path: Path, block: int, target: str, factors: Mapping[str, Weights]) -> int:
-    first, second = factors.get(f"{target}.lora_A"), factors.get(f"{target}.lora_B")
-    shapes = [None if weights is None else weights.shape for weights in (first, second)]
-    if first is None or second is None or len(first.shape) != 2 or first.shape[0] != second.shape[-1]:
-        raise error(
-            Code.BAD_SHAPE,
-            f"{path}: {target} of block {block} has factors of the shapes {shapes}, expected (r, in) and (out, r)",
-        )
-    return first.shape[0]
+def _check_factors(path: Path, block: int, factors: Mapping[str, Weights]) -> None:
+    for target in sorted({name.rpartition(".")[0] for name in factors}):
+        shapes = [
+            factors[name].shape if name in factors else None
+            for name in (f"{target}.lora_A", f"{target}.lora_B")
+        ]
+        first, second = shapes
+        if first is None or second is None or (len(first), len(second)) != (2, 2) or first[0] != second[1]:
+            raise error(
+                Code.BAD_SHAPE,
+                f"{path}: {target} of block {block} has factors of the shapes {first} and {second},"
+                " expected (r, in) and (out, r)",
+            )
 
 
 def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / rank, as PEFT has it. name: ends as the layer's whole name does."""
+    """alpha / rank, as PEFT has it. name: of the layer in the whole model."""
     alpha = config.get("lora_alpha", 8)
     patterns = config.get("alpha_pattern") or {}
     for pattern, value in patterns.items():

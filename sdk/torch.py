@@ -207,9 +207,10 @@ def _load_ends(
 
 def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
     """Put the swarm where the layers were."""
+    reach = getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
 
     def make_cache(max_length: int) -> SwarmCache:
-        return SwarmCache(sessions, max_length=max_length or DEFAULT_LENGTH)
+        return SwarmCache(sessions, max_length=max_length or min(DEFAULT_LENGTH, reach))
 
     decoder = model.get_decoder()
     attach(decoder, RemoteBlocks(make_cache, model._journeys, num_blocks))
