@@ -76,12 +76,16 @@ class _Run(NamedTuple):
 
 
 class _Reach(NamedTuple):
-    """One row in a placement: its tokens [offset, offset + n) of the batch, and where all its tokens lie."""
+    """One row in a placement: its tokens [offset, offset + n) of the batch, and where all its tokens lie.
+
+    length: of the text that it is a part of, as far as anybody said.
+    """
 
     offset: int
     n: int
     start: int
     runs: tuple[_Run, ...]
+    length: int
 
 
 class Placement:
@@ -98,7 +102,7 @@ class Placement:
                 continue
             end = segment.start + segment.n
             runs = _runs(segment.pages, end, page_tokens) if self.cache is not None else ()
-            reaches.append(_Reach(len(positions), segment.n, segment.start, runs))
+            reaches.append(_Reach(len(positions), segment.n, segment.start, runs, segment.limit or end))
             positions.extend(range(segment.start, end))
             if self.cache is not None:
                 slots.extend(_slots(segment, page_tokens))

@@ -407,7 +407,7 @@ def cut(segments: tuple[Segment, ...], first: int, num: int) -> tuple[Segment, .
     for segment in segments:
         start, end = max(first - offset, 0), min(first + num - offset, segment.n)
         if start < end:
-            parts.append(Segment(segment.pages, segment.start + start, end - start))
+            parts.append(segment._replace(start=segment.start + start, n=end - start))
         offset += segment.n
     return tuple(parts)
 

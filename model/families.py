@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -256,7 +257,9 @@ class Rotary:
     """Rotary embeddings of a batch, in which each row's depend on that row alone.
 
     transformers picks the frequencies of dynamic and long RoPE by the longest position in the batch, which
-    here holds other people's rows. Such types are computed row by row, each from the model's own start.
+    here holds other people's rows. Such types are computed row by row, each from the model's own start, and
+    for the length that the row was opened for. The length that it has would change in mid-text, with keys
+    turned by the old frequencies beside new ones, and a replay in other chunks would give another text.
     """
 
     def __init__(self, module: nn.Module, config: PretrainedConfig) -> None:
@@ -302,8 +305,10 @@ class Rotary:
         parts = []
         for reach in placement.reaches:
             self._reset()
-            row = slice(reach.offset, reach.offset + reach.n)
-            parts.append(self._module(hidden[:, row], positions[:, row], **options))
+            own = positions[:, reach.offset : reach.offset + reach.n]
+            with_last = F.pad(own, (0, 1), value=reach.length - 1)  # says how long the text is
+            cosines, sines = self._module(hidden, with_last, **options)
+            parts.append((cosines[:, :-1], sines[:, :-1]))
         return torch.cat([cos for cos, _ in parts], dim=1), torch.cat([sin for _, sin in parts], dim=1)
 
     def _reset(self) -> None:

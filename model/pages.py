@@ -132,11 +132,16 @@ class PageCopy(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One row's part of a batch: its pages, and that its `n` new tokens stand at [start, start + n)."""
+    """One row's part of a batch: its pages, and that its `n` new tokens stand at [start, start + n).
+
+    limit: tokens that the row may ever have, the same in every step of a session and after every repair; 0
+    where it has no more than these.
+    """
 
     pages: tuple[int, ...]
     start: int
     n: int
+    limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +242,7 @@ class SessionPages:
         self._live = tuple(table)
         self._remember(step_id)
         segments = tuple(
-            Segment(row.pages, growth.position, growth.n)
+            Segment(row.pages, growth.position, growth.n, self._max_tokens)
             for row, growth in zip(table, plan.growths, strict=True)
         )
         return Applied(tuple(copies), segments)

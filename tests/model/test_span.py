@@ -202,7 +202,7 @@ LONG_ROPE = {
     "partial_rotary_factor": 1.0,
     "rope_theta": 10000.0,
 }
-LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": (
         "llama",
         {
@@ -214,25 +214,110 @@ LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_parameters": LONG_ROPE},
     ),
+    "yarn": (
+        "qwen3",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama3": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "linear": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize("rope_type", LENGTH_DEPENDENT)
-def test_rotary_frequencies_follow_the_length_of_the_own_row_alone(tmp_path: Path, rope_type: str) -> None:
-    family, changes = LENGTH_DEPENDENT[rope_type]
-    whole = save_tiny(tmp_path, family, **changes)
-    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
-    model = Tiny(whole, tmp_path, Ends.load(checkpoint, torch.float32, CPU))
-    span = model.span(0, NUM_BLOCKS)
-    rows = [list(range(3, 43)), list(range(50, 60)), list(range(10, 34)), [7, 8, 9]]
-    lengths = tuple(len(row) for row in rows)
-    hidden = model.ends.embed(torch.tensor([token for row in rows for token in row]))
-    logits = model.ends.head(span.forward(hidden, Batch.stateless(lengths)))
-    for got, row in zip(torch.split(logits, list(lengths)), rows, strict=True):
+class Scaled(NamedTuple):
+    """A model whose positions are scaled beyond 16 tokens."""
+
+    model: Tiny
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """The whole model's, of an instance that saw no other text: it remembers the longest."""
+        whole = self.model.whole
         fresh = type(whole)(whole.config).train(False)
         fresh.load_state_dict(whole.state_dict())
         with torch.inference_mode():
-            assert float((got - fresh(torch.tensor([row])).logits[0]).abs().max()) < TOLERANCE
+            logits: Tensor = fresh(torch.tensor([tokens])).logits[0]
+            return logits
+
+
+@pytest.fixture(params=SCALED)
+def scaled(request: pytest.FixtureRequest, tmp_path: Path) -> Scaled:
+    family, changes = SCALED[request.param]
+    whole = save_tiny(tmp_path, family, **changes)
+    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
+    return Scaled(Tiny(whole, tmp_path, Ends.load(checkpoint, torch.float32, CPU)))
+
+
+def test_rotary_frequencies_follow_the_length_of_the_own_row_alone(scaled: Scaled) -> None:
+    ends, span = scaled.model.ends, scaled.model.span(0, NUM_BLOCKS)
+    rows = [list(range(3, 43)), list(range(50, 60)), list(range(10, 34)), [7, 8, 9]]
+    lengths = tuple(len(row) for row in rows)
+    hidden = ends.embed(torch.tensor([token for row in rows for token in row]))
+    logits = ends.head(span.forward(hidden, Batch.stateless(lengths)))
+    for got, row in zip(torch.split(logits, list(lengths)), rows, strict=True):
+        assert float((got - scaled.logits(row)).abs().max()) < TOLERANCE
+
+
+def test_a_session_beyond_the_original_length_beside_a_short_one(scaled: Scaled) -> None:
+    """Each is computed as a text of the length that it was opened for, in any chunks, rolled back or not."""
+    ends, span = scaled.model.ends, scaled.model.span(0, NUM_BLOCKS)
+    texts = [list(range(3, 43)), list(range(50, 60))]
+    pool = PagePool(NUM_PAGES, PAGE_TOKENS)
+    sessions = [SessionPages(pool, 1, len(text)) for text in texts]
+    expected = [scaled.logits(text) for text in texts]
+    steps = [((0, 9), (0, 4)), ((9, 12), (4, 1)), ((21, 1), (5, 1)), ((15, 2), (3, 3)), ((17, 23), (6, 4))]
+    for step_id, ranges in enumerate(steps, start=1):
+        segments = [
+            session.apply(step_id, step_id - 1, (Row(NEW_ROW if step_id == 1 else 0, start, n),)).segments[0]
+            for session, (start, n) in zip(sessions, ranges, strict=True)
+        ]
+        tokens = [text[start : start + n] for text, (start, n) in zip(texts, ranges, strict=True)]
+        hidden = span.forward(ends.embed(torch.tensor(tokens[0] + tokens[1])), Batch(tuple(segments)))
+        whole = [logits[start : start + n] for logits, (start, n) in zip(expected, ranges, strict=True)]
+        assert float((ends.head(hidden) - torch.cat(whole)).abs().max()) < TOLERANCE
+
+
+WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss", "exaone4", "olmo3", "starcoder2"]
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("back_to", [3, 7, 8, 9, 17, 18, 19, 25])
+def test_rolled_back_equals_fresh_on_both_sides_of_the_window(
+    tiny: Callable[[str], Tiny], family: str, back_to: int
+) -> None:
+    """Windows are 8: back to where nothing was hidden yet, to just there, and to a window before the end."""
+    model = tiny(family)
+    assert model.whole.config.sliding_window == 8
+    session = Session(model, [model.span(0, 2), model.span(2, NUM_BLOCKS)])
+    assert session.step(Row(NEW_ROW, 0, 20)) < TOLERANCE
+    assert session.step(Row(0, 20, 6)) < TOLERANCE
+    assert session.step(Row(0, back_to, 1)) < TOLERANCE
+    assert session.step(Row(0, back_to + 1, 10)) < TOLERANCE
 
 
 def test_a_step_without_tokens_is_no_work(tiny: Callable[[str], Tiny]) -> None:
