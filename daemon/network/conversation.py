@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import anyio
 
 from ...protocol.errors import Code, error
-from ...protocol.framing import Frame, FrameParser
+from ...protocol.framing import FrameParser
 from ...protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from ...protocol.messages import Message, Vocabulary, encode
 from .seam import Stream
@@ -30,7 +28,6 @@ class Conversation:
         self.stream = stream
         self._vocabulary = vocabulary
         self._parser = FrameParser(max_header_bytes=max_header_bytes, max_payload_bytes=max_payload_bytes)
-        self._frames: deque[Frame] = deque()
 
     async def say(self, message: Message) -> None:
         """Send one message. Raises `PEER_LOST`."""
@@ -41,15 +38,17 @@ class Conversation:
 
         Raises `PEER_LOST`, `LIMIT_EXCEEDED`, `PROTOCOL_VIOLATION`, and `UNSUPPORTED` for a kind unknown here.
         """
-        while not self._frames:
+        while True:
+            for (
+                frame
+            ) in self._parser.frames():  # one at a time: a thousand small ones cost more than their bytes
+                return self._vocabulary.decode(frame)
             data = await self.stream.receive()
             if not data:
                 if self._parser.num_buffered_bytes:
                     raise error(Code.PROTOCOL_VIOLATION, f"{self.stream.peer} ended amid a message")
                 return None
             self._parser.feed(data)
-            self._frames.extend(self._parser.frames())
-        return self._vocabulary.decode(self._frames.popleft())
 
     async def ask(self, message: Message, *, timeout_s: float) -> Message:
         """Say `message` and hear the answer. Raises as `hear`, and `TIMEOUT`, and `PEER_LOST` at the end."""

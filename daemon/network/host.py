@@ -47,7 +47,7 @@ from ...protocol.errors import Code, CorollaError, error
 from ..identity import Identity
 from .dialling import Reach, reach_of
 from .multistream import answer
-from .noise import FastNoise
+from .noise import FastNoise, NoiseOnly
 from .seam import Guard
 from .yamux import Yamux, YamuxOnly, YamuxStream
 
@@ -138,6 +138,7 @@ class OurSwarm(Swarm):
         peerstore.add_key_pair(peer_id, keys)
         self._noise = FastNoise(keys)
         upgrader = TransportUpgrader({NOISE: self._noise}, {})
+        upgrader.security_multistream = NoiseOnly(self._noise)
         upgrader.muxer_multistream = YamuxOnly()
         self._tcp = TCP()
         super().__init__(

@@ -1,19 +1,17 @@
-"""Agreeing on a stream's protocol in one round trip.
+"""Agreeing on a protocol in one round trip: of a stream, and of what secures and multiplexes a connection.
 
 multistream-select lets the opener propose the negotiation itself and the protocol in one breath; the
-library waits for the first answer before it makes the second proposal.
+library waits for the first answer before it makes the second proposal. It also believes any length that a
+stranger announces, before anything is known of it; here a proposal is short.
 Source: https://github.com/multiformats/multistream-select
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
-
-from libp2p.stream_muxer.exceptions import MuxedStreamError
+from typing import Final, Protocol
 
 from ...protocol.errors import Code, error
-from .yamux import YamuxStream
 
 _MULTISTREAM: Final = "/multistream/1.0.0"
 _NOT_AVAILABLE: Final = "na"
@@ -21,10 +19,20 @@ _MAX_TOKEN_BYTES: Final = 1024
 _MAX_PROPOSALS: Final = 16
 
 
-async def agree(stream: YamuxStream, peer: str, protocol: str) -> None:
-    """Agree with the far side of a new stream on `protocol`.
+class Wire(Protocol):
+    """What is agreed on: a stream, or a connection."""
 
-    Raises `UNSUPPORTED`, `PROTOCOL_VIOLATION`, and the muxer's `MuxedStreamError`.
+    async def read(self, n: int | None = None) -> bytes:
+        """At most `n` bytes; `b""`, or an exception of its own, at the end."""
+
+    async def write(self, data: bytes) -> object:
+        """Send all of it."""
+
+
+async def agree(stream: Wire, peer: str, protocol: str) -> None:
+    """Agree with the far side of what is new on `protocol`.
+
+    Raises `UNSUPPORTED`, `PROTOCOL_VIOLATION`, `PEER_LOST`, and the stream's own exceptions.
     """
     await stream.write(_token(_MULTISTREAM) + _token(protocol))
     for expected in (_MULTISTREAM, protocol):
@@ -37,11 +45,11 @@ async def agree(stream: YamuxStream, peer: str, protocol: str) -> None:
             )
 
 
-async def answer(stream: YamuxStream, serves: Callable[[str], bool]) -> str:
+async def answer(stream: Wire, serves: Callable[[str], bool]) -> str:
     """Agree with the opener of a stream on the first protocol it proposes that `serves` it.
 
-    Raises `UNSUPPORTED` when none was, `PROTOCOL_VIOLATION`, and the muxer's `MuxedStreamError`. The caller
-    bounds the time.
+    Raises `UNSUPPORTED` when none was, `PROTOCOL_VIOLATION`, `PEER_LOST`, and the stream's own exceptions.
+    The caller bounds the time.
     """
     await stream.write(_token(_MULTISTREAM))
     greeting = await _read_token(stream)
@@ -70,19 +78,26 @@ def _token(text: str) -> bytes:
     return bytes(head) + data
 
 
-async def _read_token(stream: YamuxStream) -> str:
+async def _read_token(stream: Wire) -> str:
     size = shift = 0
     while True:
-        byte = (await stream.read(1))[0]
+        (byte,) = await _read(stream, 1)
         size |= (byte & 127) << shift
         shift += 7
         if not byte & 128:
             break
         if shift > 14:
-            raise MuxedStreamError("a multistream answer of absurd length")
+            raise error(Code.PROTOCOL_VIOLATION, "a multistream message of absurd length")
     if not 0 < size <= _MAX_TOKEN_BYTES:
-        raise MuxedStreamError(f"a multistream answer of {size} bytes")
+        raise error(Code.PROTOCOL_VIOLATION, f"a multistream message of {size} bytes")
+    return (await _read(stream, size)).decode("utf-8", "replace").removesuffix("\n")
+
+
+async def _read(stream: Wire, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        data += await stream.read(size - len(data))
-    return data.decode("utf-8", "replace").removesuffix("\n")
+        piece = await stream.read(size - len(data))
+        if not piece:
+            raise error(Code.PEER_LOST, "the far side ended before a protocol was agreed on")
+        data += piece
+    return data

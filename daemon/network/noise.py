@@ -14,19 +14,23 @@ import os
 from typing import Final
 
 import trio
-from libp2p.abc import IRawConnection, ISecureConn
+from libp2p.abc import IRawConnection, ISecureConn, ISecureTransport
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair, PrivateKey, PublicKey
 from libp2p.crypto.x25519 import create_new_key_pair
+from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.noise.io import NoiseTransportReadWriter
-from libp2p.security.noise.transport import Transport
+from libp2p.security.noise.transport import PROTOCOL_ID, Transport
 from libp2p.security.secure_session import SecureSession
+from libp2p.security.security_multistream import SecurityMultistream
 from multiaddr import Multiaddr
 from noise.connection import NoiseConnection
+
+from .multistream import agree, answer
 
 MAX_PLAIN_BYTES: Final = 65_519  # of one message: 65,535 less 16 of authentication
 _LENGTH_BYTES: Final = 2
@@ -172,6 +176,24 @@ class FastNoise(Transport):
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID | None) -> ISecureConn:
         """The secured connection; with a `peer_id` of None, whoever answers is accepted and named by it."""
         return _faster(await self.get_pattern().handshake_outbound(conn, peer_id), conn)
+
+
+class NoiseOnly(SecurityMultistream):
+    """Agrees on `/noise` and nothing else, in one round trip, and listens to no stranger for long."""
+
+    def __init__(self, noise: FastNoise) -> None:
+        super().__init__({PROTOCOL_ID: noise})
+        self._noise = noise
+
+    async def select_transport_and_protocol(
+        self, conn: IRawConnection, is_initiator: bool
+    ) -> tuple[TProtocol, ISecureTransport]:
+        """Raises as `agree` and `answer`."""
+        if is_initiator:
+            await agree(conn, "(not known yet)", PROTOCOL_ID)
+        else:
+            await answer(conn, lambda protocol: protocol == PROTOCOL_ID)
+        return PROTOCOL_ID, self._noise
 
 
 def _faster(session: ISecureConn, connection: IRawConnection) -> ISecureConn:

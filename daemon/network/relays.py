@@ -11,7 +11,6 @@ from typing import Final, NamedTuple, Protocol
 
 import structlog
 import trio
-from google.protobuf.message import DecodeError
 from libp2p.abc import IRawConnection
 from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.identity.identify.identify import parse_identify_response
@@ -220,9 +219,8 @@ class Relays:
                         data += piece
             finally:
                 stream.reset()
-            told = parse_identify_response(data).observed_addr
-            self._observed[relay] = str(Multiaddr(told)) if told else ""
-        except (CorollaError, trio.TooSlowError, ValueError, DecodeError) as problem:
+            self._observed[relay] = observed_address(data)
+        except (CorollaError, trio.TooSlowError) as problem:
             _log.debug("not_observed", relay=relay, reason=str(problem))
 
     def _peer_changed(self, peer: str, connected: bool) -> None:
@@ -231,6 +229,15 @@ class Relays:
             if self._held.pop(peer, None) is not None:
                 self._changed()
         self._stirred.set()
+
+
+def observed_address(identify: bytes) -> str:
+    """Where a peer sees us, as it says in libp2p's identify; "" if it does not. Raises `PROTOCOL_VIOLATION`."""
+    try:
+        told = parse_identify_response(identify).observed_addr
+        return str(Multiaddr(told)) if told else ""
+    except Exception as problem:  # of protobuf and multiaddr: each part of an address has types of its own
+        raise error(Code.PROTOCOL_VIOLATION, f"an unreadable identify: {problem}"[:200]) from problem
 
 
 def candidates(

@@ -15,6 +15,7 @@ import structlog
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
 from libp2p.connection_types import ConnectionType
+from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
@@ -25,6 +26,7 @@ from libp2p.stream_muxer.exceptions import (
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from multiaddr import Multiaddr
 
+from .multistream import agree, answer
 from .muxing import (
     MAX_FRAME_BODY_BYTES,
     Acknowledged,
@@ -430,11 +432,15 @@ class YamuxOnly(MuxerMultistream):
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """Agree on the protocol with the far side; the muxer is not started yet."""
-        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        with trio.fail_after(self.negotiate_timeout):
+            if conn.is_initiator:
+                await agree(conn, str(peer_id), PROTOCOL)
+            else:
+                await answer(conn, lambda protocol: protocol == PROTOCOL)
         connection = Yamux(conn, peer_id)
         if self._on_connection is not None:
             self._on_connection(connection)
-        return self._annotate_connection(connection, conn, protocol)
+        return self._annotate_connection(connection, conn, TProtocol(PROTOCOL))
 
 
 def _reason(failure: Exception) -> str:

@@ -1,0 +1,182 @@
+"""Parsers that read from a stream: whatever arrives, cut anywhere, they end with a value or the documented error."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+import trio
+import varint
+from hypothesis import given
+from hypothesis import strategies as st
+from libp2p.abc import IRawConnection
+from libp2p.connection_types import ConnectionType
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, StopMessage
+from multiaddr import Multiaddr
+
+from corolla.daemon.identity import identity_from_seed
+from corolla.daemon.network.circuits import Preamble, peer_of
+from corolla.daemon.network.conversation import Conversation
+from corolla.daemon.network.host import key_pair
+from corolla.daemon.network.multistream import agree, answer
+from corolla.daemon.network.noise import FastNoise, NoiseOnly
+from corolla.daemon.network.relays import observed_address
+from corolla.protocol.errors import Code
+from corolla.protocol.limits import MAX_CIRCUIT_MESSAGE_BYTES
+from corolla.protocol.messages import encode
+from corolla.protocol.punch import PUNCH, Doors, Now
+
+from .hostile import FUZZ, hostile_bytes, may_refuse, mutations
+
+pytestmark = pytest.mark.timeout(120)
+
+T = TypeVar("T")
+PEER = identity_from_seed(b"p" * 32).peer
+OURS = key_pair(identity_from_seed(b"o" * 32))
+
+
+class Scripted:
+    """A stream from which pieces come, and then the end; also where a connection is wanted."""
+
+    peer = PEER
+    protocol = "/test/1"
+    is_initiator = False
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = [piece for piece in pieces if piece]
+        self.asked = 0
+
+    async def send(self, data: bytes) -> None: ...
+    async def write(self, data: bytes) -> None: ...
+    async def close(self) -> None: ...
+    def reset(self) -> None: ...
+
+    async def receive(self) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+    async def read(self, n: int | None = None) -> bytes:
+        self.asked = max(self.asked, n or 0)
+        data = await self.receive()
+        if n is not None and len(data) > n:
+            self._pieces.insert(0, data[n:])
+            data = data[:n]
+        return data
+
+
+def now(awaitable: Awaitable[T]) -> T:
+    """Run what has nothing to wait for."""
+
+    async def run() -> T:
+        return await awaitable
+
+    return trio.run(run)
+
+
+@st.composite
+def pieces(draw: st.DrawFn, *samples: bytes) -> list[bytes]:
+    whole = b"".join(draw(st.lists(hostile_bytes(samples) | st.sampled_from(samples), max_size=4)))
+    at = sorted(draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+    return [whole[a:b] for a, b in zip([0, *at], [*at, len(whole)], strict=True)]
+
+
+@FUZZ
+@given(pieces(encode(Doors(("/ip4/192.0.2.7/tcp/1",), True)), encode(Now())))
+def test_a_conversation_hears_messages_or_says_what_is_wrong(data: list[bytes]) -> None:
+    talk = Conversation(Scripted(data), PUNCH, max_header_bytes=200, max_payload_bytes=0)
+
+    async def listen() -> None:
+        while await talk.hear() is not None:
+            pass
+
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.UNSUPPORTED):
+        now(listen())
+
+
+def token(text: str) -> bytes:
+    data = text.encode() + b"\n"
+    return bytes(varint.encode(len(data))) + data
+
+
+TOKENS = (token("/multistream/1.0.0"), token("/noise"), token("na"), token("ls"), token("/x" * 500))
+
+
+@FUZZ
+@given(pieces(*TOKENS), st.sampled_from((agree, answer)))
+def test_a_negotiation_ends_with_a_protocol_or_says_why_not(
+    data: list[bytes], side: Callable[..., Awaitable[object]]
+) -> None:
+    wire = Scripted(data)
+    arguments = (PEER, "/noise") if side is agree else (lambda protocol: protocol == "/noise",)
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.UNSUPPORTED, Code.PEER_LOST):
+        now(side(wire, *arguments))
+    assert wire.asked <= 1024  # nobody makes us wait for more, or keep it
+
+
+HOP = HopMessage(type=HopMessage.CONNECT, peer=PeerId(id=ID.from_string(PEER).to_bytes())).SerializeToString()
+
+
+@FUZZ
+@given(pieces(varint.encode(len(HOP)) + HOP, b"\xff\xff\x7f", varint.encode(5000)))
+def test_a_circuit_message_is_read_or_refused(data: list[bytes]) -> None:
+    stream = Scripted(data)
+
+    async def listen() -> None:
+        talk = Preamble(stream)
+        for kind in (HopMessage, StopMessage):
+            message: Any = await talk.hear(kind)
+            assert message.ByteSize() <= MAX_CIRCUIT_MESSAGE_BYTES
+            assert isinstance(peer_of(message.peer), str)
+
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.PEER_LOST):
+        now(listen())
+
+
+IDENTIFY = Identify(
+    public_key=OURS.public_key.serialize(),
+    observed_addr=Multiaddr("/ip4/192.0.2.7/tcp/4517").to_bytes(),
+    listen_addrs=[Multiaddr(f"/ip4/192.0.2.7/tcp/4517/p2p/{PEER}/p2p-circuit").to_bytes()],
+    protocols=["/x"],
+).SerializeToString()
+
+
+@FUZZ
+@given(hostile_bytes((IDENTIFY, varint.encode(len(IDENTIFY)) + IDENTIFY)))
+def test_an_identify_is_read_or_refused(data: bytes) -> None:
+    with may_refuse(Code.PROTOCOL_VIOLATION):
+        assert isinstance(observed_address(data), str)
+
+
+@FUZZ
+@given(st.binary(max_size=60) | mutations((Multiaddr("/ip4/1.2.3.4/tcp/5/p2p-circuit").to_bytes(),)))
+def test_an_observed_address_is_read_or_refused(told: bytes) -> None:
+    with may_refuse(Code.PROTOCOL_VIOLATION):
+        observed_address(Identify(public_key=b"k", observed_addr=told).SerializeToString())
+
+
+class ScriptedConnection(Scripted, IRawConnection):
+    """As the library wants a connection."""
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return None
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return []
+
+    def get_connection_type(self) -> ConnectionType:
+        return ConnectionType.DIRECT
+
+
+HANDSHAKE = (token("/multistream/1.0.0") + token("/noise"), b"\x00\x20" + b"e" * 32, b"\x00\x60" + b"s" * 96)
+
+
+@FUZZ
+@given(pieces(*HANDSHAKE))
+def test_a_handshake_fails_without_waiting_for_more_than_a_noise_message(data: list[bytes]) -> None:
+    wire = ScriptedConnection([HANDSHAKE[0], *data])
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of Noise and cryptography; the host takes all
+        now(NoiseOnly(FastNoise(OURS)).secure_inbound(wire))
+    assert isinstance(caught.value, Exception)
+    assert wire.asked <= 65_535
