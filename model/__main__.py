@@ -91,7 +91,8 @@ def load(configure: Configure, connection: Connection) -> Engine:
     import torch  # here, because it reads the environment
 
     from .batch import Policy
-    from .engine import Engine, explain
+    from .engine import Engine
+    from .failures import explain
     from .generation import Generations
     from .loading import load as load_parts
 
@@ -107,7 +108,15 @@ def load(configure: Configure, connection: Connection) -> Engine:
         leave(1, f"loading failed: {explained}")
     generations = Generations(loaded.ends, loaded.end_tokens) if loaded.ends is not None else None
     policy = Policy.of(loaded.speed.decode_tokens_per_s, loaded.speed.prefill_tokens_per_s)
-    engine = Engine(loaded.span, generations, loaded.num_pages, connection.send, policy, loaded.room)
+    engine = Engine(
+        loaded.span,
+        generations,
+        loaded.num_pages,
+        connection.send,
+        policy,
+        loaded.room,
+        num_host_pages=loaded.num_host_pages,
+    )
     connection.send(loaded.ready())
     return engine
 

@@ -18,6 +18,7 @@ in parts beside decodes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -105,6 +106,7 @@ class Scheduler:
     _num_passes: int = 0  # since training had a turn
     _training: deque[int] = field(default_factory=deque)
     _decoded: dict[bytes, int] = field(default_factory=dict)  # session → the pass of its last one
+    _latest: dict[int, _Waiting] = field(default_factory=dict)  # the jobs of the last pass, by request
 
     @property
     def num_waiting(self) -> int:
@@ -137,9 +139,17 @@ class Scheduler:
         self._num_passes = 0
         return self._training[0]
 
-    def next(self) -> Pass | None:
-        """The pass to run now; None if nothing waits. What it holds counts as done."""
-        heads = [lane[0] for lane in self._lanes.values()]
+    @property
+    def sessions(self) -> frozenset[bytes]:
+        """Those that have jobs here."""
+        return frozenset(self._lanes)
+
+    def next(self, blocked: Collection[int] = ()) -> Pass | None:
+        """The pass to run now; None if nothing waits. What it holds counts as done.
+
+        blocked: requests that cannot run yet, and hold up their sessions alone.
+        """
+        heads = [lane[0] for lane in self._lanes.values() if lane[0].job.request not in blocked]
         if not heads:
             return None
         self._num_passes += 1
@@ -150,11 +160,20 @@ class Scheduler:
         for head in heads:
             head.num_passed_over = 0 if head.job.request in taken else head.num_passed_over + 1
         self._num_run += 1
+        self._latest = {head.job.request: head for head in heads if head.job.request in taken}
         for part in parts:
             if part.job.is_decode:
                 self._decoded[part.job.session] = self._num_run
             self._advance(part)
         return Pass(leader.job.blocks, tuple(parts))
+
+    def put_back(self, part: Part) -> None:
+        """A part of the last pass did not run: it waits where it waited, as long as it did."""
+        head = self._latest[part.job.request]
+        head.num_done = part.first
+        if part.is_last:
+            self._lanes.setdefault(part.job.session, deque()).appendleft(head)
+            self._num_gone -= 1
 
     def cancel(self, job: Job) -> None:
         """Forget what is left of a job, if anything is."""

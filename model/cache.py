@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import Code, error
-from .pages import PAGE_TOKENS
+from .pages import PAGE_TOKENS, PageMove
 
 
 class CacheShape(NamedTuple):
@@ -47,14 +47,25 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int = PAGE_TOKENS,
+        *,
+        num_host_pages: int = 0,
     ) -> None:
+        """num_host_pages: room in host memory for the pages of sessions that are idle."""
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self.page_bytes = page_bytes(shapes.values(), dtype, page_tokens)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._parked: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values in host memory, by block
         try:
             for block, shape in shapes.items():
+                if num_host_pages:
+                    sizes = (shape.key_dim, shape.value_dim)
+                    keys, values = (
+                        _host_pages(shape.num_heads, num_host_pages * page_tokens, dim, dtype, device)
+                        for dim in sizes
+                    )
+                    self._parked[block] = keys, values
                 self._keys[block] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
                 self._values[block] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
         except (
@@ -63,7 +74,8 @@ class Cache:
         ) as problem:  # torch's allocators raise RuntimeError and its children
             raise error(
                 Code.OUT_OF_MEMORY,
-                f"no memory on {device} for {num_pages} cache pages of {self.page_bytes} bytes",
+                f"no memory on {device} for {num_pages} cache pages of {self.page_bytes} bytes"
+                + (f", and beside it for {num_host_pages} more" if num_host_pages else ""),
                 "serve fewer blocks, or a smaller cache",
             ) from problem
 
@@ -92,3 +104,33 @@ class Cache:
         at, to = source * self.page_tokens, target * self.page_tokens
         for tensor in (*self._keys.values(), *self._values.values()):
             tensor[:, to : to + self.page_tokens] = tensor[:, at : at + self.page_tokens]
+
+    def move_pages(self, moves: Iterable[PageMove]) -> None:
+        """Copy pages of every block to host memory, or from there, in the order given."""
+        runs = _runs(moves, self.page_tokens)
+        for block, parked in self._parked.items():
+            for tensor, other in zip((self._keys[block], self._values[block]), parked, strict=True):
+                for to_host, at, to, num in runs:
+                    source, target = (tensor, other) if to_host else (other, tensor)
+                    target[:, to : to + num] = source[:, at : at + num]
+
+
+def _host_pages(num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(num_heads, num_slots, dim) in host memory, laid out as on the device, and pinned for one that copies."""
+    if device.type == "cpu":
+        return torch.empty((num_heads, num_slots, dim), dtype=dtype)
+    return torch.empty((num_slots, num_heads, dim), dtype=dtype, pin_memory=True).transpose(0, 1)
+
+
+def _runs(moves: Iterable[PageMove], page_tokens: int) -> list[tuple[bool, int, int, int]]:
+    """Neighbouring pages that move to neighbouring places, together: to_host, first slots, number of slots."""
+    runs: list[tuple[bool, int, int, int]] = []
+    for to_host, source, target in moves:
+        at, to = source * page_tokens, target * page_tokens
+        if runs:
+            before, first, second, num = runs[-1]
+            if (before, first + num, second + num) == (to_host, at, to):
+                runs[-1] = (to_host, first, second, num + page_tokens)
+                continue
+        runs.append((to_host, at, to, page_tokens))
+    return runs

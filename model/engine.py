@@ -43,9 +43,10 @@ from .adapters import Part as AdapterPart
 from .attention import Batch, Segment
 from .batch import Job, Part, Pass, Policy, Scheduler
 from .encodings import check_finite, decode, encode
+from .failures import explain
 from .generation import Generations
-from .pages import PageCopy
-from .sessions import Begun, Session, Sessions, begin, restore, undo
+from .pages import PageCopy, PageMove
+from .sessions import Begun, Session, Sessions, end, undo
 from .training import Room, Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ logger = logging.getLogger(__name__)
 _DECODE_TOKENS: Final = 8
 # A pass with a prefill waits so long for decodes to join it; without them it keeps them waiting all the longer.
 _GRACE: Final = 0.1  # of the last pass
+# How often steps look for pages while nothing else can run; a session is idle after a second.
+_BLOCKED_S: Final = 0.02
 _MAX_GRACE_S: Final = 0.01  # a daemon on this machine asks for the next token within it
 
 
@@ -73,6 +76,9 @@ class Blocks(Protocol):
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Carry out a step's copies."""
+
+    def move_pages(self, moves: Iterable[PageMove]) -> None:
+        """Copy pages to host memory, and back."""
 
     def forward(
         self,
@@ -115,14 +121,21 @@ class Engine:
         send: Callable[[Message], None],
         policy: Policy | None = None,
         room: Room | None = None,
+        *,
+        num_host_pages: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """num_pages, num_host_pages: of the span's cache, on the device and in host memory."""
         self._span = span
+        self._clock = clock
         self._generations = generations
         self._send = send
-        self._sessions = Sessions((span.start, span.end) if span else (0, 0), num_pages)
+        blocks = (span.start, span.end) if span else (0, 0)
+        self._sessions = Sessions(blocks, num_pages, num_host_pages, self._move_pages)
         self._scheduler = Scheduler(policy or Policy())
         self._asked: dict[int, Compute] = {}  # steps that wait, by request
         self._steps: dict[int, _Step] = {}  # those of them that have begun
+        self._blocked: dict[int, Part] = {}  # those that wait for pages, in the order in which they came
         self._samples: list[Sample] = []
         self._trainer = Trainer(span, room or Room()) if span else None
         self._worn: dict[bytes, _Worn] = {}  # by session
@@ -138,7 +151,12 @@ class Engine:
 
     @property
     def grace_s(self) -> float:
-        """How long it pays to wait for more requests before the next pass: a small part of what a pass takes."""
+        """How long it pays to wait for more requests before the next pass: a small part of what a pass takes.
+
+        Where nothing can run before somebody makes room, a little longer.
+        """
+        if self._blocked and self._blocked.keys() >= self._asked.keys() and not self._samples:
+            return _BLOCKED_S
         if self._samples or not self._scheduler.is_early:
             return 0.0
         return min(self._pass_s * _GRACE, _MAX_GRACE_S)
@@ -180,7 +198,8 @@ class Engine:
         if training is not None:
             self._run_turn(training)
             return
-        chosen = self._scheduler.next()
+        self._unblock()
+        chosen = self._scheduler.next(self._blocked)
         if chosen is not None:
             began = time.monotonic()
             self._run_pass(chosen)
@@ -197,7 +216,7 @@ class Engine:
         if ask.parts:
             worn = _Worn(ask.parts, self._training().adapters.pin((ask.start, ask.end), ask.parts))
         try:
-            self._sessions.open(ask)
+            self._sessions.open(ask, self._clock())
         except CorollaError:
             self._take_off(worn)
             raise
@@ -221,14 +240,14 @@ class Engine:
 
     @_handle.register
     def _restore(self, ask: Restore) -> None:
-        session = self._sessions.get(ask.session)
+        self._sessions.get(ask.session)
         self._drop_steps(ask.session)
-        self._send(Restored(ask.request, restore(session, ask)))
+        self._send(Restored(ask.request, self._sessions.restore(ask)))
 
     @_handle.register
     def _close(self, ask: CloseCache) -> None:
         self._drop_steps(ask.session)
-        self._sessions.close(ask.session)
+        self._sessions.close(ask.session, self._clock())
         self._take_off(self._worn.pop(ask.session, None))
 
     @_handle.register
@@ -280,6 +299,7 @@ class Engine:
     def _drop_steps(self, session: bytes) -> None:
         for job in self._scheduler.drop(session):
             self._asked.pop(job.request)
+            self._blocked.pop(job.request, None)
             step = self._steps.pop(job.request, None)
             if step is not None:
                 undo(step.begun)
@@ -313,7 +333,11 @@ class Engine:
         running: list[tuple[Part, _Step]] = []
         for part in chosen.parts:
             try:
-                running.append((part, self._begun(part)))
+                if self._has_begun(part):
+                    running.append((part, self._steps[part.job.request]))
+                else:
+                    self._scheduler.put_back(part)
+                    self._blocked[part.job.request] = part
             except Exception as problem:
                 self._fail_step(part, problem)
         if not running:
@@ -340,17 +364,35 @@ class Engine:
             return
         self._take_output(part, step, output)
 
-    def _begun(self, part: Part) -> _Step:
-        """The step of a part; its first part begins it."""
+    def _unblock(self) -> None:
+        """Begin the steps that wait for pages, as far as there are any now."""
+        for request, part in tuple(self._blocked.items()):
+            try:
+                if self._has_begun(part):
+                    del self._blocked[request]
+            except Exception as problem:
+                self._fail_step(part, problem)
+
+    def _has_begun(self, part: Part) -> bool:
+        """Whether the step of a part has its pages; its first part begins it, unless it has to wait for them."""
         request = part.job.request
         if request not in self._steps:
             ask, span = self._asked[request], self._blocks()
-            session = self._sessions.get(ask.session)
-            hidden = decode(ask.payload, session.encoding, span.hidden_size, span.dtype, span.device)
-            begun = begin(session, ask)
+            begun = self._sessions.begin(ask, self._clock(), self._scheduler.sessions)
+            if begun is None:
+                return False
+            try:
+                encoding = begun.session.encoding
+                hidden = decode(ask.payload, encoding, span.hidden_size, span.dtype, span.device)
+            except CorollaError:
+                undo(begun)
+                raise
             self._steps[request] = _Step(begun, hidden, _wanted(ask.reply, ask.rows))
             span.copy_pages(begun.applied.copies)
-        return self._steps[request]
+        return True
+
+    def _move_pages(self, moves: tuple[PageMove, ...]) -> None:
+        self._blocks().move_pages(moves)
 
     def _forward(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> tuple[Tensor, ...]:
         """One pass with these parts side by side; each one's output (part.num, hidden_size)."""
@@ -382,12 +424,14 @@ class Engine:
         if part.is_last:
             request = part.job.request
             del self._steps[request], self._asked[request]
+            end(step.begun, self._clock())
             self._send(Done(request, b"".join(step.answer)))
 
     def _fail_step(self, part: Part, problem: Exception) -> None:
         """Answer that a step failed, and leave its session as it was before."""
         self._scheduler.cancel(part.job)
         self._asked.pop(part.job.request, None)
+        self._blocked.pop(part.job.request, None)
         step = self._steps.pop(part.job.request, None)
         if step is not None:
             undo(step.begun)
@@ -460,18 +504,3 @@ def _encoded(states: Tensor, part: Part, step: _Step) -> bytes:
             "use a wider encoding or dtype; if it stays, this worker's weights or memory are damaged",
             not_finite="output",
         ) from problem
-
-
-def explain(problem: Exception) -> CorollaError:
-    """Any failure as one of ours: memory that ran out by name, a defect as `INTERNAL`."""
-    if isinstance(problem, CorollaError):
-        return problem
-    text = (str(problem).splitlines() or [""])[0][:400]
-    no_memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-    if no_memory:
-        return error(
-            Code.OUT_OF_MEMORY,
-            f"the device has no memory left: {text}",
-            "serve fewer blocks or a smaller cache",
-        )
-    return error(Code.INTERNAL, f"{type(problem).__name__}: {text}", "this is a defect; please report it")

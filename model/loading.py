@@ -36,6 +36,9 @@ _SHARE_OF_FREE: Final = 0.8  # the rest is for activations, and for whatever els
 # A cache nobody gave a size: eight sessions of 8192 tokens. Memory of a CPU is touched as they grow.
 _DEFAULT_CACHE_TOKENS: Final = 65536
 _LEAST_CACHE_TOKENS: Final = 2048  # blocks without room for one conversation serve nobody
+# Sessions that are idle: beside a GPU some times the cache, within a part of the machine's memory.
+_HOST_TIMES: Final = 2
+_HOST_SHARE: Final = 8
 _SPARE: Final = 16  # of the memory, kept back from the cache for adapters and training
 _ADAPTERS: Final = 4  # of what is spare, for adapters; the rest is for activations
 
@@ -53,6 +56,7 @@ class Loaded:
     ends: Ends | None
     end_tokens: frozenset[int]
     num_pages: int
+    num_host_pages: int
     room: Room
     speed: Speed
 
@@ -102,7 +106,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         span = Span.load(
             checkpoint, plan.start, plan.end, torch_dtype(dtype), device, shelf=shelf, report=report_blocks
         )
-        span.allocate(plan.num_pages)
+        span.allocate(plan.num_pages, num_host_pages=plan.num_host_pages)
         speed = measure(span)
     return Loaded(
         facts=facts,
@@ -114,6 +118,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         end_tokens=end_tokens(checkpoint.folder, checkpoint.config),
         folder=checkpoint.folder,
         num_pages=plan.num_pages,
+        num_host_pages=plan.num_host_pages,
         room=make_room(plan.spare_bytes),
         speed=speed,
     )
@@ -162,13 +167,14 @@ def free_bytes(device: torch.device) -> int:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Blocks [start, end) to load, and pages of cache beside them. memory_bytes: for all of it; spare_bytes: of
-    that, left for adapters and training."""
+    that, left for adapters and training. num_host_pages: in host memory, for sessions that are idle."""
 
     start: int
     end: int
     num_pages: int
     memory_bytes: int
     spare_bytes: int = 0
+    num_host_pages: int = 0
 
 
 def make_room(spare_bytes: int) -> Room:
@@ -221,8 +227,20 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
         most = -(-_DEFAULT_CACHE_TOKENS // PAGE_TOKENS)
         spare = memory // _SPARE
         num_pages = max(least_pages, min((room - spare) // sum(costs.pages[start:end]), most))
-    spare = room - num_pages * sum(costs.pages[start:end])
-    return Plan(start, end, num_pages, memory, max(spare, memory // _SPARE))
+    page = sum(costs.pages[start:end])
+    spare = room - num_pages * page
+    num_host_pages = _num_host_pages(ask, num_pages, page, spare - memory // _SPARE, device)
+    if device.type == "cpu":
+        spare -= num_host_pages * page
+    return Plan(start, end, num_pages, memory, max(spare, memory // _SPARE), num_host_pages)
+
+
+def _num_host_pages(ask: Configure, num_pages: int, page: int, spare: int, device: torch.device) -> int:
+    """Room for idle sessions: on a CPU out of the same memory, beside a GPU out of what the machine has free."""
+    if ask.parked_tokens >= 0:
+        return -(-ask.parked_tokens // PAGE_TOKENS)
+    share = spare // 2 if device.type == "cpu" else free_bytes(torch.device("cpu")) // _HOST_SHARE
+    return max(0, min(share // page, num_pages * _HOST_TIMES))
 
 
 def fitting(weights: tuple[int, ...], pages: tuple[int, ...], num_pages: int, memory: int) -> int:

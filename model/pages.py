@@ -131,6 +131,14 @@ class PageCopy(NamedTuple):
     target: int
 
 
+class PageMove(NamedTuple):
+    """Copy every slot of a page of one pool to one of the other: to host memory, or from there."""
+
+    to_host: bool
+    source: int
+    target: int
+
+
 class Segment(NamedTuple):
     """One row's part of a batch: its pages, and that its `n` new tokens stand at [start, start + n).
 
@@ -198,8 +206,33 @@ class SessionPages:
     @property
     def num_pages(self) -> int:
         """Different pages that this session holds, snapshots included."""
-        tables = (self._live, *self._snapshots.values())
-        return len({page for table in tables for row in table for page in row.pages})
+        return len(self._pages())
+
+    def forget(self, step_id: int, committed: int) -> None:
+        """Before step `step_id`: forget the tables below `committed`, and of steps that were taken back."""
+        for step in [step for step in self._snapshots if step < committed or step > step_id]:
+            self._release(self._snapshots.pop(step))
+
+    def move(self, pool: PagePool) -> tuple[tuple[int, int], ...]:
+        """Let go of every page, for one of `pool` each; all tables stand as before.
+
+        Returns (page before, page now) of each, to copy before anything else is written there.
+        Raises `BUSY`, and nothing has changed.
+        """
+        pool.require(self.num_pages)
+        places: dict[int, int] = {}
+        for pages in (row.pages for table in (self._live, *self._snapshots.values()) for row in table):
+            missing = tuple(page for page in pages if page not in places)
+            places.update(zip(missing, pool.take(len(missing)), strict=True))
+        tables = {step: _moved(table, places) for step, table in self._snapshots.items()}
+        live = _moved(self._live, places)
+        for table in (live, *tables.values()):
+            for row in table:
+                pool.hold(row.pages)
+        pool.release(tuple(places.values()))  # which `take` held; the tables do now
+        self.close()
+        self._pool, self._live, self._snapshots = pool, live, tables
+        return tuple(places.items())
 
     def plan(self, rows: tuple[Row, ...]) -> Plan:
         """What a step of these rows takes; changes nothing.
@@ -230,8 +263,7 @@ class SessionPages:
         few pages left; the rows then stand as before.
         """
         plan = self.plan(rows)
-        for step in [step for step in self._snapshots if step < committed or step > step_id]:
-            self._release(self._snapshots.pop(step))
+        self.forget(step_id, committed)
         self._pool.require(plan.num_pages)
         copies: list[PageCopy] = []
         table: list[_CachedRow] = []
@@ -280,6 +312,11 @@ class SessionPages:
             self._release(table)
         self._live = ()
         self._snapshots.clear()
+
+    def _pages(self) -> set[int]:
+        return {
+            page for table in (self._live, *self._snapshots.values()) for row in table for page in row.pages
+        }
 
     def _check(self, index: int, row: Row) -> None:
         if row.parent != NEW_ROW and not 0 <= row.parent < len(self._live):
@@ -348,6 +385,10 @@ class SessionPages:
     def _release(self, table: tuple[_CachedRow, ...]) -> None:
         for row in table:
             self._pool.release(row.pages)
+
+
+def _moved(table: tuple[_CachedRow, ...], places: dict[int, int]) -> tuple[_CachedRow, ...]:
+    return tuple(replace(row, pages=tuple(places[page] for page in row.pages)) for row in table)
 
 
 def _cut(row: _CachedRow, length: int, page_tokens: int) -> _CachedRow:

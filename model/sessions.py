@@ -1,30 +1,53 @@
-"""The sessions that a worker admitted, and the cache that it promised each of them.
+"""The sessions that a worker admitted, where their pages are, and how a step begins, ends and is taken back.
 
-Owns admission: a session is let in only if every one of its rows can grow to its full length, so that no
-session is turned away in mid-sentence. Owns each session's rows too, and how a step begins, fails and is
-taken back. No tensors, no torch, no clock.
+Owns admission: a session is let in if what it and all others are expected to come to hold fits into the pages of
+the device and of host memory together. Pages are given as rows grow; when they run out, `parking` decides who
+makes room, and a step may have to wait. No tensors, no torch, no clock of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import Enum, auto
 
-from ..protocol.errors import Code, error
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.steps import NEW_ROW
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, OpenCache, Restore
-from .pages import Applied, PagePool, SessionPages
+from .pages import Applied, PageMove, PagePool, SessionPages
+from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, View, make_room
+
+
+class Place(Enum):
+    """Where a session's pages are."""
+
+    DEVICE = auto()  # or nowhere, while it has none
+    HOST = auto()
+    GONE = auto()  # evicted: its client does not know yet that nothing is left
 
 
 @dataclass(slots=True)
 class Session:
-    """One session on this worker. last_step: the step after which the live rows stand; 0 is none."""
+    """One session on this worker. last_step: the step after which the live rows stand; 0 is none.
+
+    num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds; since:
+    when it came to where it is. waits_since: for pages. is_amid: a step of it has begun, and not ended.
+    """
 
     id: bytes
     blocks: tuple[int, int]
     encoding: Encoding
     pages: SessionPages
-    num_promised: int  # pages
+    num_most: int
+    opened_at: float
     last_step: int = 0
+    place: Place = Place.DEVICE
+    num_peak: int = 0
+    used_at: float = 0.0
+    since: float = 0.0
+    waits_since: float | None = None
+    is_amid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +62,37 @@ class Begun:
 
 
 class Sessions:
-    """Every session of one worker, over one pool of pages."""
+    """Every session of one worker, over one pool of pages on the device and one in host memory."""
 
-    def __init__(self, blocks: tuple[int, int], num_pages: int) -> None:
-        """blocks: the worker's span; with no blocks or no pages nothing can be opened."""
+    def __init__(
+        self,
+        blocks: tuple[int, int],
+        num_pages: int,
+        num_host_pages: int = 0,
+        carry: Callable[[tuple[PageMove, ...]], None] = lambda moves: None,
+    ) -> None:
+        """blocks: the worker's span; with no blocks or no pages nothing can be opened.
+
+        carry: copies pages between device and host memory, at once, before they are written again.
+        """
+        self._carry = carry
         self._blocks = blocks
         self._pool = PagePool(max(num_pages, 1))
+        self._host = PagePool(max(num_host_pages, 1))
         self._num_pages = num_pages
-        self._num_promised = 0
+        self._num_host_pages = num_host_pages
+        self._expected = Expectation()
         self._open: dict[bytes, Session] = {}
 
     @property
     def free_tokens(self) -> int:
-        """Token slots that are promised to nobody."""
-        return (self._num_pages - self._num_promised) * self._pool.page_tokens
+        """Token slots of the device that hold nothing."""
+        return (self._pool.num_free if self._num_pages else 0) * self._pool.page_tokens
 
-    def open(self, ask: OpenCache) -> Session:
+    def open(self, ask: OpenCache, now_s: float) -> Session:
         """Admit a session, instead of any of the same id.
 
-        Raises `BLOCKS_OUT_OF_RANGE`, `TOO_LONG` if the whole cache could not hold it, and `BUSY`.
+        Raises `BLOCKS_OUT_OF_RANGE`, `TOO_LONG` if the device alone could never hold it, and `BUSY`.
         """
         start, end = self._blocks
         if not start <= ask.start < ask.end <= end:
@@ -66,12 +101,11 @@ class Sessions:
                 f"blocks {ask.start}:{ask.end} asked of a worker that serves {start}:{end}",
                 "choose a range within the worker's span",
             )
-        self.close(ask.session)
-        num_wanted = self._num_wanted(ask.max_rows, ask.max_tokens)
-        self._check_room(ask, num_wanted)
+        self.close(ask.session, now_s)
+        num_most = self._num_most(ask.max_rows, ask.max_tokens)
+        self._check_room(ask, num_most)
         pages = SessionPages(self._pool, ask.max_rows, ask.max_tokens)
-        session = Session(ask.session, (ask.start, ask.end), ask.encoding, pages, num_wanted)
-        self._num_promised += num_wanted
+        session = Session(ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, now_s)
         self._open[ask.session] = session
         return session
 
@@ -86,47 +120,156 @@ class Sessions:
             )
         return found
 
-    def close(self, session: bytes) -> None:
-        """Free a session's pages and promise; one that is unknown is closed already."""
+    def close(self, session: bytes, now_s: float) -> None:
+        """Free a session's pages; one that is unknown is closed already."""
         found = self._open.pop(session, None)
         if found is not None:
             found.pages.close()
-            self._num_promised -= found.num_promised
+            if found.num_peak:
+                share = found.num_peak / found.num_most
+                self._expected = self._expected.after(min(1.0, share), now_s - found.opened_at)
 
-    def _num_wanted(self, max_rows: int, max_tokens: int) -> int:
+    def begin(self, ask: Compute, now_s: float, working: Collection[bytes] = ()) -> Begun | None:
+        """Give a step's rows their pages; None if it has to wait for them.
+
+        working: sessions of which steps wait. Raises as `SessionPages.apply`, and `HISTORY_GAP` with the detail
+        `evicted` if the session had to make room; the rows then stand as before.
+        """
+        session = self.get(ask.session)
+        try:
+            return self._begun(session, ask, now_s, working)
+        except CorollaError:
+            session.waits_since = None
+            raise
+
+    def restore(self, ask: Restore) -> tuple[int, ...]:
+        """Set the rows back as asked; the tokens that each row of the base still has."""
+        session = self.get(ask.session)
+        session.waits_since = None
+        held = session.pages.restore(ask.base_step, ask.lengths)
+        session.last_step = ask.base_step if session.pages.lengths else 0
+        if not session.pages.num_pages:
+            self._come_to_nothing(session, Place.DEVICE)
+        return held
+
+    def _begun(
+        self, session: Session, ask: Compute, now_s: float, working: Collection[bytes]
+    ) -> Begun | None:
+        if session.place is Place.GONE:
+            _check_begins_anew(ask)
+            session.place = Place.DEVICE
+        pages = session.pages
+        num_wanted = pages.plan(ask.rows).num_pages
+        pages.forget(ask.step_id, ask.committed)
+        if session.place is Place.HOST:
+            num_wanted += pages.num_pages
+        if not self._finds_room(session, num_wanted, now_s, working):
+            return None
+        if session.place is Place.HOST:
+            self._move(session, Place.DEVICE, now_s)
+        step_before, lengths_before = session.last_step, pages.lengths
+        had_pages = pages.num_pages > 0
+        applied = pages.apply(ask.step_id, ask.committed, ask.rows)
+        if not had_pages:
+            session.since = now_s
+        session.waits_since = None
+        session.last_step = ask.step_id
+        session.used_at = now_s
+        session.is_amid = True
+        session.num_peak = max(session.num_peak, pages.num_pages)
+        return Begun(session, ask, applied, step_before, lengths_before)
+
+    def _finds_room(
+        self, session: Session, num_wanted: int, now_s: float, working: Collection[bytes]
+    ) -> bool:
+        """Whether so many pages are free now, perhaps because others made room."""
+        if not num_wanted:
+            return True
+        num_own = session.pages.num_pages if session.place is Place.DEVICE else 0
+        if num_own + num_wanted > self._num_pages:
+            raise error(
+                Code.BUSY,
+                f"the session holds {num_own} pages and wants {num_wanted} more, of {self._num_pages} in all",
+                "use another peer",
+            )
+        since = session.waits_since = now_s if session.waits_since is None else session.waits_since
+        patience_s = PATIENCE_S if self._num_host_pages else EVICTION_PATIENCE_S
+        waiting = [other.waits_since for other in self._open.values() if other.waits_since is not None]
+        if any(other < since and now_s - other >= patience_s for other in waiting):
+            return False  # behind whoever waits too long already
+        room = make_room(self._view(now_s, working), session.id, num_wanted, now_s - since)
+        if room is None:
+            return False
+        for evicted in room.evict:
+            self._open[evicted].pages.close()
+            self._come_to_nothing(self._open[evicted], Place.GONE)
+        for parked in room.park:
+            self._move(self._open[parked], Place.HOST, now_s)
+        return True
+
+    def _move(self, session: Session, place: Place, now_s: float) -> None:
+        to_host = place is Place.HOST
+        moved = session.pages.move(self._host if to_host else self._pool)
+        session.place, session.since = place, now_s
+        self._carry(tuple(PageMove(to_host, source, target) for source, target in moved))
+
+    def _come_to_nothing(self, session: Session, place: Place) -> None:
+        """A session without pages; what it grows by is on the device."""
+        session.pages.move(self._pool)
+        session.place = place
+
+    def _view(self, now_s: float, working: Collection[bytes]) -> View:
+        residents, parked = [], []
+        for session in self._open.values():
+            num_pages, has_work = session.pages.num_pages, session.id in working
+            if session.place is Place.HOST:
+                parked.append(Parked(session.id, num_pages, session.used_at, has_work))
+            elif num_pages:
+                residents.append(
+                    Resident(session.id, num_pages, session.used_at, session.since, has_work, session.is_amid)
+                )
+        num_host_free = self._host.num_free if self._num_host_pages else 0
+        return View(now_s, self._pool.num_free, num_host_free, tuple(residents), tuple(parked))
+
+    def _num_most(self, max_rows: int, max_tokens: int) -> int:
         """Pages for all rows at full length. Rows that are forked each copy a page while the step before
         still holds the old one; a single row never does."""
         per_row = -(-max_tokens // self._pool.page_tokens)
         return max_rows * (per_row + (1 if max_rows > 1 else 0))
 
-    def _check_room(self, ask: OpenCache, num_wanted: int) -> None:
+    def _check_room(self, ask: OpenCache, num_most: int) -> None:
         page_tokens = self._pool.page_tokens
         asked = f"{ask.max_rows} rows of {ask.max_tokens} tokens"
-        details = {"wanted_tokens": num_wanted * page_tokens, "free_tokens": self.free_tokens}
-        if num_wanted > self._num_pages:
+        if num_most > self._num_pages:
             raise error(
                 Code.TOO_LONG,
-                f"{asked} take {num_wanted * page_tokens} cache tokens,"
+                f"{asked} take {num_most * page_tokens} cache tokens,"
                 f" this worker has {self._num_pages * page_tokens} in all",
                 "ask for fewer or shorter rows, or give the worker a larger cache",
-                **details,
+                wanted_tokens=num_most * page_tokens,
+                free_tokens=self.free_tokens,
             )
-        if num_wanted + self._num_promised > self._num_pages:
+        sizes = [self._expected.pages(s.num_most, s.pages.num_pages) for s in self._open.values()]
+        num_wanted = self._expected.pages(num_most)
+        num_left = self._num_pages + self._num_host_pages - sum(sizes)
+        if num_wanted > num_left:
+            wait_s = self._expected.wait_s(sizes, num_wanted - num_left)
             raise error(
                 Code.BUSY,
-                f"{asked} take {num_wanted * page_tokens} cache tokens, {self.free_tokens} of"
-                f" {self._num_pages * page_tokens} are free beside {len(self._open)} sessions",
-                "try again when one of them has ended, or ask for shorter rows",
-                **details,
+                f"{asked} are expected to take {num_wanted * page_tokens} cache tokens, and"
+                f" {len(sizes)} sessions here leave {max(0, num_left) * page_tokens} of"
+                f" {(self._num_pages + self._num_host_pages) * page_tokens}",
+                f"use another peer, or try again in {wait_s:.0f} s",
+                wanted_tokens=num_wanted * page_tokens,
+                free_tokens=max(0, num_left) * page_tokens,
+                wait_s=round(wait_s, 1),
             )
 
 
-def begin(session: Session, ask: Compute) -> Begun:
-    """Give a step's rows their pages. Raises as `SessionPages.apply`; the rows then stand as before."""
-    step_before, lengths_before = session.last_step, session.pages.lengths
-    applied = session.pages.apply(ask.step_id, ask.committed, ask.rows)
-    session.last_step = ask.step_id
-    return Begun(session, ask, applied, step_before, lengths_before)
+def end(step: Begun, now_s: float) -> None:
+    """A step is through: its session may be parked again."""
+    step.session.is_amid = False
+    step.session.used_at = now_s
 
 
 def undo(step: Begun) -> None:
@@ -136,6 +279,7 @@ def undo(step: Begun) -> None:
     where the step found them.
     """
     session, ask = step.session, step.ask
+    session.is_amid = False
     if step.step_before < ask.step_id:
         session.pages.restore(step.step_before, step.lengths_before)
         session.last_step = step.step_before
@@ -143,8 +287,15 @@ def undo(step: Begun) -> None:
         session.pages.restore(ask.step_id, tuple(row.position for row in ask.rows))
 
 
-def restore(session: Session, ask: Restore) -> tuple[int, ...]:
-    """Set the rows back as asked; the tokens that each row of the base still has."""
-    held = session.pages.restore(ask.base_step, ask.lengths)
-    session.last_step = ask.base_step if session.pages.lengths else 0
-    return held
+def _check_begins_anew(ask: Compute) -> None:
+    """Raise `HISTORY_GAP` for a step that goes on where nothing is left."""
+    for index, row in enumerate(ask.rows):
+        if row.parent != NEW_ROW:
+            raise error(
+                Code.HISTORY_GAP,
+                f"row {index} begins at position {row.position}; the session had to make room for others",
+                "send its hidden states again",
+                first_position=0,
+                row=index,
+                evicted=True,
+            )

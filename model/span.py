@@ -18,7 +18,7 @@ from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
 from .families import Rotary, Skeleton
-from .pages import PAGE_TOKENS, PageCopy
+from .pages import PAGE_TOKENS, PageCopy, PageMove
 from .quantization import Shelf
 from .weights import fetch_parts, load_part
 
@@ -100,9 +100,11 @@ class Span:
         """Block → its module, to look at."""
         return self._blocks
 
-    def allocate(self, num_pages: int, page_tokens: int = PAGE_TOKENS) -> Cache:
-        """Make the KV cache of all blocks. Raises `OUT_OF_MEMORY`."""
-        self.cache = Cache(self.cache_shapes, num_pages, self.dtype, self.device, page_tokens)
+    def allocate(self, num_pages: int, page_tokens: int = PAGE_TOKENS, *, num_host_pages: int = 0) -> Cache:
+        """Make the KV cache of all blocks, and room in host memory for its pages. Raises `OUT_OF_MEMORY`."""
+        self.cache = Cache(
+            self.cache_shapes, num_pages, self.dtype, self.device, page_tokens, num_host_pages=num_host_pages
+        )
         return self.cache
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
@@ -110,6 +112,11 @@ class Span:
         if self.cache is not None:
             for source, target in copies:
                 self.cache.copy_page(source, target)
+
+    def move_pages(self, moves: Iterable[PageMove]) -> None:
+        """Copy pages to host memory, and back."""
+        if self.cache is not None:
+            self.cache.move_pages(moves)
 
     def forward(
         self,

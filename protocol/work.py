@@ -81,6 +81,9 @@ class Configure(Message):
     threads: int = 0
     memory_bytes: int = 0
     cache_tokens: int = 0  # KV slots of the pool; 0: what memory allows, within reason
+    parked_tokens: int = (
+        -1
+    )  # KV slots in host memory for idle sessions; -1: what memory allows, within reason
 
     def __post_init__(self) -> None:
         check_range("start", self.start, 0, MAX_BLOCKS)
@@ -91,9 +94,9 @@ class Configure(Message):
 class OpenCache(Message):
     """Admit a session on blocks [start, end) of the span. Answered by `Done`, or `Failed`.
 
-    `BUSY`, with `free_tokens` and `wanted_tokens` in its details, if the cache cannot promise max_tokens to
-    each of max_rows now; `TOO_LONG` if it never could; `ADAPTER_MISSING` with the hex names in `missing`. A session
-    of this id that is open is closed first.
+    `BUSY`, with `free_tokens`, `wanted_tokens` and an estimate `wait_s` in its details, if what sessions are
+    expected to come to hold leaves too little for it; `TOO_LONG` if max_tokens for each of max_rows could never
+    be had; `ADAPTER_MISSING` with the hex names in `missing`. A session of this id that is open is closed first.
     """
 
     KIND: ClassVar[str] = "open"
@@ -119,8 +122,9 @@ class Compute(Message):
     token of each row that has any, in the order of the rows, and that of `NONE` is empty. Steps of one
     session run in the order in which they were asked. committed, rows: as in `steps.Step`.
 
-    Fails alone, and leaves the rows as they were before it: `UNKNOWN_SESSION`; `BAD_SHAPE` and `NOT_FINITE`
-    if the payload is wrong (its sender's fault); `HISTORY_GAP`, `TOO_LONG`, `BAD_REQUEST`, `BUSY` of its rows;
+    It may have to wait for cache pages. Fails alone, and leaves the rows as they were before it:
+    `UNKNOWN_SESSION`; `BAD_SHAPE` and `NOT_FINITE` if the payload is wrong (its sender's fault); `HISTORY_GAP`,
+    with the detail `evicted` if the session had to make room for others; `TOO_LONG`, `BAD_REQUEST`, `BUSY` of its rows;
     `OUT_OF_MEMORY`; `INTERNAL` with the detail `not_finite="output"` if the blocks themselves made numbers
     that are not finite or too large for the encoding.
     """

@@ -268,8 +268,12 @@ class HopSession:
         )
 
     def accused(self, problem: CorollaError) -> Hop | None:
-        """Whom a failed computation speaks against: whoever sent the values that it could not use."""
-        return self.upstream if problem.code in _VALUES else None
+        """Whom a failed computation speaks against: whoever sent the values that it could not use.
+
+        Nobody, if it was our worker that had to give up what came before them.
+        """
+        is_ours = bool(problem.details.get("evicted"))
+        return self.upstream if problem.code in _VALUES and not is_ours else None
 
     def _check_size(self, rows: tuple[Row, ...]) -> None:
         """A step holds no more than its session was promised: what waits for the worker is bounded by it."""

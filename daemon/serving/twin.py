@@ -109,6 +109,12 @@ class _Cache:
         self._token_bytes = ask.encoding.token_bytes(hidden_size)
         self._rows: Table = ()
         self._tables: dict[int, Table] = {}
+        self._is_evicted = False
+
+    def evict(self) -> None:
+        """Make room for others: nothing is left, and the next step is told so."""
+        self._rows, self._tables = (), {}
+        self._is_evicted = True
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -137,6 +143,7 @@ class _Cache:
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """As `work.Restore` says."""
+        self._is_evicted = False
         base = self._tables.get(base_step) if base_step else None
         if base is None:
             self._rows, self._tables = (), {}
@@ -162,6 +169,9 @@ class _Cache:
         return tuple(chains), values
 
     def _check(self, index: int, row: Row) -> None:
+        if self._is_evicted and row.parent != NEW_ROW:
+            said = f"row {index} begins at position {row.position}; the session had to make room for others"
+            raise error(Code.HISTORY_GAP, said, first_position=0, row=index, evicted=True)
         if row.parent >= len(self._rows) or index >= self.ask.max_rows:
             raise error(
                 Code.BAD_REQUEST,
@@ -346,6 +356,11 @@ class WorkerTwin:
         self._wake()
         for listener in tuple(self._lost):
             listener()
+
+    def evict(self) -> None:
+        """Every session makes room for others, without being told."""
+        for cache in self._caches.values():
+            cache.evict()
 
     def hang(self) -> None:
         """It answers nothing and makes no progress until `wake`, or until its silence kills it."""

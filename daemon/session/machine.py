@@ -233,6 +233,10 @@ class SessionMachine(Ascent):
             case Code.HISTORY_GONE if self._is_source(member):
                 self._without_history.add(self._roster.index(member))
                 self._replay_or_run()
+            case Code.HISTORY_GAP if problem.details.get("evicted"):
+                self._strike(
+                    member, problem.message
+                )  # it made room for others, and sets its rows back to nothing
             case Code.HISTORY_GAP if member.struck_at == self._pipeline.committed:
                 self._on_accusation(member, failure, problem)  # twice, and linked anew between
             case Code.HISTORY_GAP | Code.HISTORY_GONE | Code.STALE_EPOCH | Code.LINK_FAILED:

@@ -48,13 +48,15 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is started with. cache_tokens, memory_bytes: 0 as the worker thinks best."""
+    """What a worker is started with. cache_tokens, memory_bytes: 0, and parked_tokens: -1, as the worker thinks
+    best."""
 
     model: str
     threads: int
     dtype: DType = DType.FLOAT32
     quantization: str | None = None
     cache_tokens: int = 0
+    parked_tokens: int = -1
     memory_bytes: int = 0
     cache_folder: Path = field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("corolla")) / "models"
@@ -92,6 +94,7 @@ class ServedModel:
                 threads=setup.threads,
                 memory_bytes=setup.memory_bytes,
                 cache_tokens=setup.cache_tokens,
+                parked_tokens=setup.parked_tokens,
             )
         )
         self.ready = self._wait_ready()

@@ -150,6 +150,18 @@ async def test_a_lost_hop_is_repaired_and_told_and_no_token_differs() -> None:
         assert all(isinstance(p.detail["text"], str) for p in someone.pieces if p.event is not None)
 
 
+async def test_a_session_that_had_to_make_room_is_replayed_and_charges_nobody() -> None:
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        first, second = (member.worker for member in someone.swarm.members[1:])
+        assert first is not None
+        assert second is not None
+        someone.after = lambda count: {3: first.evict, 5: second.evict}.get(count, lambda: None)()
+        answer = await someone.generate("hello", max_new_tokens=8)
+        assert someone.tokens() == whole_text(b"hello", 8)
+        assert answer.num_repairs == 2
+        assert not someone.client.belonging.ledger.charged(trio.current_time())
+
+
 async def test_nobody_left_ends_it_with_what_was_generated() -> None:
     async with user((0, NUM_BLOCKS)) as someone:
         someone.at(3, lambda: someone.swarm.kill(someone.swarm.members[1]))

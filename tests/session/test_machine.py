@@ -284,6 +284,21 @@ def test_the_accuser_is_guilty_if_its_replacement_cures_it() -> None:
     assert [(charge.peer, charge.weight) for charge in bench.of(ev.Charge)] == [("b", HEAVY)]
 
 
+def test_a_hop_that_evicts_a_session_again_and_again_is_left_and_nobody_accused() -> None:
+    bench = opened(A, B)
+    bench.step(2, Row(0, 3, 1))
+    problem = error(Code.HISTORY_GAP, "made room for others", first_position=0, evicted=True)
+    bench.hear("b", Failure.of(ID, 1, problem, 2))
+    bench.link(2, a=(3,), b=(3,))
+    assert bench.machine.phase is Phase.RUNNING
+    bench.hear("b", Failure.of(ID, 2, problem, 2))
+    (question,) = bench.of(ev.FindRoute)
+    assert (question.request.start, question.request.end) == (1, 2)
+    assert B.hop in question.request.avoid
+    assert not question.request.avoid_peers
+    assert not bench.of(ev.Charge)
+
+
 def test_an_answer_of_the_wrong_length_is_seen_by_the_client_itself() -> None:
     bench = opened(A)
     bench.step(2, Row(0, 3, 1))
