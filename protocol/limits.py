@@ -109,5 +109,10 @@ MAX_RELAYS: Final = 3  # where a private peer holds reservations: two may die
 RELAYS_EVERY_S: Final = 20.0  # how often a private peer looks whether it has enough
 CIRCUIT_TIMEOUT_S: Final = 5.0  # one message to a relay, or through it
 
+# Dialling others back, so that they learn whether they can be reached.
+MAX_DIAL_BACKS: Final = 4  # at once
+MAX_DIAL_BACKS_PER_MINUTE: Final = 30  # for all others: more peers than that ask somebody else
+DIAL_BACK_AGAIN_S: Final = 5.0  # before the same peer is served again
+
 # Control socket.
 MAX_CALLS_PER_CONNECTION: Final = 256

@@ -168,9 +168,14 @@ class OurSwarm(Swarm):
         except CorollaError as failure:
             raise SwarmException(str(failure)) from failure
 
-    async def dial_address(self, address: Multiaddr, expected: ID | None) -> SwarmConn:
-        """A new connection to `address`; whoever answers is accepted when `expected` is None."""
-        raw = await self._dial_tcp(address)
+    async def dial_address(
+        self, address: Multiaddr, expected: ID | None, *, from_any_port: bool = False
+    ) -> SwarmConn:
+        """A new connection to `address`; whoever answers is accepted when `expected` is None.
+
+        from_any_port: from a port that its NAT has not seen, instead of the one that ours shall show.
+        """
+        raw = await (self._tcp.dial(address) if from_any_port else self._dial_tcp(address))
         connection = await self.upgrade_outbound(raw, expected)
         if _local_port(raw) in self._listening_ports():
             self._from_own_port.add(connection)

@@ -25,7 +25,7 @@ from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
-from ...protocol.punch import Doors
+from ...protocol.reach import RING_PROTOCOL
 from ...protocol.views import ReachView
 from ..identity import Identity
 from .dialling import AddressBook, Reach, Reachability, reach_of, split_peer, try_each, unreachable
@@ -35,12 +35,12 @@ from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
 from .observations import Sighting, place_of
+from .presence import Means, Presence
 from .punching import Punching, Ways
-from .relaying import RelayLimits, RelayService
-from .relays import Relays
+from .reaching import say_nonce
+from .relaying import RelayLimits
 from .seam import Guard, Handler, PeerView, Stream
 from .streams import Libp2pStream
-from .whereabouts import Whereabouts
 from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
@@ -123,10 +123,8 @@ class Libp2pNetwork:
     ) -> None:
         self._peer = identity.peer
         self._nursery = nursery
-        self._whereabouts = Whereabouts(announce, reachability)
         self._handlers = Handlers()
         self._listeners: list[Callable[[str, bool], None]] = []
-        self._address_listeners: list[Callable[[], None]] = []
         self._book = AddressBook()
         self._connections: dict[str, list[SwarmConn]] = {}
         self._dials: dict[str, _Dial] = {}
@@ -134,19 +132,26 @@ class Libp2pNetwork:
         self._stopping = trio.Event()
         self._scope = trio.CancelScope(shield=True)
         self.failure: CorollaError | None = None  # why it could not start, or broke down
-        self.relays: Final = Relays(self, self._take_circuit, self.is_private, self._addresses_changed)
+        self._presence = Presence(
+            self,
+            Means(self._take_circuit, self._ring, self._came_in),
+            announce=announce,
+            reachability=reachability,
+            relay=relay,
+        )
         self._swarm, self._host = make_host(
             identity,
             reach=self._reach,
             connected=self._on_connected,
-            advertised=self._own_addresses,
+            advertised=self._presence.addresses,
             admits=self._handlers.admits,
             max_connections=max_connections,
         )
-        self.relays.serve()
-        self._punching = Punching(self, Ways(self._dial, self._meet, self._doors, self._is_direct))
+        self._presence.serve()
+        self.relays: Final = self._presence.relays
+        self.relaying: Final = self._presence.relaying
+        self._punching = Punching(self, Ways(self._dial, self._meet, self._presence.doors, self._is_direct))
         self._punching.serve()
-        self.relaying: Final = RelayService(self, relay) if relay is not None else None
 
     # the seam
 
@@ -155,10 +160,10 @@ class Libp2pNetwork:
         return self._peer
 
     def addresses(self) -> tuple[str, ...]:
-        return tuple(f"{address}/p2p/{self._peer}" for address in self._own_addresses())
+        return tuple(f"{address}/p2p/{self._peer}" for address in self._presence.addresses())
 
     def on_addresses(self, listener: Callable[[], None]) -> None:
-        self._address_listeners.append(listener)
+        self._presence.on_change(listener)
 
     def handle(self, protocol: str, handler: Handler) -> None:
         self._handlers.add(protocol, handler)
@@ -191,20 +196,10 @@ class Libp2pNetwork:
         if not places:
             return
         is_mapping = any(self._swarm.shows_mapping(connection) for connection in direct)
-        if self._whereabouts.seen_by(peer, Sighting(places[0], address, is_mapping)):
-            self._addresses_changed()
+        self._presence.seen_by(peer, Sighting(places[0], address, is_mapping))
 
     def reach(self) -> ReachView:
-        relaying, is_private, seen = self.relaying, self.is_private(), self._whereabouts.seen()
-        return ReachView(
-            "private" if is_private else "unknown",
-            nat=seen.nat,
-            observed=seen.addresses,
-            relays=self.relays.uses(),
-            offers_relay=relaying is not None and not is_private,
-            num_reservations=relaying.num_reservations if relaying is not None else 0,
-            num_circuits=relaying.num_circuits if relaying is not None else 0,
-        )
+        return self._presence.view()
 
     async def open(self, peer: str, protocol: str, *, timeout_s: float) -> Stream:
         if peer == self._peer:
@@ -226,7 +221,7 @@ class Libp2pNetwork:
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         bare, peer = split_peer(address)
-        if peer == self._peer or bare in self._whereabouts.direct():
+        if peer == self._peer or bare in self._presence.whereabouts.direct():
             raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
         if peer is not None and self._live(peer) is not None:
             return peer
@@ -252,10 +247,6 @@ class Libp2pNetwork:
     async def closest_peers(self, key: bytes, count: int) -> tuple[str, ...]:
         found = await self._routing.closest(key, count) if self._routing is not None else ()
         return tuple(peer for peer in found if peer != self._peer and self._is_dialable(peer))[:count]
-
-    def is_private(self) -> bool:
-        """Whether others cannot dial us, as far as is known."""
-        return self._whereabouts.is_private(self.peers())
 
     # its life
 
@@ -289,13 +280,13 @@ class Libp2pNetwork:
             )
             return
         listeners = self._swarm.listeners.values()
-        self._whereabouts.listens_on([bound for one in listeners for bound in one.get_addrs()])
+        self._presence.whereabouts.listens_on([bound for one in listeners for bound in one.get_addrs()])
         if kad_protocol is not None:
             self._routing = SwarmRouting(
                 self._host, kad_protocol, lambda peer: self._handlers.admits(peer, kad_protocol)
             )
             nursery.start_soon(self._routing.run)
-        nursery.start_soon(self.relays.run)
+        self._presence.start(nursery)
 
     def stop(self) -> None:
         """Begin to close; `run` ends in bounded time."""
@@ -309,7 +300,7 @@ class Libp2pNetwork:
                     for connection in tuple(connections):
                         nursery.start_soon(connection.muxed_conn.close)
         self._listeners.clear()
-        self._address_listeners.clear()
+        self._presence.close()
         await self._host.close()
 
     # connections
@@ -340,16 +331,18 @@ class Libp2pNetwork:
             del self._dials[peer]
             dial.done.set()
 
-    async def _dial(self, address: str, peer: str | None) -> SwarmConn:
+    async def _dial(self, address: str, peer: str | None, *, from_any_port: bool = False) -> SwarmConn:
         """A new connection to an address, where `peer` (or, for None, anyone) must answer.
 
-        Raises `PEER_LOST`, its message only the reason.
+        from_any_port: as `OurSwarm.dial_address`. Raises `PEER_LOST`, its message only the reason.
         """
         try:
             expected = None if peer is None else ID.from_string(peer)
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 if reach_of(address) is not Reach.RELAYED:
-                    return await self._swarm.dial_address(Multiaddr(address), expected)
+                    return await self._swarm.dial_address(
+                        Multiaddr(address), expected, from_any_port=from_any_port
+                    )
                 if peer is None or expected is None:
                     raise error(Code.BAD_REQUEST, f"{address} does not say whom the relay shall call")
                 return await self._swarm.upgrade_outbound(await self.relays.dial(address, peer), expected)
@@ -365,7 +358,7 @@ class Libp2pNetwork:
             heard = [split_peer(str(a))[0] for a in self._host.get_peerstore().addrs(ID.from_string(peer))]
         except (PeerStoreError, ValueError):
             heard = []
-        own = self._whereabouts.direct()  # two peers at one relay share their relayed ones
+        own = self._presence.whereabouts.direct()  # two peers at one relay share their relayed ones
         known = (a for a in (*self._book.known(peer), *heard[:MAX_ADDRESSES]) if a not in own)
         return tuple(dict.fromkeys(known))
 
@@ -392,8 +385,6 @@ class Libp2pNetwork:
         addresses = [str(address) for address in connection.get_transport_addresses()]
         if connection.direction is Direction.OUTBOUND:
             self._book.learn(peer, addresses)
-        elif connection.direction is Direction.INBOUND:
-            self._whereabouts.called_from(addresses)
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
         if _is_relayed(connection) and connection.direction is Direction.OUTBOUND:
@@ -418,15 +409,28 @@ class Libp2pNetwork:
         except Exception as failure:  # as in `_dial`; that it is `peer`, its handshake proves
             raise error(Code.PEER_LOST, root_cause(failure)) from failure
 
-    def _doors(self) -> Doors:
-        return self._whereabouts.doors(self.relays.observed(), is_private=self.is_private())
+    async def _ring(self, address: str, peer: str, nonce: bytes) -> None:
+        """Dial a peer anew, to show it that this can be done. Raises `PEER_LOST` with the reason."""
+        connection = await self._dial(address, peer, from_any_port=True)
+        try:
+            await say_nonce(await self._agree(connection, peer, RING_PROTOCOL), nonce)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+                await connection.close()
+
+    def _came_in(self, stream: Stream) -> bool:
+        muxed = stream.connection if isinstance(stream, Libp2pStream) else None
+        return any(
+            c.muxed_conn is muxed and c.direction is Direction.INBOUND and not _is_relayed(c)
+            for c in self._connections.get(stream.peer, ())
+        )
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
         connections = self._connections.get(peer, [])
         if connection in connections:
             connections.remove(connection)
         if not connections and self._connections.pop(peer, None) is not None:
-            self._whereabouts.lost(peer)
+            self._presence.whereabouts.lost(peer)
             self._tell(peer, connected=False)
 
     def _tell(self, peer: str, *, connected: bool) -> None:
@@ -476,15 +480,6 @@ class Libp2pNetwork:
             await stream.reset()
             return
         await self._handlers.serve(Libp2pStream(muxed, str(muxed.muxed_conn.peer_id), protocol))
-
-    # addresses
-
-    def _addresses_changed(self) -> None:
-        for listener in tuple(self._address_listeners):
-            listener()
-
-    def _own_addresses(self) -> tuple[str, ...]:
-        return self._whereabouts.all(self.relays.addresses(), is_private=self.is_private())
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:

@@ -52,22 +52,31 @@ class RelayLimits:
 
 
 class RelayService:
-    """Serves `HOP_PROTOCOL` on a network. on_bytes: told of what was carried."""
+    """Serves `HOP_PROTOCOL` on a network. on_bytes: told of what was carried.
+
+    is_offering: whether others could come to us at all; a relay that nobody can dial helps nobody.
+    """
 
     def __init__(
         self,
         network: Network,
         limits: RelayLimits | None = None,
         on_bytes: Callable[[int], None] = lambda _: None,
+        *,
+        is_offering: Callable[[], bool] = lambda: True,
     ) -> None:
         self._network = network
         self._limits = limits or RelayLimits()
         self._on_bytes = on_bytes
+        self._is_offering = is_offering
         self._reserved: dict[str, float] = {}  # peer → until when, on trio's clock
         self._circuits: Counter[str] = Counter()  # by each of the two peers of each
         self._num_circuits = 0
         self._pace = _Pace(self._limits.bytes_per_s, BURST_BYTES)
-        network.handle(HOP_PROTOCOL, self._serve)
+
+    def serve(self) -> None:
+        """Relay from now on."""
+        self._network.handle(HOP_PROTOCOL, self._serve)
 
     @property
     def num_reservations(self) -> int:
@@ -98,6 +107,9 @@ class RelayService:
 
     def _reserve(self, peer: str) -> HopMessage:
         self._forget_expired()
+        if not self._is_offering():
+            self._reserved.pop(peer, None)
+            return hop_status(Status.RESERVATION_REFUSED)
         if peer not in self._reserved and len(self._reserved) >= self._limits.reservations:
             return hop_status(Status.RESERVATION_REFUSED)
         self._reserved[peer] = trio.current_time() + self._limits.reservation_s

@@ -10,7 +10,7 @@ from typing import Final
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from ...protocol.errors import Code, CorollaError, error
-from .yamux import YamuxStream
+from .yamux import Yamux, YamuxStream
 
 _RECEIVE_BYTES: Final = 1024 * 1024
 
@@ -32,6 +32,11 @@ class Libp2pStream:
     @property
     def protocol(self) -> str:
         return self._protocol
+
+    @property
+    def connection(self) -> Yamux:
+        """The muxer that carries it."""
+        return self._muxed.muxed_conn
 
     async def send(self, data: bytes) -> None:
         try:

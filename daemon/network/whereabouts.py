@@ -1,12 +1,12 @@
 """Where we are: the addresses that we tell others, and whether they can dial us there. No I/O.
 
-What is known of it comes from outside: where we listen, what the owner announces, who called us, where others
-see us, and who is connected and how.
+What is known of it comes from outside: where we listen, what the owner announces, where others see us, whether
+they could dial us there, and who is connected and how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
@@ -15,6 +15,7 @@ from ...protocol.limits import MAX_ADDRESSES
 from ...protocol.punch import Doors
 from .dialling import Reach, Reachability, reach_of, split_peer
 from .observations import Seen, Sighting, combine
+from .proofs import Verdict
 from .seam import PeerView
 
 
@@ -25,16 +26,47 @@ class Whereabouts:
         self._announce = tuple(split_peer(address)[0] for address in announce)
         self._reachability = reachability
         self._bound: tuple[Multiaddr, ...] = ()
-        self._was_called = False
         self._sightings: dict[str, Sighting] = {}  # by the peer that says so, while it is connected
+        self._verdict = Verdict()
 
     def listens_on(self, bound: Sequence[Multiaddr]) -> None:
         """These are our listeners, with real ports."""
         self._bound = tuple(bound)
 
-    def called_from(self, addresses: Sequence[str]) -> None:
-        """Somebody dialled us from there. Through a relay, or in our own network, that proves nothing."""
-        self._was_called |= any(reach_of(address) is Reach.PUBLIC for address in addresses)
+    def judged(self, verdict: Verdict) -> None:
+        """What came of others' dialling us back."""
+        self._verdict = verdict
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the owner said how we are reached."""
+        return self._reachability is not Reachability.AUTO or bool(self._announce)
+
+    @property
+    def proven(self) -> tuple[str, ...]:
+        """Our addresses at which others dialled us back."""
+        return self._verdict.proven
+
+    def reachability(self) -> str:
+        """`public`, `private` or `unknown`, as the owner says or as others found."""
+        if self._reachability is not Reachability.AUTO:
+            return self._reachability.value
+        is_public = True if self._announce else self._verdict.is_public
+        return "unknown" if is_public is None else "public" if is_public else "private"
+
+    def is_private(self, peers: Sequence[PeerView]) -> bool:
+        """Whether others have to come to us through relays.
+
+        So it is held of one who dials out into the world, until somebody has dialled it back.
+        """
+        known = self.reachability()
+        if known != "unknown":
+            return known == "private"
+        return bool(self._bound) and any(
+            reach_of(address) is Reach.PUBLIC and not (view.relayed or view.inbound)
+            for view in peers
+            for address in view.addresses
+        )
 
     def seen_by(self, peer: str, sighting: Sighting) -> bool:
         """A connected peer tells where it sees us; whether we are seen at other addresses now."""
@@ -50,17 +82,13 @@ class Whereabouts:
         """Where others see us, and through which kind of NAT."""
         return combine(tuple(self._sightings.values()), self.direct())
 
-    def is_private(self, peers: Sequence[PeerView]) -> bool:
-        """Whether others cannot dial us, as far as is known: we dial out into the world, nobody dials in."""
-        if self._reachability is not Reachability.AUTO:
-            return self._reachability is Reachability.PRIVATE
-        if self._announce or self._was_called or not self._bound:
-            return False
-        return any(
-            reach_of(address) is Reach.PUBLIC and not (view.relayed or view.inbound)
-            for view in peers
-            for address in view.addresses
-        )
+    def sightings(self) -> Mapping[str, Sighting]:
+        """Where each connected peer sees us."""
+        return dict(self._sightings)
+
+    def world(self) -> tuple[str, ...]:
+        """The public addresses that we know without being told: announced ones, and of our interfaces."""
+        return tuple(address for address in self.direct() if reach_of(address) is Reach.PUBLIC)
 
     def direct(self) -> tuple[str, ...]:
         """Announced addresses, then ours: public ones, those in our network, those on this machine."""
@@ -72,22 +100,27 @@ class Whereabouts:
     def all(self, relayed: Sequence[str], *, is_private: bool) -> tuple[str, ...]:
         """What to tell others, best first: relayed addresses stand behind the public ones.
 
-        Where others see us is told if they can dial us there.
+        Where others see us is told if they can dial us there, and our own public addresses unless they cannot.
         """
         direct = self.direct()
+        if self._is_shut():
+            direct = tuple(a for a in direct if a in self._announce or reach_of(a) is not Reach.PUBLIC)
         public = [address for address in direct if reach_of(address) is Reach.PUBLIC]
-        observed = () if is_private or self._announce else self.seen().addresses
-        return tuple(dict.fromkeys((*self._announce, *public, *observed, *relayed, *direct)))
+        told = () if is_private or self._announce else self.proven or self.seen().addresses
+        return tuple(dict.fromkeys((*self._announce, *public, *told, *relayed, *direct)))
 
     def doors(self, told: Sequence[str], *, is_private: bool) -> Doors:
         """Where another may try to come through. told: where each of our relays sees us.
 
         One relay's word suffices here: what comes of a lie is a door that does not open.
         """
-        public = [address for address in self.direct() if reach_of(address) is Reach.PUBLIC]
-        observed = self.seen().addresses
-        found = dict.fromkeys((*public, *observed, *told))
-        return Doors(tuple(found)[:MAX_ADDRESSES], is_open=bool(public or observed) and not is_private)
+        found = dict.fromkeys((*self.world(), *self.seen().addresses, *told))
+        is_open = bool(self.world() or self.proven) and not is_private
+        return Doors(tuple(found)[:MAX_ADDRESSES], is_open=is_open)
+
+    def _is_shut(self) -> bool:
+        """Whether others tried our addresses in vain, and the owner does not say otherwise."""
+        return not self.is_configured and self._verdict.is_public is False
 
 
 def _distance_outwards(address: str) -> int:

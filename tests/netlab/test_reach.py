@@ -13,7 +13,7 @@ import torch
 
 from ..model.tiny import save_tiny
 from ..processes import DaemonProcess, wait_until
-from .lab import Lab, Nat, why_not
+from .lab import PORT, Lab, Nat, why_not
 from .members import LabSwarm, is_relayed, lab_swarm, wait_relayed_address
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -105,6 +105,30 @@ def test_two_behind_nats_that_keep_ports_come_to_speak_directly(
     tokens, _ = generated(client, 64, until_direct)
 
     assert tokens == expected(model[1], 64)  # whether it moved amid the text or before
+    assert not is_relayed(client, peer_of(home))
+
+
+def test_behind_a_nat_that_lets_callers_in_no_relay_is_used(
+    lab: tuple[Lab, LabSwarm], model: tuple[Path, Any]
+) -> None:
+    """Two members see it at one address and dial it back there: that is where others then call."""
+    net, swarm = lab
+    public = swarm.found_on(net.host("pub"), "pub", "--model", str(model[0]), "--blocks", "0:2")
+    swarm.on(net.host("two"), "two", "--blocks", "none", "--join", swarm.token)
+    host = net.host("home", Nat.FULL_CONE)
+    home = swarm.serve_on(host, "home", 2, 4)
+    for daemon in (public, home):
+        daemon.wait_online()
+    outside = f"/ip4/{host.public_address}/tcp/{PORT}/p2p/{peer_of(home)}"
+    wait_until(lambda: home.status().addresses[0] == outside, "home knows where it is reached")
+    wait_until(lambda: not any("p2p-circuit" in a for a in home.status().addresses), "home needs no relay")
+
+    client = swarm.use_on(net.host("cafe", Nat.SYMMETRIC), "cafe")
+    client.wait_ready()
+    swarm.wait_covered(client, [1, 1, 1, 1])
+    tokens, _ = generated(client, 24)
+
+    assert tokens == expected(model[1], 24)
     assert not is_relayed(client, peer_of(home))
 
 

@@ -1,0 +1,125 @@
+"""How others come to us: what we know of it, what we do about it, and what we tell.
+
+It joins the parts that know or do: whereabouts, dial-backs, relays used and relaying offered. It owns who is told
+when an address changes. Which connections stand, the network says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from ...protocol.punch import Doors
+from ...protocol.views import ReachView
+from .dialling import Reachability
+from .observations import Sighting
+from .reaching import Doorbell, Reaching, Ring
+from .relaying import RelayLimits, RelayService
+from .relays import Relays, Upgrade
+from .seam import Network, Stream
+from .whereabouts import Whereabouts
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What presence needs of its network. take: makes a connection of an inbound circuit.
+
+    ring, came_in: as in `Doorbell`.
+    """
+
+    take: Upgrade
+    ring: Ring
+    came_in: Callable[[Stream], bool]
+
+
+class Presence:
+    """Of one network. announce: addresses to tell first. relay: what we carry for others; None is nothing."""
+
+    def __init__(
+        self,
+        network: Network,
+        means: Means,
+        *,
+        announce: Sequence[str],
+        reachability: Reachability,
+        relay: RelayLimits | None,
+    ) -> None:
+        self._network = network
+        self._listeners: list[Callable[[], None]] = []
+        self.whereabouts: Final = Whereabouts(announce, reachability)
+        self.relays: Final = Relays(network, means.take, self.is_private, self._tell)
+        self.relaying: Final = (
+            RelayService(network, relay, is_offering=lambda: not self.is_private())
+            if relay is not None
+            else None
+        )
+        bell = Doorbell(means.ring, means.came_in, self.whereabouts.world, self.whereabouts.sightings)
+        self._reaching = Reaching(network, bell, self._judged)
+
+    def serve(self) -> None:
+        """Answer others from now on."""
+        self.relays.serve()
+        if self.relaying is not None:
+            self.relaying.serve()
+        self._reaching.serve()
+        self._network.on_peer(lambda peer, connected: self._reaching.stir())
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Find out how we are reached, and keep reservations where we need them."""
+        nursery.start_soon(self.relays.run)
+        nursery.start_soon(self._reaching.run)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener()` whenever `addresses` may be others than before."""
+        self._listeners.append(listener)
+
+    def close(self) -> None:
+        """Tell nobody any more."""
+        self._listeners.clear()
+
+    def seen_by(self, peer: str, sighting: Sighting) -> None:
+        """A connected peer tells where it sees us."""
+        has_moved = self.whereabouts.seen_by(peer, sighting)
+        self._reaching.stir()
+        if has_moved:
+            self._tell()
+
+    def is_private(self) -> bool:
+        """Whether others cannot dial us, as far as is known."""
+        return self.whereabouts.is_private(self._network.peers())
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where others may reach us, best first, without `/p2p/…` of ours."""
+        return self.whereabouts.all(self.relays.addresses(), is_private=self.is_private())
+
+    def doors(self) -> Doors:
+        """Where one may try to come through who opens our NAT together with us."""
+        return self.whereabouts.doors(self.relays.observed(), is_private=self.is_private())
+
+    def view(self) -> ReachView:
+        """All of it, for people."""
+        where, relaying = self.whereabouts, self.relaying
+        seen = where.seen()
+        return ReachView(
+            where.reachability(),
+            configured=where.is_configured,
+            nat=seen.nat,
+            observed=seen.addresses,
+            proven=where.proven,
+            relays=self.relays.uses(),
+            offers_relay=relaying is not None and not self.is_private(),
+            num_reservations=relaying.num_reservations if relaying is not None else 0,
+            num_circuits=relaying.num_circuits if relaying is not None else 0,
+        )
+
+    def _judged(self) -> None:
+        self.whereabouts.judged(self._reaching.verdict)
+        self.relays.stir()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in tuple(self._listeners):
+            listener()
