@@ -77,8 +77,11 @@ def main() -> None:
     engine = load(configure, connection)
     threading.Thread(target=beat, args=(connection, engine, inbox), name="beater", daemon=True).start()
     while True:
-        for message in waiting(inbox, for_s=_IDLE_ROUND_S if engine.is_idle else engine.grace_s):
+        for message in waiting(inbox, for_s=_IDLE_ROUND_S if engine.is_idle else engine.blocked_s):
             engine.handle(message)
+        while grace_s := engine.grace_s:
+            for message in waiting(inbox, for_s=grace_s):
+                engine.handle(message)
         engine.run()
 
 

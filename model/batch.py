@@ -114,10 +114,9 @@ class Scheduler:
         return self._num_arrived - self._num_gone + len(self._training)
 
     @property
-    def is_early(self) -> bool:
-        """Whether a prefill waits, and it may pay to wait a moment for decodes that are on their way."""
-        heads = [lane[0] for lane in self._lanes.values()]
-        return not all(head.job.is_decode for head in heads) and self._expects(heads)
+    def has_steps(self) -> bool:
+        """Whether a step waits."""
+        return bool(self._lanes)
 
     def add(self, job: Job) -> None:
         """Queue a job behind those of its session."""

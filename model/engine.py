@@ -42,6 +42,7 @@ from .adapters import Overlay
 from .adapters import Part as AdapterPart
 from .attention import Batch, Segment
 from .batch import Job, Part, Pass, Policy, Scheduler
+from .company import Company
 from .encodings import check_finite, decode, encode
 from .failures import explain
 from .generation import Generations
@@ -53,11 +54,11 @@ logger = logging.getLogger(__name__)
 
 # A row that brings so few tokens is being written on: one, or a guess of a few that is to be confirmed.
 _DECODE_TOKENS: Final = 8
-# A pass with a prefill waits so long for decodes to join it; without them it keeps them waiting all the longer.
-_GRACE: Final = 0.1  # of the last pass
 # How often steps look for pages while nothing else can run; a session is idle after a second.
 _BLOCKED_S: Final = 0.02
-_MAX_GRACE_S: Final = 0.01  # a daemon on this machine asks for the next token within it
+# A pass may wait so long for sessions that are due: apart, two halves of them take two passes for each token.
+_GRACE: Final = 0.5  # of the last pass
+_MAX_GRACE_S: Final = 0.05
 
 
 class Blocks(Protocol):
@@ -142,6 +143,10 @@ class Engine:
         self._num_loops = 0
         self._num_tokens = 0
         self._pass_s = 0.0  # that the last pass took
+        self._ready_s = 0.0  # since when the next pass could run
+        self._decoding = Company()  # sessions, by id
+        self._sampling = Company()  # generations, by number, which are due after a pass
+        self._sampled: set[int] = set()  # since the last pass
         self._last_beat = (time.monotonic(), 0)
 
     @property
@@ -150,16 +155,22 @@ class Engine:
         return not self._samples and not self._scheduler.num_waiting
 
     @property
-    def grace_s(self) -> float:
-        """How long it pays to wait for more requests before the next pass: a small part of what a pass takes.
+    def blocked_s(self) -> float:
+        """How long to wait for requests first, where nothing can run before somebody makes room; else 0."""
+        is_blocked = self._blocked and self._blocked.keys() >= self._asked.keys() and not self._samples
+        return _BLOCKED_S if is_blocked else 0.0
 
-        Where nothing can run before somebody makes room, a little longer.
-        """
-        if self._blocked and self._blocked.keys() >= self._asked.keys() and not self._samples:
-            return _BLOCKED_S
-        if self._samples or not self._scheduler.is_early:
+    @property
+    def grace_s(self) -> float:
+        """How long it pays to wait for more requests before `run`: a part of what a pass takes, at most."""
+        now = self._clock()
+        within = self._ready_s + min(self._pass_s * _GRACE, _MAX_GRACE_S) - now
+        if within <= 0 or not (self._samples or self._scheduler.has_steps):
             return 0.0
-        return min(self._pass_s * _GRACE, _MAX_GRACE_S)
+        due = self._sampling.wait_s(now, within)
+        if self._samples:
+            return due
+        return max(due, self._decoding.wait_s(now, within))
 
     def beat(self, num_unread: int = 0) -> Beat:
         """A sign of life, for another thread to send. num_unread: requests not handed over yet.
@@ -192,7 +203,9 @@ class Engine:
         self._num_loops += 1
         if self._samples:
             self._sample()
-            if self._scheduler.is_early:  # those who got tokens ask for the next at once
+            if not self._scheduler.has_steps:
+                self._ready_s = self._clock()
+            if self.grace_s:  # those who got tokens ask for the next at once
                 return
         training = self._scheduler.next_training()
         if training is not None:
@@ -201,9 +214,13 @@ class Engine:
         self._unblock()
         chosen = self._scheduler.next(self._blocked)
         if chosen is not None:
-            began = time.monotonic()
+            began = self._clock()
             self._run_pass(chosen)
-            self._pass_s = time.monotonic() - began
+            self._ready_s = self._clock()
+            self._pass_s = self._ready_s - began
+            for generation in self._sampled:
+                self._sampling.leave(generation, self._ready_s)
+            self._sampled.clear()
 
     @singledispatchmethod
     def _handle(self, message: Message) -> None:
@@ -235,6 +252,8 @@ class Engine:
             num_tokens=sum(row.n for row in ask.rows),
             is_decode=all(row.n <= _DECODE_TOKENS for row in ask.rows),
         )
+        self._note_arrival()
+        self._decoding.come(ask.session, self._clock())
         self._asked[ask.request] = ask
         self._scheduler.add(job)
 
@@ -249,6 +268,7 @@ class Engine:
         self._drop_steps(ask.session)
         self._sessions.close(ask.session, self._clock())
         self._take_off(self._worn.pop(ask.session, None))
+        self._decoding.forget(ask.session)
 
     @_handle.register
     def _train(self, ask: Forward | Backward) -> None:
@@ -267,12 +287,22 @@ class Engine:
     @_handle.register
     def _take_sample(self, ask: Sample) -> None:
         self._ends()
+        self._note_arrival()
+        self._sampling.come(ask.generation, self._clock())
+        self._sampled.add(ask.generation)
         self._samples.append(ask)
 
     @_handle.register
     def _end(self, ask: EndGeneration) -> None:
         if self._generations is not None:
             self._generations.end(ask.generation)
+        self._sampling.forget(ask.generation)
+        self._sampled.discard(ask.generation)
+
+    def _note_arrival(self) -> None:
+        """Who comes to an idle engine may be waited with from now on."""
+        if self.is_idle:
+            self._ready_s = self._clock()
 
     def _blocks(self) -> Blocks:
         if self._span is None:
@@ -426,6 +456,7 @@ class Engine:
             del self._steps[request], self._asked[request]
             end(step.begun, self._clock())
             self._send(Done(request, b"".join(step.answer)))
+            self._decoding.leave(part.job.session, self._clock())
 
     def _fail_step(self, part: Part, problem: Exception) -> None:
         """Answer that a step failed, and leave its session as it was before."""

@@ -196,12 +196,12 @@ class Crowd:
     def turn(self) -> None:
         """Hear one message and act on it."""
         message = self._served.hear()
-        if isinstance(message, Failed):
-            raise message.problem()
         request = getattr(message, "request", None)
         client = self._asked.pop(request, None) if request is not None else None
-        if client is None:
+        if client is None:  # an answer to somebody who left
             return
+        if isinstance(message, Failed):
+            raise message.problem()
         if isinstance(message, Begun):
             self._prefills[client.number] = message.payload
             ready, total = self._served.ready, client.prompt_tokens + client.max_new_tokens

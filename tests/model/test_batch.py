@@ -71,21 +71,6 @@ def test_nothing_is_expected_of_a_session_that_is_gone_or_prefills_itself() -> N
     assert shape(queue.next()) == [(2, 8, 32)]
 
 
-def test_a_pass_is_early_while_a_prefill_waits_and_decodes_are_on_their_way() -> None:
-    queue = scheduler(decode(1, "a"), decode(2, "b"), prefill(3, "c", 200))
-    assert not queue.is_early  # nobody had a decode yet
-    queue.next()
-    assert queue.is_early
-    queue.add(decode(4, "a"))
-    assert queue.is_early
-    queue.add(decode(5, "b"))
-    assert not queue.is_early  # both are here
-    queue.next()
-    queue.drop(b"c")
-    queue.add(decode(6, "a"))
-    assert not queue.is_early  # a decode alone waits for nobody
-
-
 def test_prefills_beside_decodes_are_as_long_as_the_device_is_fast() -> None:
     assert Policy.of(25.0, 500.0).mixed_tokens == 20
     assert Policy.of(100.0, 300.0).mixed_tokens == 16
