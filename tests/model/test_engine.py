@@ -648,7 +648,7 @@ def test_a_step_that_waits_for_pages_holds_nobody_else_up_and_can_be_dropped() -
         desk.engine.run()
     (answer,) = desk.answers
     assert (getattr(answer, "request", 0), sums(answer)) == (small, [601])
-    assert desk.engine.grace_s > 0
+    assert desk.engine.blocked_s > 0
     assert not desk.engine.is_idle
     desk.answers.clear()
     assert desk.restore(0, (), session=B) == Restored(6, ())
