@@ -56,6 +56,13 @@ from .store import Store, open_store
 @click.option("--memory-bytes", type=int, metavar="N", help="Memory of each worker, for weights and caches.")
 @click.option("--cache-tokens", type=int, metavar="N", help="Tokens that each worker's KV cache holds.")
 @click.option(
+    "--upload-bytes-per-s", type=int, metavar="N", help="Most that leaves this machine each second."
+)
+@click.option("--hours", metavar="HH:MM-HH:MM", help="When to lend, in local time, such as 22:00-07:00.")
+@click.option(
+    "--idle-minutes", type=float, metavar="N", help="Lend only when nobody used the machine so long."
+)
+@click.option(
     "--replacement-wait-s", type=float, metavar="S", help="How long a broken session waits for help."
 )
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")

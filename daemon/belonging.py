@@ -24,6 +24,7 @@ from .network.registry import Registry
 from .network.relaying import RelayLimits
 from .network.roll import Roll, Standing
 from .network.seam import Network
+from .network.traffic import Traffic
 from .routes import Routes
 from .serving.peers import HopService
 from .serving.training import TrainingService
@@ -80,7 +81,7 @@ class Terms:
     """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
 
     standing, save_standing: what is kept of our membership, as `Roll` says.
-    admits, on_charge: as `HopService` and `Ledger` say.
+    admits, on_charge: as `HopService` and `Ledger` say. traffic: counts and paces what we send.
     """
 
     identity: Identity
@@ -93,6 +94,7 @@ class Terms:
     relay: RelayLimits | None
     admits: Callable[[str], None]
     on_charge: Callable[[str, float, str], None]
+    traffic: Traffic
     standing: Standing | None = None
     save_standing: Callable[[Standing], None] = lambda standing: None
 
@@ -109,6 +111,7 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
             kad_protocol=kad_protocol,
             reachability=terms.reachability,
             relay=terms.relay,
+            traffic=terms.traffic,
         ) as network,
         anyio.create_task_group() as tasks,
     ):

@@ -19,10 +19,16 @@ from ..protocol.errors import Code, error
 from ..protocol.limits import REPLACEMENT_WAIT_S, SESSION_GRACE_S
 from ..protocol.tensors import DType, Quantization
 from .network.dialling import Reachability
+from .schedule import Rules, parse_hours
 
 VARIABLE_PREFIX: Final = "COROLLA_"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
-_LISTS: Final = ("listen", "announce", "device", "operators")
+DISK_BYTES: Final = 50 * 10**9
+_AMOUNTS: Final = (
+    "threads", "memory_bytes", "cache_tokens", "replacement_wait_s", "session_grace_s",
+    "upload_bytes_per_s", "idle_minutes", "disk_bytes",
+)  # fmt: skip
+_LISTS: Final = ("listen", "announce", "device", "operators", "models")
 _NAMES: Final[dict[type, str]] = {int: "a whole number", float: "a number", bool: "true or false"}
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 _NOT_KEPT: Final = ("state_dir",)  # `config.set` keeps its values in the state folder itself
@@ -38,6 +44,12 @@ class Config:
     join: a token or multiaddress, taken up at start. device: one worker each. memory_bytes, cache_tokens,
     threads: of each worker. operators: users who may manage this daemon, besides root and its own.
     state_dir, socket, cache_dir: the user's own places if empty.
+
+    What the owner keeps for himself. upload_bytes_per_s: of all that leaves this machine; 0 is half the measured
+    uplink. hours: when to lend, such as `22:00-07:00`, local time; empty is always. idle_minutes: lend only
+    when nobody has used this machine for so long; 0 is always. yield_gpu: lend no GPU that another program uses.
+    models: names or beginnings of fingerprints that may be lent; empty is any. disk_bytes: for weights in
+    cache_dir. low_priority: workers that serve others come after everything else on this machine.
     """
 
     model: str = ""
@@ -56,6 +68,13 @@ class Config:
     state_dir: str = ""
     socket: str = ""
     cache_dir: str = ""
+    upload_bytes_per_s: int = 0
+    hours: str = ""
+    idle_minutes: float = 0.0
+    yield_gpu: bool = True
+    models: tuple[str, ...] = ()
+    disk_bytes: int = DISK_BYTES
+    low_priority: bool = True
     operators: tuple[str, ...] = ()
     replacement_wait_s: float = REPLACEMENT_WAIT_S
     session_grace_s: float = SESSION_GRACE_S
@@ -72,13 +91,17 @@ class Config:
             raise _bad("log_level", self.log_level, "debug, info, warning or error")
         if self.log_format not in ("auto", "text", "json"):
             raise _bad("log_format", self.log_format, "auto, text or json")
-        for name in ("threads", "memory_bytes", "cache_tokens", "replacement_wait_s", "session_grace_s"):
+        for name in _AMOUNTS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise _bad(name, getattr(self, name), "0 or more")
         if not self.device:
             raise _bad("device", [], "at least one, such as auto")
         if self.quantization and self.quantization not in list(Quantization):
             raise _bad("quantization", self.quantization, f"one of {', '.join(Quantization)}")
+        try:
+            parse_hours(self.hours)
+        except ValueError as problem:
+            raise _bad("hours", self.hours, "times such as 22:00-07:00, or several with commas") from problem
 
     def span(self) -> tuple[int, int] | None:
         """The blocks of `START:END`; None for `auto`, and (0, 0) for `none`."""
@@ -147,6 +170,11 @@ def check_value(key: str, value: Any, where: object = "the configuration") -> An
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise _bad(key, value, _NAMES.get(expected, "a string"))
     return value
+
+
+def rules_of(config: Config) -> Rules:
+    """When this machine may lend."""
+    return Rules(parse_hours(config.hours), 60.0 * config.idle_minutes, config.yield_gpu)
 
 
 def _from_file(path: Path) -> dict[str, Any]:

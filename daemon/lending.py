@@ -26,8 +26,11 @@ from .belonging import Belonging
 from .config import Config
 from .network.announcements import Offer
 from .profiles import Profiles
+from .schedule import Lends
+from .serving.priority import half_of_cores
 from .serving.workers import Worker, WorkerState, worker_command
 from .sources import source_of, source_of_facts
+from .swarm.models import describe, is_allowed
 from .swarm.placement import choose_span
 
 PULL_WORKER: Final = 199  # fetches a model and goes
@@ -77,7 +80,10 @@ class Lending:
         self._placed: set[int] = set()
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._is_draining = False
-        self._is_paused = False
+        self._why_paused: Lends | None = None
+        self._num_pausing = 0  # pauses under way
+        self._num_pulls = 0
+        self._uses_gpu = False
         self._leaving: set[int] = set()  # workers that are being emptied
         self._came_from: dict[int, Configure] = {}  # of workers that moved: what to go back to
         self._load_began: dict[int, float] = {}
@@ -95,9 +101,9 @@ class Lending:
         for number, device in enumerate(self._config.device):
             self._start_span(number, self._configure(source, start, end, device))
 
-    def start_paused(self) -> None:
+    def start_paused(self, why: Lends) -> None:
         """Start nothing until `resume`."""
-        self._is_paused = True
+        self._why_paused = why
 
     @property
     def belonging(self) -> Belonging | None:
@@ -112,12 +118,30 @@ class Lending:
     @property
     def is_paused(self) -> bool:
         """Is nothing lent until `resume`?"""
-        return self._is_paused
+        return self._why_paused is not None
 
     @property
-    def lends(self) -> str:
-        """`yes`, `draining` or `paused`."""
-        return "paused" if self._is_paused else "draining" if self._is_draining else "yes"
+    def lends(self) -> Lends:
+        """Whether we do, or why not."""
+        return self._why_paused or (Lends.DRAINING if self._is_draining else Lends.YES)
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Is, or was, a GPU lent?"""
+        return self._uses_gpu
+
+    def weights_in_use(self) -> tuple[str, ...] | None:
+        """Paths of the weights that our workers took up, and of their quantized forms; None while one is loading."""
+        workers = (*self._spans, *self._ends.values())
+        if any(worker.state is WorkerState.LOADING for worker in workers) or self._num_pulls:
+            return None
+        ready = [worker.ready for worker in workers if worker.ready is not None]
+        return tuple(name for r in ready for name in (f"{r.folder}/", r.facts.fingerprint[:32]))
+
+    def gpu_processes(self) -> tuple[int, ...]:
+        """Our processes that hold a GPU now."""
+        workers = (*self._spans, *self._ends.values())
+        return tuple(w.process for w in workers if w.process and w.ready and _is_gpu(w.ready))
 
     def serving(self) -> tuple[tuple[Worker, Ready], ...]:
         """The spans that serve now, and are neither moving nor ending."""
@@ -152,17 +176,26 @@ class Lending:
             self._announce(worker)
             self._nursery.start_soon(self._empty, worker, math.inf)
 
-    async def pause(self) -> None:
-        """Let sessions go on elsewhere, then end the workers of our spans; returns when they have ended."""
-        self._is_paused = True
+    async def pause(self, why: Lends = Lends.PAUSED, deadline_s: float = PAUSE_DEADLINE_S) -> None:
+        """Let sessions go on elsewhere, then end the workers of our spans; returns when they have ended.
+
+        Resumed meanwhile, it starts them anew. Raises as `start` then.
+        """
+        self._why_paused = why
         workers, self._load_began = tuple(self._spans), {}
-        async with trio.open_nursery() as nursery:
+        self._num_pausing += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                for worker in workers:
+                    nursery.start_soon(self._empty, worker, deadline_s)
             for worker in workers:
-                nursery.start_soon(self._empty, worker, PAUSE_DEADLINE_S)
-        for worker in workers:
-            self._end(worker)
-        for worker in workers:
-            await worker.wait_stopped()
+                self._end(worker)
+            for worker in workers:
+                await worker.wait_stopped()
+        finally:
+            self._num_pausing -= 1
+        if self._why_paused is None and not self._num_pausing:
+            self.start()
 
     def resume(self) -> None:
         """Take new sessions again; start the spans again if they were paused. Raises as `start`."""
@@ -172,9 +205,10 @@ class Lending:
             if self._belonging is not None:
                 self._belonging.hops.undrain(worker.number)
             self._announce(worker)
-        if self._is_paused:
-            self._is_paused = False
-            self.start()
+        if self._why_paused is not None:
+            self._why_paused = None
+            if not self._num_pausing:
+                self.start()
 
     async def move(self, worker: Worker, start: int, end: int) -> None:
         """Serve [start, end) instead, by a worker with another number: it is claimed while the old one empties."""
@@ -193,7 +227,7 @@ class Lending:
         await self._empty(worker, MOVE_DEADLINE_S)
         self._end(worker)
         await worker.wait_stopped()  # its memory is needed
-        if self._is_paused or self._is_draining:
+        if self.is_paused or self._is_draining:
             belonging.registry.withdraw(number)
             del self._served[number]
             return
@@ -282,9 +316,11 @@ class Lending:
         """
         worker = self._worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
         self._nursery.start_soon(worker.run)
+        self._num_pulls += 1
         try:
             return (await self._loaded(worker, emit)).folder
         finally:
+            self._num_pulls -= 1
             worker.stop()
 
     async def _loaded(
@@ -340,8 +376,10 @@ class Lending:
             found.append(elsewhere)
         return found
 
-    def _worker(self, number: int, configure: Configure, model: str = "") -> Worker:
-        return Worker(number, configure, model=model, command=self._command)
+    def _worker(
+        self, number: int, configure: Configure, model: str = "", *, is_polite: bool = False
+    ) -> Worker:
+        return Worker(number, configure, model=model, command=self._command, is_polite=is_polite)
 
     def _configure(self, source: ModelSource, start: int, end: int, device: str) -> Configure:
         config = self._config
@@ -356,10 +394,12 @@ class Lending:
             threads=config.threads,
             memory_bytes=config.memory_bytes,
             cache_tokens=config.cache_tokens,
+            disk_bytes=config.disk_bytes,
         )
 
     def _start_span(self, number: int, configure: Configure) -> None:
-        worker = self._worker(number, configure, self._config.model)
+        configure = replace(configure, threads=configure.threads or half_of_cores())
+        worker = self._worker(number, configure, self._config.model, is_polite=self._config.low_priority)
         self._told.pop(number, None)  # of the worker before it
         self._load_began[number] = trio.current_time()
         self._spans = [other for other in self._spans if other.number != number] + [worker]
@@ -374,6 +414,11 @@ class Lending:
     def _changed(self, worker: Worker) -> None:
         if worker not in self._spans:
             return
+        if worker.ready is not None:
+            self._uses_gpu |= _is_gpu(worker.ready)
+            if not is_allowed(worker.ready.facts, self._config.models):
+                worker.refuse(_not_allowed(worker.ready.facts, self._config.models))
+                return
         if worker.ready is not None and worker.number in self._load_began:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
             if self._profiles is not None:
@@ -438,7 +483,7 @@ class Lending:
         """Move a worker of `auto` to where it helps most, if that is elsewhere than where it began."""
         await trio.sleep(SETTLE_S + self._rng.uniform(0, SPREAD_S))
         belonging, ready = self._belonging, worker.ready
-        if belonging is None or ready is None or self._is_draining or self._is_paused:
+        if belonging is None or ready is None or self._is_draining or self.is_paused:
             self._placed.discard(worker.number)  # when it is back
             return
         facts = ready.facts
@@ -453,3 +498,15 @@ class Lending:
         start, end = choose_span(others, ready.end - ready.start, ready.decode_tokens_per_s)
         if (start, end) != (ready.start, ready.end):
             await self.move(worker, start, end)
+
+
+def _is_gpu(ready: Ready) -> bool:
+    return ready.device.startswith("cuda")
+
+
+def _not_allowed(facts: ModelFacts, allowed: Sequence[str]) -> CorollaError:
+    return error(
+        Code.BAD_CONFIG,
+        f"{describe(facts)} is none of the models that may be lent here: {', '.join(allowed)}",
+        "choose another with `model`, or add it to `models`",
+    )

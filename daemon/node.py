@@ -6,6 +6,7 @@ the old place and begins a new one; workers and the control socket stay.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -24,7 +25,7 @@ from ..protocol.invitations import TOKEN_PREFIX, decode_token
 from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.views import Status
 from .belonging import Belonging, Entry, Terms, belong, discover
-from .config import Config
+from .config import Config, rules_of
 from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
@@ -34,6 +35,7 @@ from .network.dialling import Reachability
 from .network.host import check_port
 from .network.membership import Swarm, found_swarm
 from .network.relaying import RelayLimits
+from .network.traffic import Traffic
 from .pausing import Pausing
 from .profiles import Profiles
 from .rebalancing import Rebalancing
@@ -41,6 +43,7 @@ from .routes import no_swarm
 from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
+from .weights import Weights
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
 REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
@@ -68,10 +71,13 @@ class Node:
         self.config: Final = config
         self.store: Final = store
         self.events: Final = EventLog()
+        self.traffic: Final = Traffic()
+        self.traffic.limit(config.upload_bytes_per_s or math.inf)
         self.belonging: Belonging | None = None
         self.lending: Lending
         self.rebalancing: Rebalancing
         self.pausing: Pausing
+        self.weights: Weights
         self.contributing: Contributing
         self._socket = socket
         self.environment: Final = Environment(store.folder / "worker")
@@ -128,10 +134,20 @@ class Node:
         )
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
         self.contributing = Contributing(self.lending, self.store, self.events.emit)
-        self.pausing = Pausing(self.lending, self.store, nursery, self.events.emit)
+        self.pausing = Pausing(
+            self.lending, self.store, nursery, self.events.emit, rules=lambda: rules_of(self.config)
+        )
         self.pausing.start()
+        self.weights = Weights(
+            self._cache_folder,
+            lambda: self.config.disk_bytes,
+            self.lending.weights_in_use,
+            self.events.emit,
+        )
+        nursery.start_soon(self.weights.run)
         nursery.start_soon(self.contributing.run)
         nursery.start_soon(self.rebalancing.run)
+        nursery.start_soon(self.pausing.follow)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
         await nursery.start(ControlServer(self._methods(self), operators).serve, listener)
@@ -219,6 +235,7 @@ class Node:
             reachability=Reachability(self.config.reachability),
             relay=RelayLimits() if self.config.relay else None,
             admits=self._admit,
+            traffic=self.traffic,
             on_charge=lambda peer, weight, reason: self.events.emit(
                 "charged", f"{peer}: {reason}", peer=peer, weight=weight
             ),
@@ -397,8 +414,8 @@ class Node:
         """What to do next, if anything."""
         if self._place_problem is not None:
             return str(self._place_problem)
-        if self.lending.lends != "yes":
-            return f"{self.lending.lends}: daemonctl resume lends again"
+        if (words := self.pausing.explain()) is not None:
+            return words
         return HINT if self._entry is None else None
 
 

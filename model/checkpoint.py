@@ -98,15 +98,17 @@ class Checkpoint:
         return {path.name: sha256 for path, sha256 in zip(paths, hashes, strict=True)}
 
 
-def open_checkpoint(source: ModelSource, cache_folder: Path, report: Report = silent) -> Checkpoint:
+def open_checkpoint(
+    source: ModelSource, cache_folder: Path, report: Report = silent, disk_bytes: int = 0
+) -> Checkpoint:
     """Find a model; fetch what is needed to know it (configuration, tokenizer, index), convert a GGUF file.
 
-    cache_folder: for conversions and file hashes; made if missing.
+    cache_folder: for conversions and file hashes; made if missing. disk_bytes: what weights may take there.
     Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `UNSUPPORTED_FAMILY`, `UNREADABLE`, `DAMAGED_WEIGHTS`, `DISK_FULL`.
     """
     _make_folder(cache_folder)
     if source.kind is SourceKind.HUB:
-        origin = hub.look_up(source.location, source.revision)
+        origin = hub.look_up(source.location, source.revision, disk_bytes)
         config = _read_config(origin.folder)
         if not (origin.folder / INDEX).exists():
             hub.fetch_files(origin, [SINGLE], report)  # which tensors it holds stands in the file itself
@@ -115,18 +117,18 @@ def open_checkpoint(source: ModelSource, cache_folder: Path, report: Report = si
         return Checkpoint(name, origin.folder, cache_folder, config, tensors, origin, report)
     path = Path(source.location)
     if source.kind is SourceKind.GGUF:
-        return _open_gguf(path, cache_folder, report)
+        return _open_gguf(path, cache_folder, report, disk_bytes)
     _check_folder(path)
     return Checkpoint(
         path.resolve().name, path, cache_folder, _read_config(path), _stored_tensors(path), None, report
     )
 
 
-def _open_gguf(path: Path, cache_folder: Path, report: Report) -> Checkpoint:
+def _open_gguf(path: Path, cache_folder: Path, report: Report, disk_bytes: int) -> Checkpoint:
     if not path.is_file():
         raise error(Code.UNKNOWN_MODEL, f"no file {path}", "give the path of a GGUF file")
     (sha256,) = hash_files([path], cache_folder, report)
-    folder = gguf.convert(gguf.Source(path.name, sha256), path, cache_folder, report)
+    folder = gguf.convert(gguf.Source(path.name, sha256), path, cache_folder, report, disk_bytes)
     name = path.stem.partition(".")[0]
     return Checkpoint(name, folder, cache_folder, _read_config(folder), _stored_tensors(folder), None, report)
 

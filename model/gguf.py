@@ -75,8 +75,16 @@ def source_of(folder: Path) -> Source | None:
         ) from problem
 
 
-def convert(source: Source, path: Path, cache_folder: Path, report: Callable[[str, int, int], None]) -> Path:
+def convert(
+    source: Source,
+    path: Path,
+    cache_folder: Path,
+    report: Callable[[str, int, int], None],
+    disk_bytes: int = 0,
+) -> Path:
     """The folder that holds `path` as safetensors, with configuration, tokenizer and chat template.
+
+    disk_bytes: what weights may take on this machine; 0 is anything.
 
     Of workers that start together one converts and the others wait for it. Raises `UNSUPPORTED_FAMILY`,
     `DAMAGED_WEIGHTS`, `DISK_FULL`, `UNREADABLE`. A conversion that fails leaves nothing behind; one that is
@@ -93,7 +101,7 @@ def convert(source: Source, path: Path, cache_folder: Path, report: Callable[[st
             try:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
-                _convert_into(part, source, path, report)
+                _convert_into(part, source, path, report, disk_bytes)
                 part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -129,13 +137,15 @@ def _explained(problem: Exception, folder: Path) -> CorollaError:
     return error(Code.UNREADABLE, f"converting to {folder} failed: {problem}")
 
 
-def _convert_into(folder: Path, source: Source, path: Path, report: Callable[[str, int, int], None]) -> None:
+def _convert_into(
+    folder: Path, source: Source, path: Path, report: Callable[[str, int, int], None], disk_bytes: int
+) -> None:
     reader = _read(path)
     config = _config(path, reader)
     skeleton = Skeleton(config)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     names = _names(reader, skeleton, set(stored))
-    _check_room(folder, sum(tensor.n_elements for tensor in reader.tensors))
+    _check_room(folder, sum(tensor.n_elements for tensor in reader.tensors), disk_bytes)
     config.save_pretrained(folder)
     _save_tokenizer(folder, path)
     weight_map: dict[str, str] = {}
@@ -257,8 +267,14 @@ def _in_halves(target: str, numbers: Tensor, config: PretrainedConfig) -> Tensor
     return pairs.transpose(1, 2).reshape(numbers.shape)
 
 
-def _check_room(folder: Path, num_numbers: int) -> None:
+def _check_room(folder: Path, num_numbers: int, disk_bytes: int) -> None:
     needed = num_numbers * torch.float16.itemsize
+    if 0 < disk_bytes < needed:
+        raise error(
+            Code.DISK_FULL,
+            f"converting needs {needed:,} bytes, and {disk_bytes:,} may be used for weights",
+            "choose a smaller model, or allow more: disk_bytes",
+        )
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise error(

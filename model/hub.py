@@ -30,7 +30,7 @@ class Origin:
     """One commit of a model on the hub.
 
     folder: where its files are kept on this machine. hashes, sizes: of its weight files; empty if the hub
-    could not be asked.
+    could not be asked. disk_bytes: what weights may take on this machine; 0 is anything.
     """
 
     hub_id: str
@@ -39,9 +39,10 @@ class Origin:
     hashes: dict[str, str]
     sizes: dict[str, int]
     licence: str | None
+    disk_bytes: int = 0
 
 
-def look_up(hub_id: str, revision: str | None) -> Origin:
+def look_up(hub_id: str, revision: str | None, disk_bytes: int = 0) -> Origin:
     """Find a model and fetch its small files. Without a connection, what is cached here must do.
 
     Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `NOT_READY` (no connection and nothing cached), `DISK_FULL`.
@@ -66,6 +67,7 @@ def look_up(hub_id: str, revision: str | None) -> Origin:
         hashes={file.rfilename: str(file.lfs.sha256) for file in files if file.lfs is not None},
         sizes={file.rfilename: int(file.size or 0) for file in files},
         licence=str(licence) if licence else None,
+        disk_bytes=disk_bytes,
     )
 
 
@@ -99,6 +101,12 @@ def fetch_files(origin: Origin, names: Iterable[str], report: Callable[[str, int
     """
     missing = [name for name in names if not (origin.folder / name).exists()]
     total = sum(origin.sizes.get(name, 0) for name in missing)
+    if 0 < origin.disk_bytes < total:
+        raise error(
+            Code.DISK_FULL,
+            f"fetching {origin.hub_id} needs {total:,} bytes, and {origin.disk_bytes:,} may be used for weights",
+            "choose a smaller model or fewer blocks, or allow more: disk_bytes",
+        )
     done = 0
     for name in missing:
         report("fetching", done, total)

@@ -88,7 +88,7 @@ def load(ask: Configure, report: Report) -> Loaded:
     scheme = scheme_of(ask.quantization)
     check_scheme(scheme, device)
     dtype = ask.dtype or (DType.BFLOAT16 if device.type == "cuda" else DType.FLOAT32)
-    checkpoint = open_checkpoint(ask.source, Path(ask.cache_folder), report)
+    checkpoint = open_checkpoint(ask.source, Path(ask.cache_folder), report, ask.disk_bytes)
     facts = checkpoint.facts()
     plan = make_plan(ask, checkpoint, torch_dtype(dtype), device)
     ends = None

@@ -33,6 +33,7 @@ class WorkerStatus:
     restarts: int = 0
     progress: float = 1.0  # of loading, 0 to 1
     error: Plain = None
+    stage: str = ""  # of loading: `installing …` what workers run in, `fetching`, `converting`, `loading`
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Status:
     resident_bytes: int
     pid: int
     hint: str | None = None  # what to do next, if anything
-    lending: str = "yes"  # or `draining`, `paused`
+    lending: str = "yes"  # or why not: `draining`, `paused`, `outside hours`, `not idle`, `gpu in use`
     contribution: Contribution | None = None
 
 

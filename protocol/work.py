@@ -84,6 +84,7 @@ class Configure(Message):
     parked_tokens: int = (
         -1
     )  # KV slots in host memory for idle sessions; -1: what memory allows, within reason
+    disk_bytes: int = 0  # that weights may take in the cache; 0: what the disk has
 
     def __post_init__(self) -> None:
         check_range("start", self.start, 0, MAX_BLOCKS)

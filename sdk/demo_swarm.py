@@ -218,9 +218,17 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without the user's wishes for the user's own daemon; converted models are shared with it."""
+    """Ours, without the user's wishes for the user's own daemon; converted models are shared with it.
+
+    A demo is what its user waits for, not what the machine lends: it may have all cores, and in front.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COROLLA_")}
-    return {**kept, "COROLLA_CACHE_DIR": str(user_cache_folder())}
+    wishes = {
+        "CACHE_DIR": str(user_cache_folder()),
+        "LOW_PRIORITY": "false",
+        "THREADS": str(os.cpu_count() or 1),
+    }
+    return kept | {f"COROLLA_{name}": value for name, value in wishes.items()}
 
 
 def _end_group(group: int) -> None:

@@ -68,7 +68,8 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.environment},
+                # Tests share their machine with others; a worker that stood behind all of them might never end.
+                env={**os.environ, "COROLLA_LOW_PRIORITY": "false", **self.environment},
                 start_new_session=True,
             )
 

@@ -41,6 +41,7 @@ from .reaching import say_nonce
 from .relaying import RelayLimits
 from .seam import Guard, Handler, PeerView, Stream
 from .streams import Libp2pStream
+from .traffic import Traffic
 from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
@@ -61,14 +62,15 @@ async def open_network(
     max_connections: int = MAX_CONNECTIONS,
     reachability: Reachability = Reachability.AUTO,
     relay: RelayLimits | None = None,
+    traffic: Traffic | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running network. Leaving the block closes it in bounded time; the same port can be opened again.
 
     listen: multiaddresses; none of them makes a network that only dials. announce: addresses to tell others
     first, such as a forwarded port. kad_protocol: the swarm's own Kademlia protocol id; None while in no
     swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. relay: what we carry for others;
-    None is nothing. Raises `PORT_TAKEN`, or
-    `BAD_CONFIG` for an address that this machine cannot listen on.
+    None is nothing. traffic: counts and paces what streams carry. Raises `PORT_TAKEN`, or `BAD_CONFIG` for an
+    address that this machine cannot listen on.
     """
     quieten()
     for address in listen:
@@ -82,6 +84,7 @@ async def open_network(
             max_connections=max_connections,
             reachability=reachability,
             relay=relay,
+            traffic=traffic or Traffic(),
         )
         network.restrict(guard)
         try:
@@ -120,8 +123,10 @@ class Libp2pNetwork:
         max_connections: int,
         reachability: Reachability = Reachability.AUTO,
         relay: RelayLimits | None = None,
+        traffic: Traffic,
     ) -> None:
         self._peer = identity.peer
+        self._traffic = traffic
         self._nursery = nursery
         self._handlers = Handlers()
         self._listeners: list[Callable[[str, bool], None]] = []
@@ -134,7 +139,7 @@ class Libp2pNetwork:
         self.failure: CorollaError | None = None  # why it could not start, or broke down
         self._presence = Presence(
             self,
-            Means(self._take_circuit, self._ring, self._came_in),
+            Means(self._take_circuit, self._ring, self._came_in, traffic.relayed),
             announce=announce,
             reachability=reachability,
             relay=relay,
@@ -464,7 +469,7 @@ class Libp2pNetwork:
             if muxed is not None:
                 muxed.break_off()
             raise
-        return Libp2pStream(muxed, peer, protocol)
+        return Libp2pStream(muxed, peer, protocol, self._traffic)
 
     async def _open_to_self(self, protocol: str) -> MemoryStream:
         await trio.lowlevel.checkpoint()
@@ -479,7 +484,8 @@ class Libp2pNetwork:
         if not isinstance(muxed, YamuxStream):
             await stream.reset()
             return
-        await self._handlers.serve(Libp2pStream(muxed, str(muxed.muxed_conn.peer_id), protocol))
+        peer = str(muxed.muxed_conn.peer_id)
+        await self._handlers.serve(Libp2pStream(muxed, peer, protocol, self._traffic))
 
 
 def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:

@@ -27,12 +27,13 @@ from .whereabouts import Whereabouts
 class Means:
     """What presence needs of its network. take: makes a connection of an inbound circuit.
 
-    ring, came_in: as in `Doorbell`.
+    ring, came_in: as in `Doorbell`. relayed: told of bytes carried for others.
     """
 
     take: Upgrade
     ring: Ring
     came_in: Callable[[Stream], bool]
+    relayed: Callable[[int], None] = lambda size_bytes: None
 
 
 class Presence:
@@ -52,7 +53,7 @@ class Presence:
         self.whereabouts: Final = Whereabouts(announce, reachability)
         self.relays: Final = Relays(network, means.take, self.is_private, self._tell)
         self.relaying: Final = (
-            RelayService(network, relay, is_offering=lambda: not self.is_private())
+            RelayService(network, relay, means.relayed, is_offering=lambda: not self.is_private())
             if relay is not None
             else None
         )

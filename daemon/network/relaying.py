@@ -32,6 +32,7 @@ from ...protocol.limits import (
 )
 from .circuits import HOP_PROTOCOL, STOP_PROTOCOL, Preamble, hop_status, peer_of
 from .seam import Network, Stream
+from .traffic import Pace
 
 BURST_BYTES: Final = 4 * MIB  # may pass at once after a pause: a decode step never waits
 
@@ -72,7 +73,7 @@ class RelayService:
         self._reserved: dict[str, float] = {}  # peer → until when, on trio's clock
         self._circuits: Counter[str] = Counter()  # by each of the two peers of each
         self._num_circuits = 0
-        self._pace = _Pace(self._limits.bytes_per_s, BURST_BYTES)
+        self._pace = Pace(self._limits.bytes_per_s, BURST_BYTES)
 
     def serve(self) -> None:
         """Relay from now on."""
@@ -218,19 +219,3 @@ class _Budget:
     def take(self, size: int) -> bool:
         self._left -= size
         return self._left >= 0
-
-
-class _Pace:
-    """A token bucket: so many bytes a second, in order of asking."""
-
-    def __init__(self, bytes_per_s: float, burst: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._burst_s = burst / bytes_per_s
-        self._free_at = 0.0  # when everything asked for so far would have passed at the steady pace
-
-    async def wait(self, size: int) -> None:
-        """Wait until so many bytes may pass."""
-        now = trio.current_time()
-        self._free_at = max(self._free_at, now - self._burst_s) + size / self._bytes_per_s
-        if self._free_at > now:
-            await trio.sleep(self._free_at - now)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Final
 
+import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from ...protocol.errors import Code, CorollaError, error
+from .traffic import PIECE_BYTES, Traffic
 from .yamux import Yamux, YamuxStream
 
 _RECEIVE_BYTES: Final = 1024 * 1024
@@ -18,12 +20,14 @@ _RECEIVE_BYTES: Final = 1024 * 1024
 class Libp2pStream:
     """One stream of a connection; see `seam.Stream`."""
 
-    __slots__ = ("_muxed", "_peer", "_protocol")
+    __slots__ = ("_muxed", "_peer", "_protocol", "_sending", "_traffic")
 
-    def __init__(self, muxed: YamuxStream, peer: str, protocol: str) -> None:
+    def __init__(self, muxed: YamuxStream, peer: str, protocol: str, traffic: Traffic) -> None:
         self._muxed = muxed
         self._peer = peer
         self._protocol = protocol
+        self._traffic = traffic if traffic.counts(muxed.get_remote_address()) else None
+        self._sending = trio.StrictFIFOLock()  # of messages that leave in pieces
 
     @property
     def peer(self) -> str:
@@ -40,17 +44,33 @@ class Libp2pStream:
 
     async def send(self, data: bytes) -> None:
         try:
-            await self._muxed.write(data)
+            if self._traffic is None:
+                await self._muxed.write(data)
+            elif self._traffic.is_limited or self._sending.locked():
+                await self._send_paced(data, self._traffic)
+            else:
+                await self._traffic.leave(len(data))
+                await self._muxed.write(data)
         except MuxedStreamError as failure:
             raise self._lost(failure) from failure
 
+    async def _send_paced(self, data: bytes, traffic: Traffic) -> None:
+        async with self._sending:
+            for at in range(0, len(data), PIECE_BYTES):
+                piece = data[at : at + PIECE_BYTES]
+                await traffic.leave(len(piece))
+                await self._muxed.write(piece)
+
     async def receive(self) -> bytes:
         try:
-            return await self._muxed.read(_RECEIVE_BYTES)
+            data = await self._muxed.read(_RECEIVE_BYTES)
         except MuxedStreamEOF:
             return b""
         except MuxedStreamError as failure:
             raise self._lost(failure) from failure
+        if self._traffic is not None:
+            self._traffic.arrived(len(data))
+        return data
 
     async def close(self) -> None:
         self._muxed.finish()

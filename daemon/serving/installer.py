@@ -17,6 +17,7 @@ import site
 import socket
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ STAGE: Final = "installing"
 CPU_WHEELS: Final = "https://download.pytorch.org/whl/cpu"
 ROCM_WHEELS: Final = "https://download.pytorch.org/whl/rocm6.4"
 FREE_BYTES: Final = {"cpu": 3 << 30, "rocm": 20 << 30, "cuda": 12 << 30}  # as measured, with room
+PROGRESS_EVERY_S: Final = 0.5
+_PACKAGE: Final = re.compile(
+    r"\s*(?:Collecting|Downloading) (?:\S+/)?([A-Za-z0-9._]+(?:-[A-Za-z][A-Za-z0-9._]*)*)"
+)
+_PROGRESS: Final = re.compile(r"Progress (\d+) of (\d+)")
 _EXTRA: Final = re.compile(r"""\s*;\s*extra\s*==\s*['"]worker['"]\s*$""")
 
 
@@ -48,15 +54,22 @@ def main(folder: Path, fd: int | None) -> None:
         if channel is not None:
             channel.sendall(encode(message))
 
+    stage = STAGE
+
     def report(line: str) -> None:
+        nonlocal stage
+        stage = stage_of(line)
         click.echo(line, err=fd is not None)
-        say(Loading(STAGE, 0, 0))
+        say(Loading(stage, 0, 0))
+
+    def progress(done: int, total: int) -> None:
+        say(Loading(stage, done, total))
 
     try:
         with _locked(folder, report):
             # A user who asks for it means anew; a worker that waited for another's lock finds it done.
             if fd is None or not (folder / DONE).exists():
-                install(folder, report)
+                install(folder, report, progress)
     except CorollaError as problem:
         say(Failed.of(0, problem))
         click.echo(f"error: {problem}", err=True)
@@ -66,8 +79,15 @@ def main(folder: Path, fd: int | None) -> None:
         os.execv(command[0], command)  # noqa: S606 - the worker takes over the process and its socket
 
 
-def install(folder: Path, report: Callable[[str], None]) -> None:
-    """Make the environment in `folder`. Raises `DISK_FULL`, `NOT_READY` with pip's last words."""
+def install(
+    folder: Path,
+    report: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Make the environment in `folder`. progress: hears the bytes of each download.
+
+    Raises `DISK_FULL`, `NOT_READY` with pip's last words.
+    """
     device = detect_device()
     report(f"installing what workers need, for {device}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +101,7 @@ def install(folder: Path, report: Callable[[str], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, symlinks=True)
     _borrow_ours(folder)
-    run_pip(folder, [*_index(device), *requirements()], report)
+    run_pip(folder, [*_index(device), *requirements()], report, progress)
     (folder / DONE).touch()
     for other in folder.parent.iterdir():  # of versions before this one
         if other != folder and other.is_dir():
@@ -102,23 +122,44 @@ def requirements() -> list[str]:
     return [_EXTRA.sub("", line) for line in wanted if _EXTRA.search(line)]
 
 
-def run_pip(folder: Path, arguments: list[str], report: Callable[[str], None]) -> None:
+def stage_of(line: str) -> str:
+    """What the daemon's status says of a line of pip: just which package it is at."""
+    found = _PACKAGE.match(line)
+    return f"{STAGE} {found.group(1)}" if found is not None else STAGE
+
+
+def run_pip(
+    folder: Path,
+    arguments: list[str],
+    report: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Install into the environment with our own pip. Raises `NOT_READY`."""
     command = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
-    command += ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", *arguments]
-    problem = ""
+    command += ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", _progress_bar()]
+    command += arguments
+    problem, told = "", 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         for line in pip.stdout or ():
             if line.startswith(("Collecting", "Downloading", "Installing", "  Downloading")):
                 report(line.strip()[:200])
             elif line.startswith("ERROR"):
                 problem = line.strip()[:400]
+            elif (found := _PROGRESS.match(line)) and time.monotonic() - told > PROGRESS_EVERY_S:
+                told = time.monotonic()
+                progress(int(found.group(1)), int(found.group(2)))
     if pip.returncode:
         raise error(
             Code.NOT_READY,
             f"pip could not install what workers need: {problem or f'exit code {pip.returncode}'}",
             "see the daemon's log; then: daemonctl worker install",
         )
+
+
+def _progress_bar() -> str:
+    """How pip tells of a download to a program: since its version 24.1 it can."""
+    version = importlib.metadata.version("pip").split(".")
+    return "raw" if (int(version[0]), int(version[1])) >= (24, 1) else "off"
 
 
 def _index(device: str) -> list[str]:

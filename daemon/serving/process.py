@@ -73,6 +73,11 @@ class WorkerProcess:
             raise
         return cls(name, process, ours)
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def send(self, message: Message) -> None:
         """Say something, after all that was said before. A process that is gone does not hear it."""
         rest = memoryview(encode(message))

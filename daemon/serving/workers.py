@@ -33,6 +33,7 @@ from ...protocol.work import (
     Sampled,
 )
 from .port import ANSWERS, Notice, Pending, Request
+from .priority import lower
 from .process import WorkerProcess
 
 SILENCE_S: Final = 30.0  # without a beat, or without progress; then the process is killed
@@ -78,7 +79,8 @@ class Worker:
     """One supervised worker; see `port.WorkerPort`. `run` is its life.
 
     model: what people call the model while it is not loaded yet. command: its command line, for the number of
-    the socket that it inherits. silence_s, backoff_s: as the constants say.
+    the socket that it inherits. is_polite: whether it stands behind other programs. silence_s, backoff_s: as the
+    constants say.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Worker:
         *,
         model: str = "",
         command: Callable[[int], Sequence[str]] = worker_command,
+        is_polite: bool = False,
         silence_s: float = SILENCE_S,
         backoff_s: Sequence[float] = BACKOFF_S,
     ) -> None:
@@ -98,6 +101,7 @@ class Worker:
         self.restarts = 0
         self._model = model or configure.source.location
         self._command = command
+        self._is_polite = is_polite
         self._silence_s = silence_s
         self._backoff_s = backoff_s
         self._ready: Ready | None = None
@@ -112,6 +116,7 @@ class Worker:
         self._lost: list[Callable[[], None]] = []
         self._change: list[Callable[[], None]] = []
         self._scope = trio.CancelScope()
+        self._refusal: CorollaError | None = None
 
     # the port
 
@@ -154,6 +159,11 @@ class Worker:
         self._change.append(listener)
 
     @property
+    def process(self) -> int | None:
+        """The process id, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    @property
     def loading(self) -> Loading | None:
         """How far it is with loading."""
         return self._loading
@@ -191,6 +201,7 @@ class Worker:
             free_tokens=beat.free_tokens if beat is not None else (ready.cache_tokens if ready else 0),
             weight_bytes=ready.weight_bytes if ready is not None else 0,
             restarts=self.restarts,
+            stage=loading.stage if loading is not None and ready is None else "",
             progress=1.0 if ready is not None else (loading.done_bytes / total if loading and total else 0.0),
             error=self.problem.to_wire() if self.problem is not None else None,
         )
@@ -214,10 +225,15 @@ class Worker:
                 self._enter(WorkerState.LOADING, problem)
                 await trio.sleep(pause_s)
                 self.restarts += 1
-        self._enter(WorkerState.STOPPED, None)
+        self._enter(WorkerState.FAILED if self._refusal else WorkerState.STOPPED, self._refusal)
 
     def stop(self) -> None:
         """End the process and `run`."""
+        self._scope.cancel()
+
+    def refuse(self, problem: CorollaError) -> None:
+        """End it for good, and say why: its owner does not want what it serves."""
+        self._refusal = problem
         self._scope.cancel()
 
     async def _live(self) -> CorollaError:
@@ -226,6 +242,8 @@ class Worker:
         self._heard_at = self._progressed_at = trio.current_time()
         try:
             self._process = await WorkerProcess.start(f"worker {self.number}", self._command)
+            if self._is_polite:
+                lower(self._process.pid)
             self._process.send(self.configure)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, self._process)

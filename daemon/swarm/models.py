@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ...protocol.errors import Code, error
 from ...protocol.records import ManifestRecord
 from ...protocol.work import ModelFacts
 
 MAX_LISTED = 12  # models named in an error
+MIN_PREFIX = 6  # characters that tell a fingerprint from others, and from a short name
 
 
 def known_models(manifests: Iterable[ManifestRecord]) -> tuple[ModelFacts, ...]:
@@ -55,6 +56,15 @@ def resolve_model(name: str, manifests: Iterable[ManifestRecord]) -> ModelFacts:
             fingerprints=[model.fingerprint for model in matches[:MAX_LISTED]],
         )
     return matches[0]
+
+
+def is_allowed(model: ModelFacts, allowed: Collection[str]) -> bool:
+    """Whether one of these means this model: a name, a hub id, or a fingerprint's beginning. None allow any."""
+    return not allowed or any(
+        _is_called(model, wanted)
+        or (len(wanted) >= MIN_PREFIX and model.fingerprint.casefold().startswith(wanted.casefold()))
+        for wanted in allowed
+    )
 
 
 def describe(model: ModelFacts) -> str:

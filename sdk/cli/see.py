@@ -62,7 +62,7 @@ def _worker(worker: WorkerStatus) -> str:
     what = f"blocks {worker.start}:{worker.end}" if worker.end > worker.start else "no blocks"
     parts = [
         f"{worker.model} {what}" + (" and the ends" if worker.ends else ""),
-        state(worker.state) + (f" {worker.progress:.0%}" if worker.state == "loading" else ""),
+        state(worker.state) + (_loading(worker) if worker.state == "loading" else ""),
         " ".join(filter(None, [worker.dtype, worker.quantization, worker.device])),
     ]
     if worker.state == "online":
@@ -76,6 +76,12 @@ def _worker(worker: WorkerStatus) -> str:
         remedy = worker.error.get("remedy")
         parts.append(f"{worker.error.get('message')}" + (f" ({remedy})" if remedy else ""))
     return ", ".join(filter(None, parts))
+
+
+def _loading(worker: WorkerStatus) -> str:
+    """What a worker that does not serve yet is doing, and how far it is."""
+    stage = "" if worker.stage in ("", "loading") else f" ({worker.stage})"
+    return f"{stage} {worker.progress:.0%}"
 
 
 @click.group(invoke_without_command=True)

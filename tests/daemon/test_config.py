@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,12 @@ def test_a_key_like_no_other_gets_the_list(tmp_path: Path) -> None:
         ('quantization = "int9"', "quantization is 'int9'"),
         ("replacement_wait_s = nan", "replacement_wait_s is nan"),
         ("session_grace_s = inf", "session_grace_s is inf"),
+        ('hours = "22-7"', "hours is '22-7'"),
+        ('hours = "08:00-08:00"', "hours is '08:00-08:00'"),
+        ("idle_minutes = -1", "idle_minutes is -1.0"),
+        ("disk_bytes = -1", "disk_bytes is -1"),
+        ("upload_bytes_per_s = 1.5", "upload_bytes_per_s is 1.5"),
+        ("models = [1]", "models is [1]"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(tmp_path: Path, line: str, named: str) -> None:
@@ -119,7 +127,8 @@ def invoke(*arguments: str, **environment: str) -> click.testing.Result:
 def test_each_flag_is_a_key_and_each_key_but_the_fine_ones_a_flag() -> None:
     flags = {parameter.name for parameter in program.main.params} - {"config", "version", "help"}
     assert flags <= set(KEYS)
-    assert set(KEYS) - flags == {"operators", "session_grace_s"}
+    fine = {"operators", "session_grace_s", "yield_gpu", "models", "disk_bytes", "low_priority"}
+    assert set(KEYS) - flags == fine
 
 
 def test_help_names_the_sources_and_every_flag() -> None:
@@ -151,3 +160,21 @@ def test_the_places_can_be_set_in_the_file(tmp_path: Path, monkeypatch: pytest.M
     )
     assert invoke(COROLLA_CONFIG=str(path), COROLLA_SOCKET=f"{tmp_path}/other").exit_code == Exit.OK
     assert seen == [(tmp_path / "state", tmp_path / "other", tmp_path / "c")]
+
+
+def test_the_packaged_configuration_tells_each_default_as_it_is() -> None:
+    text = (Path(__file__).parents[2] / "packaging" / "service" / "config.toml").read_text()
+    lines = [line.removeprefix("#") for line in text.splitlines() if re.match(r"#\w+ = ", line)]
+    told = tomllib.loads("\n".join(lines))
+    for key, value in told.items():
+        assert check_setting(key, value) == getattr(Config(), key), key
+    limits = {
+        "upload_bytes_per_s",
+        "hours",
+        "idle_minutes",
+        "yield_gpu",
+        "models",
+        "disk_bytes",
+        "low_priority",
+    }
+    assert limits | {"threads", "memory_bytes"} <= set(told)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +20,8 @@ from corolla.daemon.lending import Lending
 from corolla.daemon.network.announcements import Offer
 from corolla.daemon.pausing import Pausing
 from corolla.daemon.rebalancing import Rebalancing
+from corolla.daemon.schedule import Lends, Rules, Seen, Verdict, parse_hours
+from corolla.daemon.serving.priority import NICENESS, half_of_cores
 from corolla.daemon.serving.workers import Worker
 from corolla.daemon.sessions import Wanted, opened
 from corolla.daemon.store import Store, open_store
@@ -263,15 +267,24 @@ async def test_a_session_that_nobody_else_could_serve_stays_while_its_hop_drains
             assert lends.lends == "yes"
 
 
-# pauses
+# pauses, and rules
+
+NIGHT = Rules(parse_hours("22:00-07:00"))
+OUTSIDE = Verdict(Lends.OUTSIDE_HOURS, "later")
 
 
 @asynccontextmanager
-async def pausing(lends: Lending, store: Store, now: list[float]) -> AsyncIterator[tuple[Pausing, list[str]]]:
+async def pausing(
+    lends: Lending, store: Store, now: list[float], **options: Any
+) -> AsyncIterator[tuple[Pausing, list[str]]]:
     told: list[str] = []
+
+    def tell(kind: str, text: str) -> None:
+        told.append(kind)
+
     async with trio.open_nursery() as nursery:
         yield (
-            Pausing(lends, store, nursery, lambda kind, text: told.append(kind), unix=lambda: now[0]),
+            Pausing(lends, store, nursery, tell, unix=lambda: now[0], **options),
             told,
         )
         nursery.cancel_scope.cancel()
@@ -335,3 +348,150 @@ async def test_a_pause_of_no_time_is_refused(tmp_path: Path) -> None:
                 assert (await refused(pauses.pause(-1.0))).code is Code.BAD_REQUEST
                 assert (await refused(pauses.pause(float("nan")))).code is Code.BAD_REQUEST
                 assert not store.state.paused
+
+
+def local(hour: int, minute: int = 0) -> float:
+    """A unix time at which clocks here show this time of day."""
+    return time.mktime((2026, 3, 3, hour, minute, 0, 0, 0, -1))
+
+
+@asynccontextmanager
+async def ruled(
+    tmp_path: Path, now: list[float], rules: list[Rules], seen: dict[str, float] | None = None
+) -> AsyncIterator[tuple[Lending, Pausing, list[str]]]:
+    """A lender who keeps to rules at a time that tests set. seen: fields of each look."""
+
+    async def look(rules: Rules, minute: int) -> Seen:
+        await trio.lowlevel.checkpoint()
+        return Seen(minute, **(seen or {}))
+
+    config = Config(model="faithful", blocks="0:4")
+    with open_store(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            lends = Lending(config, "/nowhere", nursery, lambda kind, text: None, command=fake_command)
+            options: Any = {"rules": lambda: rules[0], "look": look}
+            async with pausing(lends, store, now, **options) as (pauses, told):
+                yield lends, pauses, told
+            lends.stop()
+            with trio.fail_after(30):
+                await until(lambda: not nursery.child_tasks)
+
+
+async def test_outside_its_hours_a_machine_lends_nothing_and_says_when_it_will(tmp_path: Path) -> None:
+    now = [local(12)]
+    async with ruled(tmp_path, now, [NIGHT]) as (lends, pauses, told):
+        pauses.start()
+        assert lends.statuses() == ()
+        assert (lends.lends, told) == (Lends.OUTSIDE_HOURS, ["held"])
+        assert "22:00" in str(pauses.explain())
+        now[0] = local(22)
+        async with following(pauses):
+            await until(lambda: bool(lends.serving()))
+            assert (lends.lends, pauses.explain()) == (Lends.YES, None)
+            now[0] = local(7)  # the night is over; or the clock jumped
+            pauses.stir()
+            await until(lambda: lends.statuses() == ())
+            assert lends.lends.name == "OUTSIDE_HOURS"
+            now[0] = local(6)  # and back by an hour
+            pauses.stir()
+            await until(lambda: bool(lends.serving()))
+        assert told == ["held", "resumed", "held", "resumed"]
+
+
+@asynccontextmanager
+async def following(pauses: Pausing) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pauses.follow)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def test_when_its_owner_is_back_a_machine_lends_nothing(tmp_path: Path) -> None:
+    seen = {"idle_s": 700.0}
+    async with ruled(tmp_path, [0.0], [Rules(idle_s=600.0)], seen) as (lends, pauses, told):
+        pauses.start()
+        assert lends.lends.name == "NOT_IDLE"  # nobody has looked yet
+        async with following(pauses):
+            await until(lambda: bool(lends.serving()))
+            seen["idle_s"] = 0.0
+            pauses.stir()
+            await until(lambda: lends.statuses() == ())
+            assert lends.lends.name == "NOT_IDLE"
+        assert told == ["held", "resumed", "held"]
+
+
+async def test_other_rules_count_at_once(tmp_path: Path) -> None:
+    rules = [NIGHT]
+    async with ruled(tmp_path, [local(12)], rules) as (lends, pauses, _):
+        pauses.start()
+        async with following(pauses):
+            rules[0] = Rules()
+            pauses.stir()
+            await until(lambda: bool(lends.serving()))
+
+
+async def test_a_pause_outlasts_the_rules_and_the_rules_a_resume(tmp_path: Path) -> None:
+    async with ruled(tmp_path, [local(12)], [NIGHT]) as (lends, pauses, told):
+        pauses.start()
+        pauses.resume()
+        assert lends.lends.name == "OUTSIDE_HOURS"
+        await pauses.pause(0.0)
+        await pauses.obey(Verdict(Lends.YES))
+        assert lends.lends.name == "PAUSED"
+        assert "daemonctl resume" in str(pauses.explain())
+        pauses.resume()
+        await until(lambda: bool(lends.serving()))
+        assert told == ["held", "held", "paused", "resumed"]
+
+
+async def test_a_resume_amid_a_pause_starts_anew_when_all_have_ended(tmp_path: Path) -> None:
+    async with ruled(tmp_path, [0.0], [Rules()]) as (lends, pauses, _):
+        pauses.start()
+        await until(lambda: bool(lends.serving()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pauses.pause, 0.0)
+            await until(lambda: lends.is_paused)
+            pauses.resume()
+        await until(lambda: bool(lends.serving()))
+        assert len(lends.statuses()) == 1
+        assert lends.lends.name == "YES"
+
+
+async def test_a_model_that_may_not_be_lent_is_refused_by_name_and_never_announced() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours, models=("llama", "eeeeee")) as (lends, _, told):
+            await until(lambda: "worker_failed" in told)
+            (status,) = lends.statuses()
+            assert (status.state, status.error["code"]) == ("failed", Code.BAD_CONFIG)
+            assert "fake@ffffffff" in status.error["message"]
+            assert "llama, eeeeee" in status.error["message"]
+            assert states(ours) == []
+
+
+@pytest.mark.parametrize("allowed", [("FAKE",), ("llama", "ffffff"), ("f" * 64,), ()])
+async def test_a_model_may_be_allowed_by_name_or_fingerprint(allowed: tuple[str, ...]) -> None:
+    async with meadow() as swarm, lender(await swarm.client(), models=allowed) as (lends, _, _):
+        await until(lambda: bool(lends.serving()))
+
+
+async def test_workers_that_serve_others_stand_behind_other_programs() -> None:
+    async with meadow() as swarm:
+        member = await swarm.client()
+        for polite, niceness, policy in ((True, NICENESS, os.SCHED_BATCH), (False, 0, os.SCHED_OTHER)):
+            async with lender(member, low_priority=polite) as (lends, _, _):
+                await until(lambda lends=lends: bool(lends.serving()))  # type: ignore[misc]
+                ((worker, _),) = lends.serving()
+                assert worker.process is not None
+                assert os.getpriority(os.PRIO_PROCESS, worker.process) == max(niceness, os.nice(0))
+                assert os.sched_getscheduler(worker.process) == policy
+
+
+async def test_half_of_the_cores_are_lent_unless_told() -> None:
+    async with meadow() as swarm:
+        member = await swarm.client()
+        for threads in (0, 3):
+            async with lender(member, threads=threads) as (lends, _, _):
+                await until(lambda lends=lends: bool(lends.serving()))  # type: ignore[misc]
+                ((worker, _),) = lends.serving()
+                assert worker.configure.threads == (threads or half_of_cores())

@@ -52,7 +52,7 @@ def test_it_installs_and_the_environment_sees_this_very_corolla(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(installer, "run_pip", lambda folder, arguments, report: asked.append(arguments))
+    monkeypatch.setattr(installer, "run_pip", lambda folder, arguments, *_: asked.append(arguments))
     lines: list[str] = []
     (tmp_path / "old").mkdir()
 
@@ -146,3 +146,31 @@ async def test_an_installer_that_fails_says_why(tmp_path: Path) -> None:
         await environment.install(tell)
     assert caught.value.code is Code.NOT_READY
     assert "daemonctl worker install" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [
+        ("Collecting torch>=2.13", "installing torch"),
+        ("  Downloading torch-2.13.0-cp311-cp311-linux_x86_64.whl (190.4 MB)", "installing torch"),
+        ("Collecting huggingface-hub<2.0", "installing huggingface-hub"),
+        ("Downloading https://example.org/whl/nvidia_cublas-13.0-py3.whl", "installing nvidia_cublas"),
+        ("Installing collected packages: torch, transformers", "installing"),
+        ("waiting for another worker that installs", "installing"),
+    ],
+)
+def test_status_names_the_package_that_is_being_installed(line: str, stage: str) -> None:
+    assert installer.stage_of(line) == stage
+
+
+def test_bytes_of_a_download_are_told_where_pip_tells_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer, "_progress_bar", lambda: "off")
+    fake = tmp_path / "pip"
+    fake.write_text("#!/bin/sh\necho Downloading torch-2.whl\necho Progress 5 of 20\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    heard: list[tuple[int, int]] = []
+    installer.run_pip(tmp_path, [], lambda _: None, lambda done, total: heard.append((done, total)))
+    assert heard == [(5, 20)]

@@ -1,0 +1,98 @@
+"""What passes between this machine and others, and how fast it may leave: one owner for all streams of a daemon.
+
+It owns the counts and the token bucket of the owner's upload limit. It delays and never drops; sessions, training
+and relaying share it in the order in which they ask. What stays on this machine neither counts nor waits.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from ...protocol.limits import KIB, MIB
+
+BURST_BYTES: Final = MIB  # may leave at once after a pause: a decode step does not wait
+PIECE_BYTES: Final = (
+    64 * KIB
+)  # what leaves at a time under a limit, so that a long message lets short ones between
+
+Remote = tuple[str, int] | None
+
+
+class Pace:
+    """A token bucket: so many bytes a second, in order of asking. bytes_per_s: inf is no limit."""
+
+    def __init__(self, bytes_per_s: float, burst_bytes: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._burst_bytes = burst_bytes
+        self._free_at = -math.inf  # when everything asked for so far would have passed at the steady pace
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The steady pace."""
+        return self._bytes_per_s
+
+    def set(self, bytes_per_s: float) -> None:
+        """Another pace, for what is asked from now on; what waits already keeps its time."""
+        self._bytes_per_s = bytes_per_s
+
+    async def wait(self, size_bytes: int) -> None:
+        """Wait until so many bytes may pass."""
+        now = trio.current_time()
+        burst_s = self._burst_bytes / self._bytes_per_s
+        self._free_at = max(self._free_at, now - burst_s) + size_bytes / self._bytes_per_s
+        if self._free_at > now:
+            await trio.sleep(self._free_at - now)
+
+
+def leaves_machine(remote: Remote) -> bool:
+    """Whether a connection's far end is elsewhere. None is a circuit: the relay's connection counts its bytes."""
+    if remote is None:
+        return False
+    try:
+        return not ipaddress.ip_address(remote[0].split("%")[0]).is_loopback
+    except ValueError:
+        return True
+
+
+class Traffic:
+    """Of all streams of one daemon. counts: whether a connection to this far end is counted and paced."""
+
+    def __init__(self, counts: Callable[[Remote], bool] = leaves_machine) -> None:
+        self.counts: Final = counts
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.relayed_bytes = 0  # for others, of those sent
+        self._pace = Pace(math.inf, BURST_BYTES)
+
+    @property
+    def limit_bytes_per_s(self) -> float:
+        """What may leave each second; inf is no limit."""
+        return self._pace.bytes_per_s
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything ever waits."""
+        return self._pace.bytes_per_s < math.inf
+
+    def limit(self, bytes_per_s: float) -> None:
+        """Let so much leave from now on. bytes_per_s: above 0; inf is no limit."""
+        self._pace.set(bytes_per_s)
+
+    async def leave(self, size_bytes: int) -> None:
+        """Wait until so many bytes may leave, and count them."""
+        if self.is_limited:
+            await self._pace.wait(size_bytes)
+        self.sent_bytes += size_bytes
+
+    def arrived(self, size_bytes: int) -> None:
+        """Count what came."""
+        self.received_bytes += size_bytes
+
+    def relayed(self, size_bytes: int) -> None:
+        """Count what was carried for others, which `leave` has counted as sent already."""
+        self.relayed_bytes += size_bytes
