@@ -16,6 +16,7 @@ import structlog
 from .. import __version__
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import SwarmToken, encode_token
+from ..protocol.registry import HELLO_PROTOCOL
 from .identity import Identity
 from .network.dialling import Reachability
 from .network.libp2p import open_network
@@ -58,7 +59,9 @@ class Belonging:
         )
 
     def token(self) -> str:
-        """What others need to join."""
+        """What others need to join; "" in an invited swarm, where each newcomer needs an invitation."""
+        if self.membership.roll.charter is not None:
+            return ""
         addresses = self.network.addresses()[:MAX_TOKEN_ADDRESSES]
         return encode_token(SwarmToken(self.swarm.swarm_id, self.swarm.name, addresses))
 
@@ -70,10 +73,11 @@ class Belonging:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How to enter a swarm: which, and whom to ask first."""
+    """How to enter a swarm: which, whom to ask first, and with which standing; None is the one kept."""
 
     swarm: Swarm
     bootstrap: tuple[str, ...] = ()
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,8 @@ class Terms:
     """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
 
     standing, save_standing: what is kept of our membership, as `Roll` says.
-    admits, on_charge: as `HopService` and `Ledger` say. traffic: counts and paces what we send.
+    admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
+    traffic: counts and paces what we send.
     """
 
     identity: Identity
@@ -97,6 +102,7 @@ class Terms:
     traffic: Traffic
     standing: Standing | None = None
     save_standing: Callable[[Standing], None] = lambda standing: None
+    on_refused: Callable[[CorollaError], None] = lambda problem: None
 
 
 @asynccontextmanager
@@ -112,12 +118,18 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
             reachability=terms.reachability,
             relay=terms.relay,
             traffic=terms.traffic,
+            guard=_greetings_alone,
         ) as network,
         anyio.create_task_group() as tasks,
     ):
         roll = Roll(network.peer, terms.standing, save=terms.save_standing)
         membership = Membership(
-            network, entry.swarm, bootstrap=entry.bootstrap, version=__version__, roll=roll
+            network,
+            entry.swarm,
+            bootstrap=entry.bootstrap,
+            version=__version__,
+            roll=roll,
+            on_refused=terms.on_refused,
         )
         registry = Registry(
             network,
@@ -128,6 +140,7 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
         )
         ledger = Ledger(terms.on_charge)
         hops = HopService(network, grace_s=terms.session_grace_s, admits=terms.admits)
+        membership.on_review(lambda: hops.part_with(roll.is_barred))
         TrainingService(network, hops.worker_for)  # the network holds it
         routes = Routes(network, membership, registry, ledger)
         await tasks.start(membership.run)
@@ -141,6 +154,11 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
             with anyio.move_on_after(FAREWELL_S, shield=True):
                 await _say_farewell(registry)
             tasks.cancel_scope.cancel()
+
+
+def _greetings_alone(peer: str, protocol: str) -> bool:
+    """What is served until `Membership` says whom it knows."""
+    return protocol == HELLO_PROTOCOL
 
 
 async def _say_farewell(registry: Registry) -> None:
@@ -171,7 +189,8 @@ async def discover(terms: Terms, address: str) -> Swarm:
         )
     async with open_network(terms.identity, listen=()) as network:
         try:
-            return await discover_swarm(network, address)
+            charter = terms.standing.charter if terms.standing is not None else None
+            return await discover_swarm(network, address, charter=charter)
         except CorollaError as problem:
             if problem.code is not Code.PEER_LOST:
                 raise

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..protocol.control import (
-    PRIVACY,
     CreateSwarm,
     Follow,
     Generate,
@@ -32,6 +31,7 @@ from ..protocol.work import SourceKind
 from .config import check_setting
 from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
+from .inviting import Guests
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
 from .training.parts import PartShelf
@@ -68,6 +68,7 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "resume": methods.resume,
         "stop": methods.stop,
         **Programs(node, parts).handlers(),
+        **Guests(node).handlers(),
     }
 
 
@@ -211,7 +212,7 @@ class Methods:
 
     async def create_swarm(self, ask: Ask) -> Reply:
         arguments: CreateSwarm = ask.arguments
-        return self._joined(await self._node.create_swarm(arguments.name))
+        return self._joined(await self._node.create_swarm(arguments.name, invited=arguments.invited))
 
     async def join(self, ask: Ask) -> Reply:
         arguments: Join = ask.arguments
@@ -219,7 +220,7 @@ class Methods:
 
     def _joined(self, token: str) -> Reply:
         swarm = self._node.the_belonging().swarm
-        return Reply(Joined(swarm.name, swarm.swarm_id, token, PRIVACY))
+        return Reply(Joined(swarm.name, swarm.swarm_id, token, self._node.privacy()))
 
     async def leave(self, ask: Ask) -> Reply:
         await self._node.leave()

@@ -19,10 +19,9 @@ import structlog
 import trio
 
 from .. import __version__
-from ..protocol.control import PRIVACY
+from ..protocol.control import privacy_words
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import TOKEN_PREFIX, decode_token
-from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.views import Status
 from .belonging import Belonging, Entry, Terms, belong, discover
 from .config import Config, rules_of
@@ -30,11 +29,12 @@ from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
 from .identity import load_identity
+from .inviting import Inviting
 from .lending import Lending
 from .network.dialling import Reachability
 from .network.host import check_port
-from .network.membership import Swarm, found_swarm
 from .network.relaying import RelayLimits
+from .network.roll import Standing
 from .network.traffic import Traffic
 from .pausing import Pausing
 from .profiles import Profiles
@@ -88,7 +88,8 @@ class Node:
         self._began = time.monotonic()
         self._num_sessions = 0
         self._no_sessions = trio.Event()
-        self._entry = self._remembered()
+        self.inviting: Final = Inviting(store, self._identity)
+        self._entry = self.inviting.remembered()
         self._entry_changed = trio.Event()
         self._place_changed = trio.Event()
         self._place_problem: CorollaError | None = None
@@ -239,6 +240,9 @@ class Node:
             on_charge=lambda peer, weight, reason: self.events.emit(
                 "charged", f"{peer}: {reason}", peer=peer, weight=weight
             ),
+            standing=self.inviting.standing,
+            save_standing=self.inviting.keep,
+            on_refused=lambda problem: self.events.emit("refused", str(problem)),
         )
 
     def _admit(self, client: str) -> None:
@@ -247,32 +251,25 @@ class Node:
 
     # swarms
 
-    async def create_swarm(self, name: str) -> str:
+    async def create_swarm(self, name: str, *, invited: bool = False) -> str:
         """Found a swarm and enter it; its token. Raises `BAD_REQUEST` for a bad name or if we are in one."""
-        if not 0 < len(name.strip()) <= MAX_NAME_CHARS // 4:
-            raise error(
-                Code.BAD_REQUEST,
-                f"a swarm's name of {len(name)} characters",
-                "give one of 1 to 64 characters",
-            )
-        swarm = found_swarm(name.strip(), self._identity.public_key, os.urandom(16))
-        return await self._enter(Entry(swarm), wait_for_member=False)
+        return await self._enter(self.inviting.found(name, invited), wait_for_member=False)
 
     async def join(self, token: str) -> str:
         """Enter a swarm by a token or a multiaddress; a token of it. Raises `BAD_TOKEN`, `NO_PEERS`, …"""
         text = token.strip()
         if text.startswith(TOKEN_PREFIX):
-            decoded = decode_token(text)
-            entry = Entry(Swarm(decoded.swarm_id, decoded.name), decoded.addresses)
+            entry = self.inviting.by_token(text)
         else:
-            entry = Entry(await discover(self._terms(), text), (text,))
+            entry = self.inviting.by_address(await discover(self._terms(), text), text)
         return await self._enter(entry, wait_for_member=True)
 
     async def leave(self) -> None:
         """Leave the swarm; leaving none is no error."""
         async with self._moving:
             await self._change_place(None)
-            self.store.update(swarm_id="", swarm="", bootstrap=())
+            self.store.update(swarm_id="", swarm="", bootstrap=(), invited=False)
+            self.inviting.forget()
         self.events.emit("left", HINT)
 
     def the_belonging(self) -> Belonging:
@@ -290,21 +287,30 @@ class Node:
                     f"this daemon is in swarm {old.swarm.name} already",
                     "leave it first: daemonctl leave",
                 )
+            kept = self.inviting.standing
             try:
                 if self.belonging is None or entry.bootstrap:
-                    await self._change_place(entry)
+                    await self._move(entry, entry.standing)
                 belonging = self.the_belonging()
                 if wait_for_member:
                     await belonging.membership.wait_joined(timeout_s=JOIN_TIMEOUT_S)
             except CorollaError:
-                await self._change_place(old)
+                await self._move(old, kept)
                 raise
             self.store.update(
                 swarm_id=entry.swarm.swarm_id,
                 swarm=entry.swarm.name,
                 bootstrap=tuple(dict.fromkeys((*entry.bootstrap, *belonging.known_addresses()))),
+                invited=self.inviting.standing.charter is not None,
             )
             return belonging.token()
+
+    async def _move(self, entry: Entry | None, standing: Standing | None) -> None:
+        """Change our place and our standing together: whoever left the old place changes neither again."""
+        if standing is not None and standing != self.inviting.standing:
+            await self._change_place(None)
+            self.inviting.keep(standing)
+        await self._change_place(entry)
 
     async def _change_place(self, entry: Entry | None) -> None:
         """Leave where we are, enter what is given, and wait until that is done. Raises why it is not."""
@@ -327,12 +333,6 @@ class Node:
             await self.join(token)
         except CorollaError as problem:
             self.events.emit("join_failed", str(problem))
-
-    def _remembered(self) -> Entry | None:
-        state = self.store.state
-        if not state.swarm_id:
-            return None
-        return Entry(Swarm(state.swarm_id, state.swarm), state.bootstrap)
 
     def _remember(self, belonging: Belonging) -> None:
         known = belonging.known_addresses()
@@ -375,12 +375,19 @@ class Node:
             self.store.update(told_swarm=swarm_id)
         except CorollaError as problem:
             self.events.emit("store_failed", str(problem))
-        self.events.emit("notice", PRIVACY)
-        return PRIVACY
+        words = self.privacy()
+        self.events.emit("notice", words)
+        return words
+
+    def privacy(self) -> str:
+        """What users have to know of our swarm."""
+        return privacy_words(self.inviting.standing.charter is not None)
 
     def status(self) -> Status:
         """The daemon in one screen."""
         belonging = self.belonging
+        roll = belonging.membership.roll if belonging is not None else None
+        token = belonging.token() if belonging is not None else ""
         state = "idle" if self._entry is None else "joining" if belonging is None else "online"
         return Status(
             version=__version__,
@@ -391,7 +398,7 @@ class Node:
             uptime_s=time.monotonic() - self._began,
             swarm=belonging.swarm.name if belonging is not None else None,
             swarm_id=belonging.swarm.swarm_id if belonging is not None else None,
-            join_command=f"daemonctl join {belonging.token()}" if belonging is not None else None,
+            join_command=f"daemonctl join {token}" if token else None,
             num_peers=len(belonging.membership.members()) if belonging is not None else 0,
             addresses=belonging.network.addresses() if belonging is not None else (),
             workers=self.lending.statuses(),
@@ -401,6 +408,8 @@ class Node:
             hint=self._hint(),
             lending=self.lending.lends,
             contribution=self.contributing.so_far(),
+            invited=roll is not None and roll.charter is not None,
+            owner=roll is not None and roll.is_owner,
         )
 
     def _status_line(self) -> str:
@@ -414,6 +423,10 @@ class Node:
         """What to do next, if anything."""
         if self._place_problem is not None:
             return str(self._place_problem)
+        if self.belonging is not None and self.belonging.membership.refusal is not None:
+            return str(self.belonging.membership.refusal)
+        if (lost := self.inviting.hint()) is not None:
+            return lost
         if (words := self.pausing.explain()) is not None:
             return words
         return HINT if self._entry is None else None

@@ -196,6 +196,9 @@ class Routes:
             return self._find_path(request, seed)
         except CorollaError as problem:
             if problem.code is Code.BLOCKS_UNSERVED and not self._membership.members():
+                refusal = self._membership.refusal
+                if refusal is not None:
+                    raise error(refusal.code, refusal.message, refusal.remedy) from problem
                 raise error(
                     Code.NO_PEERS,
                     f"no other member of swarm {self._membership.swarm.name} is connected,"

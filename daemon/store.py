@@ -34,12 +34,14 @@ _MAX_STATE_BYTES: Final = 4 * 1024 * 1024
 class State:
     """What is remembered. swarm_id and swarm are empty outside a swarm; bootstrap: where its members were.
 
+    invited: whether our membership of it has to be proved, by what `load_membership` gives.
     told_swarm: the swarm whose privacy words were said with a text. paused_until: unix seconds; 0 is for good.
     """
 
     swarm_id: str = ""
     swarm: str = ""
     bootstrap: tuple[str, ...] = ()
+    invited: bool = False
     told_swarm: str = ""
     paused: bool = False
     paused_until: float = 0.0
@@ -61,6 +63,7 @@ class Store:
             "swarm_id": state.swarm_id,
             "swarm": state.swarm,
             "bootstrap": list(state.bootstrap),
+            "invited": state.invited,
             "told_swarm": state.told_swarm,
             "paused": state.paused,
             "paused_until": state.paused_until,
@@ -138,6 +141,7 @@ class Store:
                 swarm_id=str(content.get("swarm_id", "")),
                 swarm=str(content.get("swarm", "")),
                 bootstrap=tuple(str(address) for address in content.get("bootstrap", ())),
+                invited=bool(content.get("invited", False)),
                 told_swarm=str(content.get("told_swarm", "")),
                 paused=bool(content.get("paused", False)),
                 paused_until=float(content.get("paused_until", 0.0)),

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import ClassVar, Final
 
 from .errors import CorollaError, error_from_wire
+from .guests import BannedPeer, Invite, Revoke
 from .messages import Message, Plain, Vocabulary
 from .passes import AdapterName, BackwardPass, ForwardPass, PassHandle, PutAdapterPart
 from .steps import Reply, Row
@@ -26,6 +27,15 @@ PRIVACY: Final = (
     "This swarm is open. Its members can reconstruct your text, and a dishonest one can alter the answer. "
     "Send nothing you would not publish. Members see your IP address."
 )
+PRIVACY_INVITED: Final = (
+    "This swarm is invited, which promises only that its members were invited. They can reconstruct your text, "
+    "and a dishonest one can alter the answer. Send nothing that they must not read. They see your IP address."
+)
+
+
+def privacy_words(invited: bool) -> str:
+    """What users are told of a swarm."""
+    return PRIVACY_INVITED if invited else PRIVACY
 
 
 class Right(StrEnum):
@@ -205,9 +215,10 @@ class SessionHandle:
 
 @dataclass(frozen=True, slots=True)
 class CreateSwarm:
-    """Found an open swarm and enter it."""
+    """Found a swarm and enter it: an open one, or one that others enter by invitation alone."""
 
     name: str
+    invited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +264,8 @@ class InstallProgress:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`.
+    """The answer of `swarm.create` and `swarm.join`. token: what others paste after `daemonctl join`; "" of an
+    invited swarm, where `invite` makes one for each newcomer.
 
     notice: what users have to know of this swarm.
     """
@@ -308,7 +320,8 @@ class SetConfig:
 
 # What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
 # `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
-# `Pulled`, swarm.create and swarm.join `Joined`, rebalance a list of `Rebalanced`; events sends
+# `Pulled`, swarm.create and swarm.join `Joined`, invite `Invited`, invites a list of `InviteView`, bans a list
+# of peer ids, rebalance a list of `Rebalanced`; events sends
 # items of `DaemonEvent`. Those of `views` are there. The others return None.
 
 
@@ -347,6 +360,12 @@ METHODS: Final[dict[str, Method]] = {
         Method("swarm.create", Right.MANAGE, CreateSwarm),
         Method("swarm.join", Right.MANAGE, Join),
         Method("swarm.leave", Right.MANAGE, NoArguments),
+        Method("invite", Right.MANAGE, Invite),
+        Method("invites", Right.SEE, NoArguments),
+        Method("bans", Right.SEE, NoArguments),
+        Method("ban", Right.MANAGE, BannedPeer),
+        Method("unban", Right.MANAGE, BannedPeer),
+        Method("revoke", Right.MANAGE, Revoke),
         Method("rebalance", Right.MANAGE, Rebalance),
         Method("drain", Right.MANAGE, NoArguments),
         Method("pause", Right.MANAGE, Pause),

@@ -89,6 +89,7 @@ HELLO_TIMEOUT_S: Final = 10.0  # a connection that has not proved its swarm by t
 INVITE_LIFETIME_S: Final = 7 * 86400.0
 MAX_INVITE_LIFETIME_S: Final = 366 * 86400.0  # whoever finds a token that nobody used may use it so long
 MAX_INVITE_USES: Final = 1000
+MAX_GRANTED: Final = 1024  # invitations that their owner keeps a list of
 MAX_REVOKED: Final = 1024  # peers and invitations in the owner's list
 MAX_SEALED_BYTES: Final = 60 * KIB  # of a signed statement; the longest is such a list
 MAX_ADMITTED: Final = 4096  # memberships remembered: who accepted which invitation

@@ -69,6 +69,8 @@ class Status:
     hint: str | None = None  # what to do next, if anything
     lending: str = "yes"  # or why not: `draining`, `paused`, `outside hours`, `not idle`, `gpu in use`
     contribution: Contribution | None = None
+    invited: bool = False  # whether others enter the swarm by invitation alone
+    owner: bool = False  # whether this daemon makes these invitations
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from ..protocol.control import (
     Stop,
 )
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
+from ..protocol.limits import INVITE_LIFETIME_S
 from ..protocol.tensors import Encoding
 from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
@@ -91,9 +93,9 @@ class AsyncDaemon:
         """Change one value of the configuration; kept over restarts."""
         await self._call("config.set", SetConfig(key, value))
 
-    async def create_swarm(self, name: str) -> Joined:
-        """Found an open swarm and enter it."""
-        return one(Joined, await self._call("swarm.create", CreateSwarm(name)))
+    async def create_swarm(self, name: str, *, invited: bool = False) -> Joined:
+        """Found a swarm and enter it: an open one, or one that others enter by `invite`'s tokens alone."""
+        return one(Joined, await self._call("swarm.create", CreateSwarm(name, invited)))
 
     async def join(self, token: str) -> Joined:
         """Enter a swarm by its token, or by the multiaddress of a member."""
@@ -102,6 +104,30 @@ class AsyncDaemon:
     async def leave(self) -> None:
         """Leave the swarm."""
         await self._call("swarm.leave")
+
+    async def invite(self, *, lifetime_s: float = INVITE_LIFETIME_S, uses: int = 1) -> Invited:
+        """A token by which so many machines may join our invited swarm within a time. Owners only."""
+        return one(Invited, await self._call("invite", Invite(lifetime_s, uses)))
+
+    async def invites(self) -> tuple[InviteView, ...]:
+        """The invitations that this daemon gave, and who joined by them."""
+        return several(InviteView, await self._call("invites"))
+
+    async def revoke(self, name: str) -> None:
+        """End the membership of a peer, or of all who joined by an invitation, for good. Owners only."""
+        await self._call("revoke", Revoke(name))
+
+    async def bans(self) -> tuple[str, ...]:
+        """The peers with which this daemon has nothing to do."""
+        return tuple(await self._call("bans"))
+
+    async def ban(self, peer: str) -> None:
+        """Have nothing to do with a peer, from this daemon, in any swarm, until `unban`."""
+        await self._call("ban", BannedPeer(peer))
+
+    async def unban(self, peer: str) -> None:
+        """End a ban."""
+        await self._call("unban", BannedPeer(peer))
 
     async def pull(
         self,

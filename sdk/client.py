@@ -30,6 +30,8 @@ from ..protocol.control import (
     Stop,
 )
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
+from ..protocol.limits import INVITE_LIFETIME_S
 from ..protocol.passes import PutAdapterPart
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
@@ -119,9 +121,9 @@ class Daemon:
         """Change one value of the configuration; kept over restarts."""
         self._call("config.set", SetConfig(key, value))
 
-    def create_swarm(self, name: str) -> Joined:
-        """Found an open swarm and enter it."""
-        return one(Joined, self._call("swarm.create", CreateSwarm(name)))
+    def create_swarm(self, name: str, *, invited: bool = False) -> Joined:
+        """Found a swarm and enter it: an open one, or one that others enter by `invite`'s tokens alone."""
+        return one(Joined, self._call("swarm.create", CreateSwarm(name, invited)))
 
     def join(self, token: str) -> Joined:
         """Enter a swarm by its token, or by the multiaddress of a member."""
@@ -130,6 +132,30 @@ class Daemon:
     def leave(self) -> None:
         """Leave the swarm."""
         self._call("swarm.leave")
+
+    def invite(self, *, lifetime_s: float = INVITE_LIFETIME_S, uses: int = 1) -> Invited:
+        """A token by which so many machines may join our invited swarm within a time. Owners only."""
+        return one(Invited, self._call("invite", Invite(lifetime_s, uses)))
+
+    def invites(self) -> tuple[InviteView, ...]:
+        """The invitations that this daemon gave, and who joined by them."""
+        return several(InviteView, self._call("invites"))
+
+    def revoke(self, name: str) -> None:
+        """End the membership of a peer, or of all who joined by an invitation, for good. Owners only."""
+        self._call("revoke", Revoke(name))
+
+    def bans(self) -> tuple[str, ...]:
+        """The peers with which this daemon has nothing to do."""
+        return tuple(self._call("bans"))
+
+    def ban(self, peer: str) -> None:
+        """Have nothing to do with a peer, from this daemon, in any swarm, until `unban`."""
+        self._call("ban", BannedPeer(peer))
+
+    def unban(self, peer: str) -> None:
+        """End a ban."""
+        self._call("unban", BannedPeer(peer))
 
     def pull(
         self,

@@ -19,6 +19,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from ...protocol.errors import Code, CorollaError, error, error_from_wire
+from ...protocol.invitations import Charter
 from ...protocol.limits import (
     CONNECT_TIMEOUT_S,
     HELLO_TIMEOUT_S,
@@ -39,6 +40,8 @@ PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
 TARGET_MEMBERS: Final = 24  # a full mesh of a small swarm, and enough edges to keep a large one in one piece
 MAX_KNOWN: Final = 512  # members heard of, connected or not
 GOSSIP_EVERY_S: Final = 30.0
+FAREWELL_S: Final = 2.0  # for one put out to hear why
+MAX_REASON_CHARS: Final = 500  # of a refusal, which a stranger wrote
 PATIENCE_S: Final = 2.0  # how long the dialled side waits for the dialler to greet before greeting itself
 REDIAL_FIRST_S: Final = 0.5
 REDIAL_MAX_S: Final = 60.0
@@ -61,10 +64,13 @@ def found_swarm(name: str, founder_key: bytes, nonce: bytes) -> Swarm:
     return Swarm(swarm_id_of(name, founder_key, nonce), name)
 
 
-async def discover_swarm(network: Network, address: str, *, timeout_s: float = HELLO_TIMEOUT_S) -> Swarm:
+async def discover_swarm(
+    network: Network, address: str, *, charter: Charter | None = None, timeout_s: float = HELLO_TIMEOUT_S
+) -> Swarm:
     """The swarm of the member at a multiaddress, asked before joining it.
 
-    Raises `PEER_LOST` (unreachable), `TIMEOUT`, `NO_SWARM` (it has none itself), or `UNSUPPORTED`.
+    charter: of the invited swarm whose membership we have; another one is entered by a token alone.
+    Raises `PEER_LOST` (unreachable), `TIMEOUT`, `NO_SWARM` (it has none itself), `NOT_INVITED`, or `UNSUPPORTED`.
     """
     peer = await network.connect(address, timeout_s=timeout_s)
     asking = Hello("", "", "", PROTOCOL_MAJORS)
@@ -75,6 +81,12 @@ async def discover_swarm(network: Network, address: str, *, timeout_s: float = H
             Code.NO_SWARM,
             f"the daemon at {address} is not in a swarm itself",
             "run `daemonctl swarm create NAME` there, or join a member of a swarm",
+        )
+    if hello.charter is not None and hello.charter != charter:
+        raise error(
+            Code.NOT_INVITED,
+            f"{hello.charter.name}, the swarm of the daemon at {address}, is entered by invitation alone",
+            "ask its owner for a token (daemonctl invite), and give that in place of the address",
         )
     return Swarm(hello.swarm_id, hello.name)
 
@@ -104,7 +116,7 @@ class _Bootstrap:
     """An address to start from; it never is forgotten."""
 
     address: str
-    problem: str = ""
+    problem: CorollaError | None = None
 
 
 class Membership:
@@ -112,6 +124,7 @@ class Membership:
 
     bootstrap: multiaddresses of members, from a token or remembered.
     version: of this program, told to others. roll: who may be a member; None lets everybody in.
+    on_refused: told when a member says, not as at the last time, why it has nothing to do with us.
     """
 
     def __init__(
@@ -122,6 +135,7 @@ class Membership:
         bootstrap: Sequence[str] = (),
         version: str = "",
         roll: Roll | None = None,
+        on_refused: Callable[[CorollaError], None] = lambda problem: None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
@@ -134,8 +148,11 @@ class Membership:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._known: dict[str, _Acquaintance] = {}
-        self._strangers: dict[str, tuple[float, str]] = {}  # peer → when it proved to be one, and why
+        self._strangers: dict[str, tuple[float, CorollaError]] = {}  # when it proved to be one, and why
         self._listeners: list[Callable[[str, bool], None]] = []
+        self._reviewers: list[Callable[[], None]] = []
+        self._on_refused = on_refused
+        self._refusal: CorollaError | None = None
         self._changed: anyio.Event | None = None
         self._tasks: TaskGroup | None = None
 
@@ -162,6 +179,15 @@ class Membership:
         """Call `listener(peer, connected)` whenever a member is admitted or lost."""
         self._listeners.append(listener)
 
+    def on_review(self, listener: Callable[[], None]) -> None:
+        """Call `listener()` whenever others are banned or revoked than before."""
+        self._reviewers.append(listener)
+
+    @property
+    def refusal(self) -> CorollaError | None:
+        """Why a member said it has nothing to do with us, if nobody else is connected."""
+        return None if self._members else self._refusal
+
     async def wait_member(self, peer: str, *, timeout_s: float) -> bool:
         """Wait until this peer is a member; False if it is not within the time."""
         with anyio.move_on_after(timeout_s):
@@ -170,17 +196,28 @@ class Membership:
         return self.is_member(peer)
 
     async def wait_joined(self, *, timeout_s: float) -> None:
-        """Wait for the first other member. Raises `NO_PEERS` naming what was tried."""
+        """Wait for the first other member.
+
+        Raises `NO_PEERS` naming what was tried; `NOT_INVITED` as soon as all of these refused us.
+        """
         with anyio.move_on_after(timeout_s):
-            while not self._members:
+            while not self._members and not self._is_refused_by_all():
                 await self._wait_changed()
         if not self._members:
-            tried = "; ".join(f"{b.address}: {b.problem or 'no answer'}" for b in self._bootstrap)
+            if self._refusal is not None and self._is_refused_by_all():
+                raise error(self._refusal.code, self._refusal.message, self._refusal.remedy)
+            tried = "; ".join(
+                f"{b.address}: {b.problem.message if b.problem else 'no answer'}" for b in self._bootstrap
+            )
             raise error(
                 Code.NO_PEERS,
                 f"no member of swarm {self.swarm.name} answered in {timeout_s:g} s ({tried or 'none known'})",
                 "check that a member runs and can be reached, or paste a fresh token",
             )
+
+    def _is_refused_by_all(self) -> bool:
+        problems = [entry.problem for entry in self._bootstrap]
+        return bool(problems) and all(p is not None and p.code is Code.NOT_INVITED for p in problems)
 
     def may_speak(self, peer: str, protocol: str) -> bool:
         """May a peer use a protocol of ours? Everyone may greet; the rest is for members."""
@@ -191,13 +228,18 @@ class Membership:
         if self._tasks is None:
             return
         for peer in tuple(self._members):
-            if self.roll.is_barred(peer):
-                del self._members[peer]
-                self._shun(peer, "it is banned or revoked")
-                self._tell(peer, False)
-                self._tasks.start_soon(self._network.disconnect, peer)
-            else:
+            problem = self.roll.bar(peer)
+            if problem is None:
                 self._tasks.start_soon(self._greet_again, peer)
+            else:
+                self._lose(peer, problem)
+                self._tasks.start_soon(self._part, peer, problem)
+        for listener in self._reviewers:
+            listener()
+
+    def forgive(self, peer: str) -> None:
+        """A peer is no longer banned: it may come, and be dialled, as one never met."""
+        self._strangers.pop(peer, None)
 
     # life
 
@@ -261,10 +303,12 @@ class Membership:
         ours = self._hello(peer)
         async with _greeting(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
             if hello.problem is not None:
-                problem = error_from_wire(hello.problem)
-                self._shun(peer, f"it refused us: {problem.message}")
-                raise problem
-            is_new = hello.swarm_id == self.swarm.swarm_id and self._admit(peer, hello)
+                raise self._hear_refusal(peer, hello)
+            try:
+                is_new = hello.swarm_id == self.swarm.swarm_id and self._admit(peer, hello)
+            except CorollaError as problem:
+                self._shun(peer, problem)
+                raise
         if is_new:
             self._tell(peer, True)
             if self.roll.revocations != hello.revocations and self._tasks is not None:
@@ -272,13 +316,9 @@ class Membership:
         if hello.swarm_id == self.swarm.swarm_id:
             return
         if hello.swarm_id:
-            self._shun(peer, "it belongs to another swarm")
-            raise error(
-                Code.WRONG_SWARM,
-                f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}),"
-                f" we to {self.swarm.name} ({self.swarm.swarm_id[:8]})",
-                "ask for a token of the right swarm",
-            )
+            stranger = self._of_another_swarm(peer, hello)
+            self._shun(peer, stranger)
+            raise stranger
         await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)  # a guest: it may join yet
 
     async def _answer(self, stream: Stream) -> None:
@@ -286,6 +326,11 @@ class Membership:
         conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             hello = _as_hello(await conversation.hear(), stream.peer)
+            if hello.problem is not None:
+                self._hear_refusal(stream.peer, hello)
+                await conversation.say(self._hello(stream.peer))
+                await stream.close()
+                return
             is_ours = hello.swarm_id == self.swarm.swarm_id
             refusal: CorollaError | None = None
             is_new = False
@@ -299,10 +344,48 @@ class Membership:
             if is_new and stream.peer in self._members:
                 self._tell(stream.peer, True)
             if refusal is not None or (hello.swarm_id and not is_ours):
-                self._shun(stream.peer, str(refusal or "it belongs to another swarm"))
+                self._shun(stream.peer, refusal or self._of_another_swarm(stream.peer, hello))
                 await self._network.disconnect(stream.peer)
             return
         stream.reset()
+
+    def _of_another_swarm(self, peer: str, hello: Hello) -> CorollaError:
+        return error(
+            Code.WRONG_SWARM,
+            f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}),"
+            f" we to {self.swarm.name} ({self.swarm.swarm_id[:8]})",
+            "ask for a token of the right swarm",
+        )
+
+    # parting
+
+    async def _part(self, peer: str, problem: CorollaError) -> None:
+        """Tell a member why it is one no longer, if it will hear that, and close its connections."""
+        with anyio.move_on_after(FAREWELL_S):
+            try:
+                ours = self._hello(peer, problem)
+                async with _greeting(self._network, peer, ours, timeout_s=FAREWELL_S):
+                    pass
+            except CorollaError as failure:
+                _log.info("left_untold", peer=peer, problem=str(failure))
+        await self._network.disconnect(peer)
+
+    def _hear_refusal(self, peer: str, hello: Hello) -> CorollaError:
+        """A peer has nothing to do with us: part with it, and remember why."""
+        told = error_from_wire(hello.problem)
+        problem = error(told.code, f"{peer} refused us: {told.message[:MAX_REASON_CHARS]}", told.remedy)
+        if hello.swarm_id == self.swarm.swarm_id:
+            self._refusal = problem
+            if peer not in self._strangers or str(self._strangers[peer][1]) != str(problem):
+                self._on_refused(problem)
+        self._lose(peer, problem)
+        return problem
+
+    def _lose(self, peer: str, problem: CorollaError) -> None:
+        """It is no member, or none any longer, though it may be connected still."""
+        self._shun(peer, problem)
+        if self._members.pop(peer, None) is not None:
+            self._tell(peer, False)
 
     async def _let_it_hear(self, stream: Stream) -> None:
         """Wait for the far side's end: a stranger has heard why, and a member has admitted us.
@@ -349,6 +432,7 @@ class Membership:
             self.review()
         addresses = tuple(_of_peer(hello.addresses, peer))
         is_new = peer not in self._members
+        self._refusal = None
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
         self._strangers.pop(peer, None)
         now = self._clock()
@@ -380,7 +464,7 @@ class Membership:
         for peer in spare[: max(0, len(self._known) - MAX_KNOWN)]:
             del self._known[peer]
 
-    def _shun(self, peer: str, reason: str) -> None:
+    def _shun(self, peer: str, reason: CorollaError) -> None:
         self._known.pop(peer, None)
         now = self._clock()
         self._strangers = {p: s for p, s in self._strangers.items() if now - s[0] < FORGET_AFTER_S}
@@ -473,14 +557,14 @@ class Membership:
                 return
 
     async def _connect(self, address: str) -> None:
-        """Dial an address and wait for the greeting's outcome. Raises `PEER_LOST`, `WRONG_SWARM`, `TIMEOUT`."""
+        """Dial an address and wait for the greeting's outcome. Raises `PEER_LOST`, `TIMEOUT`, or why not."""
         dialled_at = self._clock()
         peer = await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             while not self.is_member(peer):
-                shunned_at, reason = self._strangers.get(peer, (dialled_at - 1, ""))
-                if shunned_at >= dialled_at:
-                    raise error(Code.WRONG_SWARM, reason)
+                shunned = self._strangers.get(peer)
+                if shunned is not None and shunned[0] >= dialled_at:
+                    raise error(shunned[1].code, shunned[1].message, shunned[1].remedy)
                 await self._wait_changed()
             return
         raise error(Code.TIMEOUT, "it did not greet")
@@ -494,9 +578,10 @@ class Membership:
         try:
             await self._connect(entry.address)
         except CorollaError as problem:
-            entry.problem = str(problem)
+            entry.problem = problem
         else:
-            entry.problem = ""
+            entry.problem = None
+        self._wake()
 
 
 @asynccontextmanager

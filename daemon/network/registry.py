@@ -323,8 +323,10 @@ class Registry:
 
     def _put(self, entry: Entry, *, owner: str | None, origin: str) -> None:
         now = self._clock()
-        changed = self._shelf.put(entry, now=now, now_unix=self._unix(), owner=owner, origin=origin)
         peer = peer_id_of(entry.signed.public_key)
+        if self._membership.roll.is_barred(peer):
+            raise error(Code.BAD_RECORD, f"{peer} is banned here, or its membership was revoked")
+        changed = self._shelf.put(entry, now=now, now_unix=self._unix(), owner=owner, origin=origin)
         lost_at = self._lost.get(peer)
         if lost_at is not None and now + entry.remaining_s - RECORD_LIFETIME_S > lost_at:
             del self._lost[peer]  # it signed this after we lost it: it lives, and others reach it
@@ -418,6 +420,7 @@ class Registry:
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self._membership.on_member(self._on_member)
+            self._membership.on_review(self._on_review)
             self._network.handle(REGISTRY_PROTOCOL, self._serve)
             tasks.start_soon(self._keep_publishing)
             tasks.start_soon(self._keep_fresh)
@@ -441,6 +444,11 @@ class Registry:
         else:
             self._lost[peer] = self._clock()
             self._forget_holder(peer)
+            self._notify()
+
+    def _on_review(self) -> None:
+        """Records of peers that are banned or revoked go, wherever we had them from."""
+        if self._shelf.drop(self._membership.roll.is_barred):
             self._notify()
 
     async def _welcome(self, peer: str) -> None:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import cbor2
 import structlog
@@ -33,9 +34,10 @@ from ...protocol.invitations import (
     open_revocations,
     seal_revocations,
 )
-from ...protocol.limits import MAX_ADMITTED, MAX_ADMITTED_TOLD, MAX_CLOCK_SKEW_S
+from ...protocol.limits import MAX_ADMITTED, MAX_ADMITTED_TOLD, MAX_CLOCK_SKEW_S, MAX_GRANTED
 from ...protocol.messages import from_plain, load_map, to_plain
 
+_ASK: Final = "ask the owner of the swarm for a new token (daemonctl invite)"
 _log = structlog.get_logger("corolla.roll")
 
 
@@ -44,6 +46,7 @@ class Standing:
     """What is kept on disk. charter: of an invited swarm. proof: our own; the owner needs none.
 
     admitted: memberships seen. vouched: peers named by the token that we joined with. banned: peer ids.
+    granted: the owner's invitations, without their keys.
     """
 
     charter: Charter | None = None
@@ -52,6 +55,7 @@ class Standing:
     admitted: tuple[Proof, ...] = ()
     vouched: tuple[str, ...] = ()
     banned: tuple[str, ...] = ()
+    granted: tuple[Grant, ...] = ()
 
 
 def encode_standing(standing: Standing) -> bytes:
@@ -130,6 +134,15 @@ class Roll:
         return self._revocations.names
 
     @property
+    def granted(self) -> tuple[Grant, ...]:
+        """The invitations that we gave, as far as they are of use or were used."""
+        return self._standing.granted
+
+    def accepted(self, grant: Grant) -> tuple[str, ...]:
+        """Who joined by an invitation, as far as we saw."""
+        return tuple(peer for peer, seen in self._seen.items() if seen.grant.invite == grant.invite)
+
+    @property
     def is_owner(self) -> bool:
         """Whether the swarm is invited and ours."""
         return self.charter is not None and self.charter.owner_peer == self._peer
@@ -143,15 +156,27 @@ class Roll:
 
     def is_barred(self, peer: str) -> bool:
         """Whether a peer is banned or revoked, itself or by its invitation."""
-        return peer in self.banned or self._is_revoked(peer, self._seen.get(peer))
+        return self.bar(peer) is not None
+
+    def bar(self, peer: str) -> CorollaError | None:
+        """Why a peer is barred: `NOT_INVITED`; None if it is not."""
+        if peer in self.banned:
+            return error(
+                Code.NOT_INVITED, f"{peer} is banned here", "ask the owner of that machine: daemonctl unban"
+            )
+        if peer in self.revoked:
+            return _revoked("the membership", peer)
+        seen = self._seen.get(peer)
+        if seen is not None and seen.grant.invite_id in self.revoked:
+            return _revoked(f"invitation {seen.grant.invite_id}", peer)
+        return None
 
     def admit(self, peer: str, proof: Proof | None) -> None:
         """Note a peer as a member. Raises `NOT_INVITED` saying why it is none."""
         charter = self.charter
-        if peer in self.banned:
-            raise error(Code.NOT_INVITED, f"{peer} is banned here")
-        if self._is_revoked(peer, None):
-            raise error(Code.NOT_INVITED, f"the owner revoked the membership of {peer}")
+        problem = self.bar(peer)
+        if problem is not None and (peer in self.banned or peer in self.revoked):
+            raise problem  # one whose invitation was revoked may come with another
         if charter is None or peer == charter.owner_peer:
             return
         if proof is None:
@@ -161,8 +186,8 @@ class Roll:
                 "ask its owner for a token (daemonctl invite)",
             )
         proven = check_proof(proof, charter, peer, now_unix_s=self._clock())
-        if self._is_revoked(peer, proven):
-            raise error(Code.NOT_INVITED, f"the owner revoked invitation {proven.grant.invite_id} of {peer}")
+        if proven.grant.invite_id in self.revoked:
+            raise _revoked(f"invitation {proven.grant.invite_id}", peer)
         known = self._seen.get(peer)
         if known is not None and known.grant.invite == proven.grant.invite:
             return
@@ -194,10 +219,6 @@ class Roll:
         self._change(revocations=sealed)
         return True
 
-    def _is_revoked(self, peer: str, proven: Proven | None) -> bool:
-        names = self._revocations.names
-        return peer in names or (proven is not None and proven.grant.invite_id in names)
-
     def _check_use(self, peer: str, grant: Grant) -> None:
         """Raise `NOT_INVITED` if the invitation has expired, or served as many as it may."""
         others = [p for p, seen in self._seen.items() if seen.grant.invite == grant.invite and p != peer]
@@ -205,14 +226,14 @@ class Roll:
             raise error(
                 Code.NOT_INVITED,
                 f"invitation {grant.invite_id} was for {grant.uses}, and {others[0]} accepted it before {peer}",
-                "ask the owner of the swarm for a new token (daemonctl invite)",
+                _ASK,
             )
         late_s = self._clock() - grant.expires_at - MAX_CLOCK_SKEW_S
         if late_s > 0 and peer not in self._standing.vouched:
             raise error(
                 Code.NOT_INVITED,
                 f"invitation {grant.invite_id} has expired, and nobody known here saw {peer} accept it in time",
-                "ask the owner of the swarm for a new token (daemonctl invite)",
+                _ASK,
             )
 
     def _note(self, proof: Proof, charter: Charter) -> None:
@@ -239,9 +260,12 @@ class Roll:
 
     def invite(self, key: Ed25519PrivateKey, *, lifetime_s: float, uses: int) -> tuple[Invitation, Grant]:
         """A fresh invitation. Raises `BAD_REQUEST` if the swarm is open, or not ours."""
-        return invite(
-            self._our_charter("invite"), key, now_unix_s=self._clock(), lifetime_s=lifetime_s, uses=uses
-        )
+        now = self._clock()
+        charter = self._our_charter("invite")
+        invitation, grant = invite(charter, key, now_unix_s=now, lifetime_s=lifetime_s, uses=uses)
+        kept = [g for g in self.granted if g.expires_at + MAX_CLOCK_SKEW_S > now or self.accepted(g)]
+        self._change(granted=(*kept, grant)[-MAX_GRANTED:])
+        return invitation, grant
 
     def revoke(self, name: str, key: Ed25519PrivateKey) -> None:
         """Add a peer id, or an invitation's id, to our list. Raises `BAD_REQUEST`, `LIMIT_EXCEEDED`."""
@@ -292,6 +316,10 @@ class Roll:
         standing = replace(self._standing, **changes)  # type: ignore[arg-type]
         self._save(standing)
         self._standing = standing
+
+
+def _revoked(what: str, peer: str) -> CorollaError:
+    return error(Code.NOT_INVITED, f"the owner of the swarm revoked {what} of {peer}", _ASK)
 
 
 @dataclass(frozen=True, slots=True)

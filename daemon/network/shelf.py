@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -163,6 +163,13 @@ class Shelf:
         for subkey in [s for s, known in self._known.items() if known.forget_at <= now]:
             del self._known[subkey]
         return bool(dead)
+
+    def drop(self, barred: Callable[[str], bool]) -> bool:
+        """Drop what barred peers signed, and go on remembering its sequence numbers; True if there was any."""
+        dropped = [subkey for subkey, kept in self._kept.items() if barred(kept.record.peer)]
+        for subkey in dropped:
+            self._remove(subkey)
+        return bool(dropped)
 
     def next_expiry(self) -> float | None:
         """When the next record expires."""

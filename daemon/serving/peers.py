@@ -145,6 +145,12 @@ class HopService:
         """Take new sessions on it again."""
         self._draining.discard(worker)
 
+    def part_with(self, barred: Callable[[str], bool]) -> None:
+        """End the sessions of barred clients: no time of grace for those who may not come back."""
+        for key, place in tuple(self._places.items()):
+            if barred(key[0]):
+                self._free(key, place.served)
+
     def ask_to_leave(self, worker: int, *, amid_steps: bool) -> None:
         """Tell the sessions of a worker to go elsewhere now: `DRAINING`, which charges nobody.
 

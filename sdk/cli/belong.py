@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ...protocol.control import PRIVACY
 from ..client import Daemon
 from ..output import Output
-from .options import asking, tell_privacy
+from .options import asking
 
 
 @click.command()
@@ -14,8 +15,8 @@ from .options import asking, tell_privacy
 @asking
 def join(daemon: Daemon, output: Output, token: str) -> None:
     """Enter a swarm by TOKEN (`daemonctl status` prints it there), or by a member's multiaddress."""
-    tell_privacy(output, once=False)
     joined = daemon.join(token)
+    output.say(joined.notice or PRIVACY)
     if output.as_json:
         output.envelope(swarm=joined)
     else:
@@ -26,9 +27,12 @@ def join(daemon: Daemon, output: Output, token: str) -> None:
 @asking
 def leave(daemon: Daemon, output: Output) -> None:
     """Leave the swarm; the daemon goes on idle."""
-    name = daemon.status().swarm
+    status = daemon.status()
+    name = status.swarm
     daemon.leave()
     if output.as_json:
         output.envelope(left=name)
     else:
         output.say(f"left swarm {name}" if name else "was in no swarm")
+        if status.owner:
+            output.say("its owner comes back by any token of it, also a used one: daemonctl join TOKEN")

@@ -7,9 +7,7 @@ import click
 from ...protocol.views import Rebalanced
 from ..client import Daemon
 from ..output import Output, duration
-from .options import asking
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+from .options import as_seconds, asking
 
 
 def _blocks(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -20,21 +18,6 @@ def _blocks(context: click.Context, option: click.Parameter, value: str | None) 
     if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
         raise click.BadParameter(f"{value!r} is no run of blocks; write it like 0:15", context, option)
     return int(start), int(end)
-
-
-def _time(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
-    """Seconds, or a number with s, m, h or d."""
-    if value is None:
-        return None
-    text = value.strip().lower()
-    unit = _UNITS.get(text[-1:], 0.0)
-    try:
-        seconds = float(text[:-1] if unit else text) * (unit or 1.0)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise click.BadParameter(f"{value!r} is no time; write it like 90s, 30m or 2h", context, option)
-    return seconds
 
 
 @click.command()
@@ -95,7 +78,7 @@ def drain(daemon: Daemon, output: Output) -> None:
 @click.option(
     "--for",
     "for_s",
-    callback=_time,
+    callback=as_seconds,
     metavar="TIME",
     help="How long, such as 90s, 30m or 2h; until resume if left out.",
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from ...protocol.control import PRIVACY
+from ...protocol.control import privacy_words
 from ...protocol.errors import Code, error
 from ...protocol.places import SOCKET_VARIABLE, user_state_folder
 from ..client import Daemon, connect
 from ..output import Output
+
+_TOLD: Final = {False: "told-about-privacy", True: "told-about-privacy-of-invited"}  # by kind of swarm
+_UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def asking(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,6 +31,21 @@ def asking(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(daemon, Output(as_json), **arguments)
 
     return command
+
+
+def as_seconds(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Seconds, or a number with s, m, h or d."""
+    if value is None:
+        return None
+    text = value.strip().lower()
+    unit = _UNITS.get(text[-1:], 0.0)
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1.0)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise click.BadParameter(f"{value!r} is no time; write it like 90s, 30m, 2h or 7d", context, option)
+    return seconds
 
 
 def the_model(daemon: Daemon, name: str | None) -> str:
@@ -55,15 +73,18 @@ def the_model(daemon: Daemon, name: str | None) -> str:
     return models[0].name
 
 
-def tell_privacy(output: Output, once: bool) -> None:
-    """Say who can read what; with `once` only the first time for this user."""
-    marker = user_state_folder() / "told-about-privacy"
-    if once and marker.exists():
+def tell_privacy(daemon: Daemon, output: Output) -> None:
+    """Say who can read what, the first time for this user; once more where that is another kind of swarm."""
+    folder = user_state_folder()
+    if all((folder / marker).exists() for marker in _TOLD.values()):
         return
-    output.say(PRIVACY)
-    if once:
-        try:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-        except OSError as problem:
-            output.say(f"(cannot remember having said so: {problem.strerror} {marker})")
+    invited = daemon.status().invited
+    marker = folder / _TOLD[invited]
+    if marker.exists():
+        return
+    output.say(privacy_words(invited))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as problem:
+        output.say(f"(cannot remember having said so: {problem.strerror} {marker})")

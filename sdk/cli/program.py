@@ -27,7 +27,7 @@ class Command(NamedTuple):
 
 COMMANDS: Final = (
     Command("See", "status", "see", "This machine's daemon in one screen"),
-    Command("See", "swarm", "see", "Who serves which blocks; `swarm create NAME` founds a swarm"),
+    Command("See", "swarm", "see", "Who serves which blocks; `swarm create NAME [--invited]` founds one"),
     Command("See", "model", "models", "The models of the swarm: list, pull"),
     Command("See", "peers", "see", "The members of the swarm that the daemon knows"),
     Command("See", "events", "see", "What happened, and with --follow what happens"),
@@ -42,6 +42,10 @@ COMMANDS: Final = (
     Command("Lend", "stop", "lend", "Let sessions finish, then stop the daemon"),
     Command("Belong", "join", "belong", "Enter a swarm by its token or a member's address"),
     Command("Belong", "leave", "belong", "Leave the swarm"),
+    Command("Belong", "invite", "guests", "Let a machine into an invited swarm of yours"),
+    Command("Belong", "revoke", "guests", "End the membership of a peer, or of an invitation's guests"),
+    Command("Belong", "ban", "guests", "Have nothing to do with a peer, from this daemon"),
+    Command("Belong", "unban", "guests", "End a ban"),
     Command("Try", "demo", "demo", "A swarm on this machine; one daemon is killed in mid-sentence"),
     Command("Try", "completion", "completion", "Completion for bash, zsh or fish"),
 )

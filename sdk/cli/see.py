@@ -6,12 +6,13 @@ import time
 
 import click
 
+from ...protocol.control import privacy_words
 from ...protocol.errors import Exit
 from ...protocol.views import ModelView, SpanView, Status, WorkerStatus
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
 from ..picture import Bar, gaps, picture, replica_runs, short_peer
-from .options import asking, tell_privacy
+from .options import asking
 
 
 @click.command()
@@ -47,6 +48,10 @@ def _show_status(view: Status, output: Output) -> None:
     if view.join_command:
         output.line("to let another machine join, paste there:")
         output.line(f"  {view.join_command}")
+    elif view.owner:
+        output.say("to let another machine join: daemonctl invite")
+    elif view.invited:
+        output.say("to let another machine join, ask the swarm's owner: daemonctl invite")
     if view.hint:
         output.say(f"hint: {view.hint}")
 
@@ -140,14 +145,18 @@ def _show_model(output: Output, model: ModelView, spans: tuple[SpanView, ...]) -
 
 @swarm.command()
 @click.argument("name")
+@click.option("--invited", is_flag=True, help="Others enter it by `daemonctl invite`'s tokens alone.")
 @asking
-def create(daemon: Daemon, output: Output, name: str) -> None:
-    """Found an open swarm called NAME and enter it."""
-    joined = daemon.create_swarm(name)
+def create(daemon: Daemon, output: Output, name: str, invited: bool) -> None:
+    """Found a swarm called NAME and enter it."""
+    joined = daemon.create_swarm(name, invited=invited)
     if output.as_json:
         output.envelope(swarm=joined)
         return
-    tell_privacy(output, once=False)
+    output.say(joined.notice or privacy_words(invited))
+    if invited:
+        output.say(f"founded swarm {joined.name}; daemonctl invite makes a token for each machine")
+        return
     output.say(f"founded swarm {joined.name}; on other machines paste:")
     output.line(f"daemonctl join {joined.token}")
 

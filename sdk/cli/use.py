@@ -56,7 +56,7 @@ def generate(
     if not text:
         raise error(Code.BAD_REQUEST, "an empty prompt", 'daemonctl generate "The capital of France"')
     model = daemon.model(the_model(daemon, name))
-    tell_privacy(output, once=True)
+    tell_privacy(daemon, output)
     given: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if as_chat else {"prompt": text}
     answer = _write(model, output, given, _options(options))
     if output.as_json:
@@ -71,7 +71,7 @@ def generate(
 def chat(daemon: Daemon, output: Output, name: str | None, system: str | None, **options: Any) -> None:
     """Talk with a model, a line a turn. Ctrl-D ends."""
     model = daemon.model(the_model(daemon, name))
-    tell_privacy(output, once=True)
+    tell_privacy(daemon, output)
     if sys.stdin.isatty():
         output.say(f"talking with {model.name}; Ctrl-D ends")
     messages = [{"role": "system", "content": system}] if system else []

@@ -19,9 +19,10 @@ import corolla
 from corolla.daemon import node as module
 from corolla.daemon.config import Config
 from corolla.daemon.methods import handlers
+from corolla.daemon.network.roll import Standing
 from corolla.daemon.node import HINT, Node
 from corolla.daemon.store import open_store
-from corolla.protocol.control import PRIVACY
+from corolla.protocol.control import PRIVACY, PRIVACY_INVITED
 from corolla.protocol.errors import Code, CorollaError, Exit, error
 from corolla.protocol.invitations import decode_token, encode_token
 
@@ -63,6 +64,18 @@ async def heard(daemon: Node, kind: str) -> str:
 def ask(daemon: Node) -> Any:
     """A program that is connected with a daemon."""
     return corolla.aconnect(daemon.status().socket)
+
+
+@asynccontextmanager
+async def pair(folder: Path) -> AsyncIterator[tuple[Node, Node, Any, Any]]:
+    """Two daemons, and a program connected with each."""
+    async with (
+        node(folder / "a") as first,
+        node(folder / "b") as second,
+        await ask(first) as one,
+        await ask(second) as other,
+    ):
+        yield first, second, one, other
 
 
 async def refused(awaitable: Any) -> CorollaError:
@@ -242,6 +255,91 @@ async def test_privacy_is_told_with_the_first_text_of_a_swarm_alone(folder: Path
         await daemon.leave()
         await daemon.create_swarm("thorns")
         assert daemon.first_text_words() == PRIVACY
+
+
+# invited swarms
+
+
+@pytest.mark.anyio
+async def test_an_invited_swarm_is_founded_entered_by_invitation_and_remembered(folder: Path) -> None:
+    async with node(folder / "a") as first, await ask(first) as owner:
+        founded = await owner.create_swarm("roses", invited=True)
+        assert (founded.token, founded.notice) == ("", PRIVACY_INVITED)
+        status = await owner.status()
+        assert (status.invited, status.owner, status.join_command) == (True, True, None)
+        async with node(folder / "b") as second, await ask(second) as guest:
+            problem = await refused(guest.join(first.status().addresses[0]))
+            assert problem.code is Code.NOT_INVITED
+            assert "daemonctl invite" in problem.remedy
+            invited = await owner.invite()
+            joined = await guest.join(invited.token)
+            assert (joined.name, joined.token, joined.notice) == ("roses", "", PRIVACY_INVITED)
+            (given,) = await owner.invites()
+            assert (given.invite, given.peers) == (invited.invite, (second.status().peer,))
+            assert (await refused(guest.invite())).code is Code.BAD_REQUEST
+            await guest.join(first.status().addresses[0])  # a member needs no invitation
+            async with node(folder / "c") as third, await ask(third) as late:
+                problem = await refused(late.join(invited.token))
+                assert problem.code is Code.NOT_INVITED
+                assert "was for 1" in problem.message
+                assert (third.status().state, third.inviting.standing) == ("idle", Standing())
+        async with node(folder / "b") as second:
+            await heard(second, "joined")
+            await second.the_belonging().membership.wait_joined(timeout_s=30)
+            assert second.first_text_words() == PRIVACY_INVITED
+            await second.leave()
+            assert second.inviting.standing == Standing()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["revoke", "revoke the invitation", "ban"])
+async def test_one_put_out_hears_why_and_the_banned_may_come_back(folder: Path, how: str) -> None:
+    async with pair(folder) as (first, second, owner, guest):
+        await owner.create_swarm("roses", invited=True)
+        invited = await owner.invite(lifetime_s=60.0)
+        await guest.join(invited.token)
+        peer = second.status().peer
+        if how == "ban":
+            await owner.ban(peer)
+            assert await owner.bans() == (peer,)
+        else:
+            await owner.revoke(peer if how == "revoke" else invited.invite)
+        assert first.status().num_peers == 0
+        reason = await heard(second, "refused")
+        assert ("banned" if how == "ban" else "revoked") in reason
+        status = await guest.status()
+        assert (status.num_peers, status.hint) == (0, reason)
+        problem = await refused(guest.join(invited.token))
+        assert problem.code is Code.NOT_INVITED
+        assert second.status().state == "online"  # it is where it was, and says why nobody is there
+        if how == "ban":
+            await owner.unban(peer)
+            await second.the_belonging().membership.wait_joined(timeout_s=60)
+            assert second.status().hint is None
+            assert (await refused(owner.unban(peer))).code is Code.BAD_REQUEST
+
+
+@pytest.mark.anyio
+async def test_names_that_are_none_are_refused(folder: Path) -> None:
+    async with node(folder) as daemon, await ask(daemon) as program:
+        assert (await refused(program.invite())).code is Code.NO_SWARM
+        await program.create_swarm("roses", invited=True)
+        for wrong in (program.ban("eve"), program.revoke("eve"), program.ban(daemon.status().peer)):
+            assert (await refused(wrong)).code is Code.BAD_REQUEST
+        assert (await refused(program.revoke(daemon.status().peer))).code is Code.BAD_REQUEST
+        assert (await refused(program.invite(lifetime_s=0.0))).code is Code.BAD_REQUEST
+        assert await program.invites() == ()
+        assert await program.bans() == ()
+
+
+@pytest.mark.anyio
+async def test_a_ban_outside_a_swarm_holds_in_the_next(folder: Path) -> None:
+    async with pair(folder) as (_, second, one, other):
+        await one.ban(second.status().peer)
+        founded = await one.create_swarm("roses")
+        problem = await refused(other.join(founded.token))
+        assert problem.code is Code.NOT_INVITED
+        assert "is banned here" in problem.message
 
 
 # its end
