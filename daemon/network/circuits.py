@@ -7,15 +7,17 @@ inside it from end to end, so that the relay sees neither content nor protocols.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import trio
 import varint
 from google.protobuf.message import DecodeError, Message
 from libp2p.abc import IRawConnection
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, PeerId, Status, StopMessage
 from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
@@ -25,6 +27,7 @@ from .seam import Stream
 HOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/hop"  # to a relay: reserve, connect
 STOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/stop"  # from a relay: somebody connects to you
 CIRCUIT: Final = "/p2p-circuit"
+WORN: Final = 0.8  # of a circuit's bytes or time: what is left suffices to make another
 
 M = TypeVar("M", bound=Message)
 
@@ -82,14 +85,50 @@ class Preamble:
         return data
 
 
+@dataclass(frozen=True, slots=True)
+class CircuitLimit:
+    """When a relay ends a circuit. duration_s; num_bytes: both ways together. 0 is never."""
+
+    duration_s: float = 0.0
+    num_bytes: int = 0
+
+    @classmethod
+    def said(cls, limit: Limit) -> CircuitLimit:
+        """As a relay says it."""
+        return cls(float(limit.duration), int(limit.data))
+
+
 class CircuitConnection(IRawConnection):
     """The stream of a circuit that stands, as the library's connection. address: of the far peer, by the relay."""
 
-    def __init__(self, stream: Stream, rest: bytes, address: str, *, is_initiator: bool) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        rest: bytes,
+        address: str,
+        *,
+        is_initiator: bool,
+        limit: CircuitLimit | None = None,
+    ) -> None:
         self.is_initiator = is_initiator
         self._stream = stream
         self._rest = rest
         self._address = Multiaddr(address)
+        self._limit = limit or CircuitLimit()
+        self._num_bytes = 0
+        self._since = trio.current_time()
+        self._is_worn = trio.Event()
+
+    async def wait_worn(self) -> None:
+        """Wait until it should be replaced: most of its bytes or of its time is used, or it has ended."""
+        duration_s = self._limit.duration_s
+        with trio.move_on_at(self._since + WORN * duration_s if duration_s else float("inf")):
+            await self._is_worn.wait()
+
+    def _count(self, size: int) -> None:
+        self._num_bytes += size
+        if 0 < WORN * self._limit.num_bytes <= self._num_bytes:
+            self._is_worn.set()
 
     async def read(self, n: int | None = None) -> bytes:
         """At most `n` bytes. Raises `ConnectionClosedError`; the end is `b""`."""
@@ -98,17 +137,20 @@ class CircuitConnection(IRawConnection):
                 self._rest = await self._stream.receive()
             except CorollaError as problem:
                 raise ConnectionClosedError(problem.message) from problem
+            self._count(len(self._rest))
         data, self._rest = (self._rest, b"") if n is None else (self._rest[:n], self._rest[n:])
         return data
 
     async def write(self, data: bytes) -> None:
         """Send all of it. Raises `ConnectionClosedError`."""
+        self._count(len(data))
         try:
             await self._stream.send(data)
         except CorollaError as problem:
             raise ConnectionClosedError(problem.message) from problem
 
     async def close(self) -> None:
+        self._is_worn.set()
         self._stream.reset()
 
     def get_remote_address(self) -> tuple[str, int] | None:

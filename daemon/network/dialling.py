@@ -10,7 +10,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import IntEnum, StrEnum
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import trio
 
@@ -131,6 +131,44 @@ class AddressBook:
     def looks_dead(self, address: str, now: float) -> bool:
         """Whether the address failed lately."""
         return now - self._failed_at.get(address, -AVOID_FAILED_S) < AVOID_FAILED_S
+
+
+class Dials(Generic[T]):
+    """Dials under way, each for all who want the same peer."""
+
+    def __init__(self) -> None:
+        self._dials: dict[str, _Dial] = {}
+
+    async def share(self, peer: str, live: Callable[[], T | None], dial: Callable[[], Awaitable[T]]) -> T:
+        """What is live, or what `dial()` gives, one of them at a time. Raises what it raises, to all who wait."""
+        while True:
+            found = live()
+            if found is not None:
+                return found
+            under_way = self._dials.get(peer)
+            if under_way is None:
+                break
+            await under_way.done.wait()
+            if under_way.failure is not None:
+                failure = under_way.failure
+                raise error(failure.code, failure.message, failure.remedy, **failure.details)
+        under_way = self._dials[peer] = _Dial()
+        try:
+            return await dial()
+        except CorollaError as failure:
+            under_way.failure = failure
+            raise
+        finally:
+            del self._dials[peer]
+            under_way.done.set()
+
+
+class _Dial:
+    """A dial under way."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.failure: CorollaError | None = None
 
 
 async def try_each(

@@ -28,7 +28,8 @@ from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
 from ...protocol.reach import RING_PROTOCOL
 from ...protocol.views import ReachView
 from ..identity import Identity
-from .dialling import AddressBook, Reach, Reachability, reach_of, split_peer, try_each, unreachable
+from .circuits import CircuitConnection
+from .dialling import AddressBook, Dials, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
 from .host import check_port, make_host, quieten, root_cause
 from .kademlia import SwarmRouting
@@ -46,6 +47,7 @@ from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
 MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
+RENEW_AGAIN_S: Final = 5.0  # after a circuit could not be replaced; there is time, a fifth of its own
 CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then everything is dropped
 
 _log = structlog.get_logger("corolla.libp2p")
@@ -103,14 +105,6 @@ async def open_network(
         raise failure
 
 
-class _Dial:
-    """A dial under way, for all who want the same peer."""
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.failure: CorollaError | None = None
-
-
 class Libp2pNetwork:
     """See `seam.Network`. Made by `open_network`."""
 
@@ -132,14 +126,14 @@ class Libp2pNetwork:
         self._listeners: list[Callable[[str, bool], None]] = []
         self._book = AddressBook()
         self._connections: dict[str, list[SwarmConn]] = {}
-        self._dials: dict[str, _Dial] = {}
+        self._dials: Dials[SwarmConn] = Dials()
         self._routing: SwarmRouting | None = None
         self._stopping = trio.Event()
         self._scope = trio.CancelScope(shield=True)
         self.failure: CorollaError | None = None  # why it could not start, or broke down
         self._presence = Presence(
             self,
-            Means(self._take_circuit, self._ring, self._came_in, traffic.relayed),
+            Means(self._take_circuit, self._ring, self._came_in, traffic.relayed, lambda: traffic.own_bytes),
             announce=announce,
             reachability=reachability,
             relay=relay,
@@ -312,29 +306,11 @@ class Libp2pNetwork:
 
     async def _reach(self, peer: str) -> SwarmConn:
         """A live connection, an existing one or a new one to any known address. Raises `PEER_LOST`."""
-        while True:
-            connection = self._live(peer)
-            if connection is not None:
-                return connection
-            dial = self._dials.get(peer)
-            if dial is None:
-                break
-            await dial.done.wait()
-            if dial.failure is not None:
-                raise error(
-                    dial.failure.code, dial.failure.message, dial.failure.remedy, **dial.failure.details
-                )
-        dial = self._dials[peer] = _Dial()
-        try:
-            return await try_each(
-                peer, self._known(peer), lambda address: self._dial(address, peer), self._book
-            )
-        except CorollaError as failure:
-            dial.failure = failure
-            raise
-        finally:
-            del self._dials[peer]
-            dial.done.set()
+        return await self._dials.share(
+            peer,
+            lambda: self._live(peer),
+            lambda: try_each(peer, self._known(peer), lambda a: self._dial(a, peer), self._book),
+        )
 
     async def _dial(self, address: str, peer: str | None, *, from_any_port: bool = False) -> SwarmConn:
         """A new connection to an address, where `peer` (or, for None, anyone) must answer.
@@ -350,7 +326,10 @@ class Libp2pNetwork:
                     )
                 if peer is None or expected is None:
                     raise error(Code.BAD_REQUEST, f"{address} does not say whom the relay shall call")
-                return await self._swarm.upgrade_outbound(await self.relays.dial(address, peer), expected)
+                circuit = await self.relays.dial(address, peer)
+                connection = await self._swarm.upgrade_outbound(circuit, expected)
+                self._nursery.start_soon(self._keep_circuit, peer, address, circuit, connection)
+                return connection
         except trio.TooSlowError as failure:
             raise error(Code.PEER_LOST, f"no answer in {CONNECT_TIMEOUT_S:g} s") from failure
         except CorollaError:
@@ -369,7 +348,8 @@ class Libp2pNetwork:
 
     def _live(self, peer: str) -> SwarmConn | None:
         live = [c for c in self._connections.get(peer, ()) if not c.muxed_conn.is_closed]
-        return min(live, key=lambda c: _is_relayed(c), default=None)
+        direct = [c for c in live if not _is_relayed(c)]
+        return direct[0] if direct else live[-1] if live else None  # of circuits the freshest
 
     def _is_dialable(self, peer: str) -> bool:
         if self._live(peer) is not None:
@@ -394,6 +374,21 @@ class Libp2pNetwork:
             await self._routing.add(peer, self._known(peer))
         if _is_relayed(connection) and connection.direction is Direction.OUTBOUND:
             self._nursery.start_soon(self._make_direct, peer, connection)
+
+    async def _keep_circuit(
+        self, peer: str, address: str, circuit: CircuitConnection, connection: SwarmConn
+    ) -> None:
+        """Put a new circuit in the place of one that is worn, by the same relay if it can. Sessions go on over it."""
+        await circuit.wait_worn()
+        while not connection.muxed_conn.is_closed:
+            ways = (address, *(a for a in self._known(peer) if reach_of(a) is Reach.RELAYED))
+            try:
+                if not self._is_direct(peer):
+                    await try_each(peer, ways, lambda way: self._dial(way, peer), self._book)
+                await connection.close()
+            except CorollaError as problem:
+                _log.info("circuit_not_renewed", peer=peer, reason=problem.message)
+                await trio.sleep(RENEW_AGAIN_S)
 
     async def _make_direct(self, peer: str, relayed: SwarmConn) -> None:
         """Put a direct connection in the place of a relayed one, if there is a way.

@@ -27,13 +27,14 @@ from .whereabouts import Whereabouts
 class Means:
     """What presence needs of its network. take: makes a connection of an inbound circuit.
 
-    ring, came_in: as in `Doorbell`. relayed: told of bytes carried for others.
+    ring, came_in: as in `Doorbell`. relayed: told of bytes carried for others. own_bytes: as in `RelayService`.
     """
 
     take: Upgrade
     ring: Ring
     came_in: Callable[[Stream], bool]
     relayed: Callable[[int], None] = lambda size_bytes: None
+    own_bytes: Callable[[], int] = lambda: 0
 
 
 class Presence:
@@ -53,7 +54,13 @@ class Presence:
         self.whereabouts: Final = Whereabouts(announce, reachability)
         self.relays: Final = Relays(network, means.take, self.is_private, self._tell)
         self.relaying: Final = (
-            RelayService(network, relay, means.relayed, is_offering=lambda: not self.is_private())
+            RelayService(
+                network,
+                relay,
+                means.relayed,
+                is_offering=lambda: not self.is_private(),
+                own_bytes=means.own_bytes,
+            )
             if relay is not None
             else None
         )

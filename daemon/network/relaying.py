@@ -56,6 +56,7 @@ class RelayService:
     """Serves `HOP_PROTOCOL` on a network. on_bytes: told of what was carried.
 
     is_offering: whether others could come to us at all; a relay that nobody can dial helps nobody.
+    own_bytes: how many the owner's own streams have sent so far; what is relayed gives way to them.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class RelayService:
         on_bytes: Callable[[int], None] = lambda _: None,
         *,
         is_offering: Callable[[], bool] = lambda: True,
+        own_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._network = network
         self._limits = limits or RelayLimits()
         self._on_bytes = on_bytes
         self._is_offering = is_offering
+        self._own_bytes = own_bytes
+        self._num_own = own_bytes()
         self._reserved: dict[str, float] = {}  # peer → until when, on trio's clock
         self._circuits: Counter[str] = Counter()  # by each of the two peers of each
         self._num_circuits = 0
@@ -192,6 +196,7 @@ class RelayService:
                 if data:
                     if not budget.take(len(data)):
                         break
+                    self._give_way()
                     await self._pace.wait(len(data))
                     await target.send(data)
                     self._on_bytes(len(data))
@@ -201,6 +206,11 @@ class RelayService:
         except CorollaError:
             pass  # either side went: that is how circuits end
         scope.cancel()
+
+    def _give_way(self) -> None:
+        num_own = max(self._num_own, self._own_bytes())
+        self._pace.give_way(num_own - self._num_own)
+        self._num_own = num_own
 
     def _limit(self) -> Limit:
         return Limit(duration=int(self._limits.circuit_s), data=self._limits.circuit_bytes)

@@ -31,6 +31,7 @@ from .circuits import (
     HOP_PROTOCOL,
     STOP_PROTOCOL,
     CircuitConnection,
+    CircuitLimit,
     Preamble,
     check_status,
     circuit_address,
@@ -145,7 +146,13 @@ class Relays:
         except BaseException:
             stream.reset()
             raise
-        return CircuitConnection(stream, talk.rest, circuit_address(relay_address, relay), is_initiator=True)
+        return CircuitConnection(
+            stream,
+            talk.rest,
+            circuit_address(relay_address, relay),
+            is_initiator=True,
+            limit=CircuitLimit.said(answer.limit),
+        )
 
     # being called
 

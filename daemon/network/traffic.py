@@ -19,6 +19,7 @@ BURST_BYTES: Final = MIB  # may leave at once after a pause: a decode step does 
 PIECE_BYTES: Final = (
     64 * KIB
 )  # what leaves at a time under a limit, so that a long message lets short ones between
+MAX_YIELD_S: Final = 0.1  # that one waits for others' bytes: who yields does not starve
 
 Remote = tuple[str, int] | None
 
@@ -39,6 +40,12 @@ class Pace:
     def set(self, bytes_per_s: float) -> None:
         """Another pace, for what is asked from now on; what waits already keeps its time."""
         self._bytes_per_s = bytes_per_s
+
+    def give_way(self, size_bytes: int) -> None:
+        """Others took so many bytes of the same line: who asks next waits for that too, for a moment at most."""
+        now = trio.current_time()
+        free_at = max(self._free_at, now - self._burst_bytes / self._bytes_per_s)
+        self._free_at = max(free_at, min(free_at + size_bytes / self._bytes_per_s, now + MAX_YIELD_S))
 
     async def wait(self, size_bytes: int) -> None:
         """Wait until so many bytes may pass."""
@@ -68,6 +75,11 @@ class Traffic:
         self.received_bytes = 0
         self.relayed_bytes = 0  # for others, of those sent
         self._pace = Pace(math.inf, BURST_BYTES)
+
+    @property
+    def own_bytes(self) -> int:
+        """What left of our own, without what was carried for others."""
+        return self.sent_bytes - self.relayed_bytes
 
     @property
     def limit_bytes_per_s(self) -> float:

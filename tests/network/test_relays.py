@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
 from corolla.daemon.network.relaying import RelayLimits
 from corolla.daemon.network.relays import Refusal, candidates
 from corolla.daemon.network.seam import PeerView, Stream
+from corolla.daemon.network.traffic import MAX_YIELD_S, Pace
 from corolla.protocol.errors import Code, CorollaError
 
 pytestmark = pytest.mark.anyio
@@ -169,6 +171,60 @@ async def test_a_circuit_ends_with_its_limits_and_a_new_one_is_made(limits: dict
         await until(lambda: not any(view.peer == server.peer for view in client.peers()))
         again = await client.open(server.peer, ECHO, timeout_s=10)
         assert await echoed(again, b"again") == b"again"
+
+
+@pytest.mark.parametrize("limits", [{"circuit_bytes": 1_000_000}, {"circuit_s": 1.0}])
+async def test_a_circuit_is_replaced_before_its_limits_and_the_peer_never_missed(
+    limits: dict[str, Any],
+) -> None:
+    async with relay(**limits) as middle, hidden() as server, opened(listen=LOOPBACK) as client:
+        await enter(server, middle)
+        client.learn(server.peer, server.addresses())
+        told: list[bool] = []
+        server.on_peer(lambda peer, connected: told.append(connected) if peer == client.peer else None)
+        client.on_peer(lambda peer, connected: told.append(connected) if peer == server.peer else None)
+        dialled: list[str] = []
+        dial = client.relays.dial
+
+        async def counted(address: str, peer: str) -> Any:
+            dialled.append(address)
+            return await dial(address, peer)
+
+        client.relays.dial = counted  # type: ignore[method-assign]
+        for number in range(1, 4):
+            stream = await client.open(server.peer, ECHO, timeout_s=10)
+            assert await echoed(stream, bytes(380_000)) == bytes(380_000)  # 0.76 of the bytes, both ways
+            assert len(dialled) == number or "circuit_s" in limits
+            with pytest.raises(CorollaError):  # what remains of it serves until another stands, and no longer
+                await echo_for_ever(stream)
+            await until(lambda number=number: len(dialled) > number)
+        assert told == [True, True]
+        assert await echoed(await client.open(server.peer, ECHO, timeout_s=10), b"there") == b"there"
+
+
+async def test_a_circuit_that_cannot_be_replaced_goes_on_to_its_end() -> None:
+    async with relay(circuit_bytes=300_000, circuits_per_peer=1) as middle, hidden() as server:
+        await enter(server, middle)
+        async with opened(listen=LOOPBACK) as client:
+            client.learn(server.peer, server.addresses())
+            stream = await client.open(server.peer, ECHO, timeout_s=10)
+            assert await echoed(stream, bytes(130_000)) == bytes(130_000)  # 0.87 of it, both ways
+            assert await echoed(stream, b"still there") == b"still there"
+
+
+def test_what_is_relayed_waits_for_what_is_the_owner_s_own_but_not_long() -> None:
+    async def waits() -> list[float]:
+        pace = Pace(1000.0, 1000.0)
+        await pace.wait(1000)  # the burst
+        times = [trio.current_time()]
+        for own in (0, 50, 1_000_000):
+            pace.give_way(own)
+            await pace.wait(100)
+            times.append(trio.current_time())
+        return [after - before for before, after in pairwise(times)]
+
+    found = trio.run(waits, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert found == pytest.approx([0.1, 0.15, 0.1 + MAX_YIELD_S])
 
 
 async def test_when_a_relay_dies_another_takes_over() -> None:
