@@ -1,7 +1,8 @@
-"""A user's LoRA over blocks that run elsewhere: its parameters, the parts that hops get, and PEFT's files.
+"""What a user trains over blocks that run elsewhere: its parameters, the parts that hops get, and PEFT's files.
 
-Owns the parameters. It knows the layers only by name and size; the weights that they adapt lie in the swarm.
-Names, initial values and files are PEFT's, so that an adapter works here and anywhere.
+Owns the parameters of LoRA; those of prompts are in `prompts`. It knows the layers only by name and size; the weights
+that they adapt lie in the swarm. Names, initial values and files are PEFT's, so that an adapter works here and
+anywhere.
 Source: Hu et al. 2021, LoRA.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -29,7 +31,7 @@ _FACTORS: Final = ("lora_A", "lora_B")
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
     "use_dora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias",
-    "trainable_token_indices", "exclude_modules", "lora_dropout", "target_parameters",
+    "trainable_token_indices", "exclude_modules", "target_parameters",
 )  # fmt: skip
 
 
@@ -58,7 +60,70 @@ def linears_of(config: Any) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-class RemoteLora(nn.Module):
+class RemoteAdapter(nn.Module):
+    """What a user trains over blocks that run elsewhere.
+
+    factors: the parameters that hops get in parts. soft: virtual tokens before the text, (num, hidden_size), which
+    only the user's process knows. dropout: the share of a LoRA layer's inputs dropped while training.
+    """
+
+    config: Any
+    factors: nn.ParameterList
+    soft: nn.Parameter | None
+    dropout: float = 0.0
+
+    @abstractmethod
+    def parts(self) -> tuple[PartFile, ...]:
+        """One for each block of the model, of the parameters as they are now."""
+
+    @abstractmethod
+    def gradients(self, files: Mapping[int, bytes]) -> list[Tensor]:
+        """Block → file of gradients, in the order of `factors`; zeros for blocks that are not given.
+
+        Raises `BAD_ANSWER` for a file that has not the tensors of its part, or numbers that are not finite.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names in a file."""
+
+    def version(self) -> int:
+        """It grows whenever a parameter is changed in place, as optimizers do."""
+        return sum(parameter._version for parameter in self.parameters())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as PEFT does."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(os.fspath(folder))
+        tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in self.tensors().items()}
+        safetensors.torch.save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Take the weights of a folder. Raises `UNREADABLE`, `NOT_FINITE`, `BAD_SHAPE` for another model's."""
+        path = Path(folder) / WEIGHTS_FILE
+        tensors, expected = read_weights(path), self.tensors()
+        if tensors.keys() != expected.keys():
+            odd = sorted(tensors.keys() ^ expected.keys())
+            raise error(
+                Code.BAD_SHAPE,
+                f"{path} and its config name other layers of this model: {odd[0]}, {len(odd)} in all",
+                "the adapter is for another model",
+            )
+        for key, parameter in expected.items():
+            if tensors[key].shape != parameter.shape:
+                raise error(
+                    Code.BAD_SHAPE,
+                    f"{key} has the shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}",
+                    "the adapter is for another model",
+                )
+            if not bool(tensors[key].isfinite().all()):
+                raise error(Code.NOT_FINITE, f"{key} of {path} holds numbers that are not finite")
+        with torch.no_grad():
+            for key, parameter in expected.items():
+                parameter.copy_(tensors[key])
+
+
+class RemoteLora(RemoteAdapter):
     """LoRA on the linear layers that a PEFT `LoraConfig` names.
 
     Raises `BAD_REQUEST` for targets that are no linear layers and ranks below 1, `UNSUPPORTED` naming an option
@@ -68,9 +133,11 @@ class RemoteLora(nn.Module):
     def __init__(self, config: Any, linears: Sequence[Linear]) -> None:
         super().__init__()
         self.config = config
+        self.register_parameter("soft", None)
         self._rank = _checked(config)
         root = math.sqrt(self._rank) if getattr(config, "use_rslora", False) else self._rank
         self.scaling = float(config.lora_alpha) / root
+        self.dropout = float(getattr(config, "lora_dropout", 0.0))
         self.num_blocks = 1 + max(linear.block for linear in linears)
         self._linears = tuple(linear for linear in linears if _is_target(config.target_modules, linear))
         if not self._linears:
@@ -89,30 +156,18 @@ class RemoteLora(nn.Module):
             self.factors.append(nn.Parameter(torch.zeros(linear.out_features, self._rank)))
 
     def parts(self) -> tuple[PartFile, ...]:
-        """One for each block of the model, of the parameters as they are now."""
         return tuple(self._part(tensors) for tensors in self._by_block(list(self.factors)))
 
     def gradients(self, files: Mapping[int, bytes]) -> list[Tensor]:
-        """Block → file of gradients, in the order of `factors`; zeros for blocks that are not given.
-
-        Raises `BAD_ANSWER` for a file that has not the tensors of its part, or numbers that are not finite.
-        """
-        read = {block: _read(file) for block, file in files.items()}
+        read = {block: read_gradients(file) for block, file in files.items()}
         gradients = []
         for linear, factor, parameter in self._places():
             if linear.block not in read:
                 gradients.append(torch.zeros_like(parameter, dtype=torch.float32))
                 continue
             name = f"{linear.target}.{factor}"
-            tensor = read[linear.block].get(name)
-            if tensor is None or tensor.shape != parameter.shape or not bool(tensor.isfinite().all()):
-                shape = None if tensor is None else tuple(tensor.shape)
-                raise error(
-                    Code.BAD_ANSWER,
-                    f"the gradient of {name} of block {linear.block} has the shape {shape}, expected finite"
-                    f" numbers of {tuple(parameter.shape)}",
-                )
-            gradients.append(tensor.to(parameter.device, torch.float32))
+            gradient = checked_gradient(read[linear.block], name, linear.block, parameter.shape)
+            gradients.append(gradient.to(parameter.device))
         return gradients
 
     def named_factors(self) -> dict[str, nn.Parameter]:
@@ -122,40 +177,8 @@ class RemoteLora(nn.Module):
             for linear, factor, parameter in self._places()
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a PEFT adapter: adapter_config.json and adapter_model.safetensors."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(os.fspath(folder))
-        tensors = {
-            key: parameter.detach().cpu().contiguous() for key, parameter in self.named_factors().items()
-        }
-        safetensors.torch.save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
-
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Take the weights of a PEFT adapter. Raises `UNREADABLE`, `BAD_SHAPE` for another model's."""
-        path = Path(folder) / WEIGHTS_FILE
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as problem:
-            raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
-        keyed = self.named_factors()
-        if tensors.keys() != keyed.keys():
-            odd = sorted(tensors.keys() ^ keyed.keys())
-            raise error(
-                Code.BAD_SHAPE,
-                f"{path} and its config name other layers of this model: {odd[0]}, {len(odd)} in all",
-                "the adapter is for another model",
-            )
-        for key, parameter in keyed.items():
-            if tensors[key].shape != parameter.shape:
-                raise error(
-                    Code.BAD_SHAPE,
-                    f"{key} has the shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}",
-                    "the adapter is for another model",
-                )
-        with torch.no_grad():
-            for key, parameter in keyed.items():
-                parameter.copy_(tensors[key])
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return self.named_factors()
 
     def _places(self) -> list[tuple[Linear, str, nn.Parameter]]:
         wanted = [(linear, factor) for linear in self._linears for factor in _FACTORS]
@@ -171,11 +194,12 @@ class RemoteLora(nn.Module):
         if not tensors:
             return PartFile(NO_PART, b"")
         targets = {name.rpartition(".")[0] for name in tensors}
-        weights = {name: _weights(tensor) for name, tensor in tensors.items()}
-        return part_file(weights, dict.fromkeys(targets, self.scaling))
+        weights = {name: as_weights(tensor) for name, tensor in tensors.items()}
+        return part_file(weights, dict.fromkeys(targets, self.scaling), self.dropout)
 
 
-def _weights(tensor: Tensor) -> Weights:
+def as_weights(tensor: Tensor) -> Weights:
+    """A tensor as parts hold it."""
     numbers = tensor.detach().to("cpu", torch.float32).contiguous()
     return Weights(tuple(numbers.shape), numbers.numpy().tobytes())
 
@@ -187,6 +211,9 @@ def _checked(config: Any) -> int:
         raise error(Code.BAD_REQUEST, f"r={rank!r}, expected a rank of 1 or more", "give a peft.LoraConfig")
     if getattr(config, "bias", "none") != "none":
         raise error(Code.UNSUPPORTED, f"bias={config.bias!r} in a LoraConfig", "use bias='none'")
+    dropout = getattr(config, "lora_dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise error(Code.BAD_REQUEST, f"lora_dropout={dropout!r}", "choose one in [0, 1)")
     for option in _UNSUPPORTED:
         if value := getattr(config, option, None):
             raise error(Code.UNSUPPORTED, f"{option}={value!r} in a LoraConfig", "leave it out")
@@ -202,8 +229,29 @@ def _is_target(wanted: Any, linear: Linear) -> bool:
     return any(linear.name == name or linear.name.endswith(f".{name}") for name in wanted)
 
 
-def _read(file: bytes) -> dict[str, Tensor]:
+def read_gradients(file: bytes) -> dict[str, Tensor]:
+    """The gradients of a part, by name. Raises `BAD_ANSWER`."""
     try:
         return safetensors.torch.load(file)
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as problem:
         raise error(Code.BAD_ANSWER, f"{len(file)} bytes of gradients are unreadable: {problem}") from problem
+
+
+def checked_gradient(read: Mapping[str, Tensor], name: str, block: int, shape: torch.Size) -> Tensor:
+    """One of them, in float32. Raises `BAD_ANSWER` unless it is there, of this shape, and finite."""
+    tensor = read.get(name)
+    if tensor is None or tensor.shape != shape or not bool(tensor.isfinite().all()):
+        found = None if tensor is None else tuple(tensor.shape)
+        raise error(
+            Code.BAD_ANSWER,
+            f"the gradient of {name} of block {block} has the shape {found}, expected finite numbers of {tuple(shape)}",
+        )
+    return tensor.float()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `UNREADABLE`."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Final
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import Code, error
-from ..protocol.training import Sequence
-from .adapters import RemoteLora
+from ..protocol.training import Dropout, Sequence
+from .adapters import RemoteAdapter
 from .client import Model
+from .dropout import DropoutCount
 from .parts import Adapter
 from .training import Pass, Trip
 
@@ -25,21 +27,31 @@ MICRO_BATCHES: Final = 4  # of one batch: as many as keep a few hops busy
 
 
 class Journeys:
-    """How hidden states of one model travel when gradients may be wanted. adapter: used on every block."""
+    """How hidden states of one model travel when gradients may be wanted.
+
+    adapter: used on every block. dropout: where in the run the masks of its dropout are.
+    """
 
     def __init__(self, model: Model, encoding: str | None) -> None:
-        self.adapter: RemoteLora | None = None
+        self.adapter: RemoteAdapter | None = None
+        self.dropout = DropoutCount()
         self._model = model
         self._encoding = encoding
         self._put: frozenset[bytes] = frozenset()  # names that the daemon has from us
 
     def run(
-        self, hidden: Tensor, padding: Tensor | None, positions: Tensor | None, blocks: tuple[int, int]
+        self,
+        hidden: Tensor,
+        padding: Tensor | None,
+        positions: Tensor | None,
+        blocks: tuple[int, int],
+        *,
+        is_training: bool = False,
     ) -> Tensor:
         """hidden: (rows, n, hidden_size). Returns the same after these blocks, zeros where there is padding.
 
         padding: (rows, at least n), zero where there is none to see. positions: (rows or 1, n); where they
-        start anew at 0 amid a row, a new sequence begins.
+        start anew at 0 amid a row, a new sequence begins. is_training: the adapter's dropout drops.
         """
         real = (
             torch.ones(hidden.shape[:2], dtype=torch.bool)
@@ -53,12 +65,19 @@ class Journeys:
             )
         rows = [_sequences(real[row], _row(positions, row)) for row in range(len(real))]
         factors = list(self.adapter.factors) if self.adapter is not None else []
-        answer: Tensor = _Through.apply(hidden, self, real, rows, blocks, *factors)  # type: ignore[no-untyped-call]
+        batch = _Batch(rows, real, blocks, self._dropout(rows, blocks) if is_training else None)
+        answer: Tensor = _Through.apply(hidden, self, batch, *factors)  # type: ignore[no-untyped-call]
         return answer
+
+    def _dropout(self, rows: list[list[Sequence]], blocks: tuple[int, int]) -> Dropout | None:
+        if self.adapter is None or not self.adapter.dropout:
+            return None
+        return self.dropout.take(sum(map(len, rows)), blocks, self.adapter.version())
 
     def worn(self) -> Adapter | None:
         """The adapter as it is now, for a session; None without one."""
-        return None if self.adapter is None else Adapter(self._model.name, self.adapter.parts())
+        files = () if self.adapter is None else self.adapter.parts()
+        return Adapter(self._model.name, files) if any(file.name for file in files) else None
 
     def parts(self, blocks: tuple[int, int]) -> tuple[bytes, ...]:
         """Names of the adapter's parts as it is now, each given to the daemon once."""
@@ -69,34 +88,48 @@ class Journeys:
             if file.name and file.name not in self._put:
                 self._model.put_part(file.name, file.data)
         self._put = frozenset(file.name for file in files if file.name)
-        return tuple(file.name for file in files[blocks[0] : blocks[1]])
+        names = tuple(file.name for file in files[blocks[0] : blocks[1]])
+        return names if any(names) else ()
 
-    def passing(self, hidden: Tensor, sequences: Many[Sequence], blocks: tuple[int, int], parts: Any) -> Pass:
+    def passing(self, hidden: Tensor, sequences: Many[Sequence], trip: Trip) -> Pass:
         """One micro-batch forward."""
-        return self._model.passing(hidden, Trip(blocks, self._encoding, parts), sequences)
+        return self._model.passing(hidden, replace(trip, encoding=self._encoding), sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What of a batch needs no gradient. real: (rows, n) bool. dropout: of its first sequence."""
+
+    rows: list[list[Sequence]]
+    real: Tensor
+    blocks: tuple[int, int]
+    dropout: Dropout | None
+
+    def cuts(self) -> list[slice]:
+        """The rows of each micro-batch; those of padding alone are left out."""
+        size = -(-len(self.rows) // MICRO_BATCHES)
+        cuts = [slice(at, at + size) for at in range(0, len(self.rows), size)]
+        return [cut for cut in cuts if bool(self.real[cut].any())]
+
+    def dropout_of(self, cut: slice) -> Dropout | None:
+        """Of a micro-batch's first sequence: the same samples have the same masks, however the batch is cut."""
+        if self.dropout is None:
+            return None
+        before = sum(map(len, self.rows[: cut.start]))
+        return self.dropout._replace(sample=self.dropout.sample + before)
 
 
 class _Through(torch.autograd.Function):
     """A batch through blocks of the swarm."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        journeys: Journeys,
-        real: Tensor,
-        rows: list[list[Sequence]],
-        blocks: tuple[int, int],
-        *factors: Tensor,
-    ) -> Tensor:
-        parts = journeys.parts(blocks)
-        size = -(-len(rows) // MICRO_BATCHES)
-        cuts = [slice(at, at + size) for at in range(0, len(rows), size)]
-        cuts = [cut for cut in cuts if bool(real[cut].any())]
-        states = hidden.detach()
+    def forward(ctx: Any, hidden: Tensor, journeys: Journeys, batch: _Batch, *factors: Tensor) -> Tensor:
+        parts = journeys.parts(batch.blocks)
+        states, real, cuts = hidden.detach(), batch.real, batch.cuts()
 
         def go(cut: slice) -> Pass:
-            return journeys.passing(states[cut][real[cut]], list(chain(*rows[cut])), blocks, parts)
+            trip = Trip(batch.blocks, parts=parts, dropout=batch.dropout_of(cut))
+            return journeys.passing(states[cut][real[cut]], list(chain(*batch.rows[cut])), trip)
 
         with ThreadPoolExecutor(MICRO_BATCHES) as pool:
             passes = list(pool.map(go, cuts))
@@ -106,13 +139,13 @@ class _Through(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             for passed in passes:
                 passed.release()
-        ctx.journey = (journeys, real, blocks, cuts, passes, factors)
+        ctx.journey = (journeys.adapter, batch, cuts, passes, factors)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        journeys, real, blocks, cuts, passes, factors = ctx.journey
-        gradient = gradients[0]
+        adapter, batch, cuts, passes, factors = ctx.journey
+        gradient, real = gradients[0], batch.real
 
         def go(place: int) -> Any:
             return passes[place].backward(gradient[cuts[place]][real[cuts[place]]])
@@ -124,11 +157,11 @@ class _Through(torch.autograd.Function):
         for cut, answer in zip(cuts, answers, strict=True):
             inputs[cut] = inputs[cut].masked_scatter(_over(real[cut], inputs[cut]), answer.inputs)
             if factors:
-                files = {block: file for block, file in enumerate(answer.parts, blocks[0]) if file}
-                for place, new in enumerate(journeys.adapter.gradients(files)):
+                files = {block: file for block, file in enumerate(answer.parts, batch.blocks[0]) if file}
+                for place, new in enumerate(adapter.gradients(files)):
                     old = sums[place]
                     sums[place] = new if old is None else old + new
-        return (inputs, None, None, None, None, *sums)
+        return (inputs, None, None, *sums)
 
 
 def _over(real: Tensor, states: Tensor) -> Tensor:

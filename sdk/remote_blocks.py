@@ -50,7 +50,8 @@ class RemoteBlocks(nn.Module):
                 f"blocks[{cut.start}:{cut.stop}:{cut.step}] of {self._num_blocks}",
                 "cut all the model's blocks as blocks[start:end]",
             )
-        return RemoteBlocks(self._make_cache, self._journeys, self._num_blocks, (start, end))
+        part = RemoteBlocks(self._make_cache, self._journeys, self._num_blocks, (start, end))
+        return part.train(self.training)
 
     def forward(
         self,
@@ -70,7 +71,9 @@ class RemoteBlocks(nn.Module):
                 Code.UNSUPPORTED, "a cache together with a part of the blocks", "pass use_cache=False"
             )
         if past_key_values is None and (wants_gradient or is_partial or adapter is not None):
-            return self._journeys.run(hidden_states, padding, position_ids, self._span)
+            return self._journeys.run(
+                hidden_states, padding, position_ids, self._span, is_training=self.training
+            )
         check_positions(position_ids, padding, int(hidden_states.shape[1]))
         if wants_gradient:
             factors = () if adapter is None else tuple(adapter.factors)

@@ -79,16 +79,27 @@ class SwarmCache(Cache):
         self._session: Session | None = None
         self._parents: list[int] = []
         self._is_real = torch.zeros(0, 0, dtype=torch.bool)  # (rows, columns)
+        self._num_virtual = 0  # columns before the text, of which transformers does not know
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it holds any column."""
+        return self._is_real.shape[1] > 0
+
+    def begin_after(self, num_virtual: int) -> None:
+        """The first columns to come are so many virtual tokens."""
+        self._num_virtual = num_virtual
 
     def step(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Run new columns through the swarm's blocks.
 
         hidden: (rows, n, hidden_size). mask: (rows, columns so far and new), nonzero for real tokens; None
-        if all are. Returns (rows, n, hidden_size), zeros where there is padding.
+            if all are. The columns of virtual tokens count only in the step that brings them.
+        Returns (rows, n, hidden_size), zeros where there is padding.
         """
         num_rows, n = int(hidden.shape[0]), int(hidden.shape[1])
         if self._session is None:
-            length = max(self._max_length, n)
+            length = max(self._max_length + self._num_virtual, n)
             self._session = self._sessions.open(max(self._rows, num_rows), length)
             weakref.finalize(self, self._sessions.forget, self._session).atexit = False
             self._parents = [NEW_ROW] * num_rows
@@ -115,8 +126,8 @@ class SwarmCache(Cache):
     # what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far, padding among them."""
-        return int(self._is_real.shape[1])
+        """Columns of text so far, padding among them."""
+        return max(0, int(self._is_real.shape[1]) - self._num_virtual)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: transformers sets no bound."""
@@ -144,11 +155,12 @@ class SwarmCache(Cache):
         """Take back so many columns (a negative number); a positive one is how many to keep."""
         length = self.get_seq_length()
         keep = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
-        self._is_real = self._is_real[:, : max(0, min(keep, length))]
+        self._is_real = self._is_real[:, : self._num_virtual + max(0, min(keep, length))]
 
     def reset(self) -> None:
         """Take back everything."""
         self._is_real = self._is_real[:, :0]
+        self._num_virtual = 0
 
     @property
     def batch_size(self) -> int:

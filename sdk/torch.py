@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..protocol.errors import Code, error
 from ..protocol.views import ModelView
-from .adapters import RemoteLora, linears_of
+from .adapters import RemoteAdapter, RemoteLora, linears_of
 from .client import Daemon, connect
+from .dropout import DropoutCount
 from .journeys import Journeys
 from .layers import attach, attached
+from .prompts import DEEP_PROMPT, RemotePrompts, read_config, take_up
 from .remote_blocks import RemoteBlocks, pass_padding
 from .swarm_cache import DEFAULT_LENGTH, Sessions, SwarmCache
 
@@ -83,20 +85,38 @@ class DistributedModelForCausalLM:
         blocks: RemoteBlocks = remote
         return blocks
 
-    def add_adapter(self, adapter_config: Any, *_: Any, **__: Any) -> None:
-        """Train LoRA over the swarm's blocks; all other parameters are frozen, as PEFT does.
+    def add_adapter(self, adapter_config: Any, *_: Any, dropout_seed: int = 0, **__: Any) -> None:
+        """Train an adapter over the swarm's blocks; all other parameters are frozen, as PEFT does.
 
-        adapter_config: a `peft.LoraConfig`. Raises as `RemoteLora`.
+        adapter_config: a `peft.LoraConfig`, a `peft.PromptTuningConfig` (soft prompts), or a
+            `prompts.DeepPromptConfig`. dropout_seed: of the masks of LoRA's dropout.
+        Raises as `RemoteLora` and `RemotePrompts`, and `UNSUPPORTED` for other configs.
         """
-        adapter = RemoteLora(adapter_config, linears_of(self.config))
-        for parameter in self.parameters():  # type: ignore[attr-defined]  # of the family's class
-            parameter.requires_grad_(False)
-        self._journeys.adapter = self.blocks.adapter = adapter
+        self._wear(self._adapter_of(adapter_config), dropout_seed)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains; empty without an adapter."""
         adapter = self._journeys.adapter
-        return [] if adapter is None else list(adapter.factors)
+        return [] if adapter is None else list(adapter.parameters())
+
+    @property
+    def dropout(self) -> DropoutCount:
+        """Where in the run the masks of LoRA's dropout are; set its `step` to go on with an interrupted run."""
+        return self._journeys.dropout
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The adapter's config, as transformers and PEFT look for it.
+
+        Raises `UNSUPPORTED` without an adapter: so does `get_peft_model`, which looks here first.
+        """
+        if self._journeys.adapter is None:
+            raise error(
+                Code.UNSUPPORTED,
+                "PEFT cannot put an adapter on this model, whose blocks run in the swarm",
+                "use model.add_adapter(LoraConfig(…)) in place of get_peft_model",
+            )
+        return {"default": self._journeys.adapter.config}
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as PEFT does. Raises `BAD_REQUEST` without one."""
@@ -108,14 +128,33 @@ class DistributedModelForCausalLM:
         """As `save_adapter`, like a `PeftModel`: the blocks are the swarm's, so a whole model cannot be written."""
         self.save_adapter(save_directory)
 
-    def load_adapter(self, folder: str | os.PathLike[str], *_: Any, **__: Any) -> None:
-        """Take a LoRA adapter from a folder that PEFT wrote. Raises as `RemoteLora` and `RemoteLora.load`."""
-        from peft import PeftConfig
+    def load_adapter(self, folder: str | os.PathLike[str], *_: Any, dropout_seed: int = 0, **__: Any) -> None:
+        """Take an adapter from a folder that PEFT or `save_adapter` wrote.
 
-        adapter = RemoteLora(PeftConfig.from_pretrained(os.fspath(folder)), linears_of(self.config))
+        Raises as `add_adapter` and `RemoteAdapter.load`, and `UNREADABLE`.
+        """
+        adapter = self._adapter_of(read_config(folder))
         adapter.load(folder)
-        self.add_adapter(adapter.config)
+        self._wear(adapter, dropout_seed)
+
+    def _adapter_of(self, config: Any) -> RemoteAdapter:
+        kind = str(getattr(config, "peft_type", "LORA")).rpartition(".")[2]
+        if kind == "LORA":
+            return RemoteLora(config, linears_of(self.config))
+        if kind in ("PROMPT_TUNING", DEEP_PROMPT):
+            embeddings: Any = self.get_input_embeddings()  # type: ignore[attr-defined]  # of the family's class
+            return RemotePrompts(config, embeddings, len(self.blocks))
+        raise error(
+            Code.UNSUPPORTED,
+            f"an adapter of the type {kind}",
+            "use LoraConfig or PromptTuningConfig of peft, or corolla.sdk.prompts.DeepPromptConfig",
+        )
+
+    def _wear(self, adapter: RemoteAdapter, dropout_seed: int) -> None:
+        for parameter in self.parameters():  # type: ignore[attr-defined]  # of the family's class
+            parameter.requires_grad_(False)
         self._journeys.adapter = self.blocks.adapter = adapter
+        self._journeys.dropout = DropoutCount(dropout_seed)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`; its session is closed at the end unless the cache is given out."""
@@ -214,6 +253,8 @@ def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
 
     decoder = model.get_decoder()
     attach(decoder, RemoteBlocks(make_cache, model._journeys, num_blocks))
+    take_up(model, lambda: model._journeys.adapter, needs_labels=True)
+    take_up(decoder, lambda: model._journeys.adapter)  # before the padding is taken out of its arguments
     decoder.register_forward_pre_hook(pass_padding(make_cache, model._journeys), with_kwargs=True)
     model.config.num_hidden_layers = num_blocks  # what the model is, not what is loaded of it
     model._sessions = sessions

@@ -14,8 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import corolla
+from corolla.model.dropout import kept
 from corolla.protocol.errors import Code, CorollaError
 from corolla.sdk.client import Daemon, Model
+from corolla.sdk.dropout import DropoutCount
 from corolla.sdk.torch import DistributedModelForCausalLM
 from corolla.sdk.training import Trip
 
@@ -245,11 +247,64 @@ def test_packed_sequences_do_not_see_each_other(setting: Setting, daemon: Daemon
     assert distance(packed.grad, alone.grad) < TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["nothing"]}, {"r": 0}, {"lora_dropout": 0.1}])
+@pytest.mark.parametrize("options", [{"target_modules": ["nothing"]}, {"r": 0}, {"lora_dropout": 1.0}])
 def test_a_lora_that_cannot_be_is_refused(setting: Setting, daemon: Daemon, options: dict[str, Any]) -> None:
     config = SimpleNamespace(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **options})
     with pytest.raises(CorollaError, match=next(iter(options))):
         distributed(setting, daemon).add_adapter(config)
+
+
+class Masked(torch.nn.Module):
+    """PEFT's dropout with our masks: of one layer, for rows of whole sequences from position 0."""
+
+    def __init__(self, dropout: DropoutCount, block: int, target: str, p: float) -> None:
+        super().__init__()
+        self.dropout, self.block, self.target, self.p = dropout, block, target, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, n, features = x.shape
+        samples = torch.arange(rows).repeat_interleave(n)
+        positions = torch.arange(n).repeat(rows)
+        run = (self.dropout.seed, self.dropout.step)
+        mask = kept(run, self.block, self.target, samples, positions, (features, self.p))
+        return x * mask.view(x.shape) / (1 - self.p)
+
+
+def test_dropout_drops_what_its_numbers_say(setting: Setting, daemon: Daemon, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=3, lora_dropout=0.4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted: Any = get_peft_model(deepcopy(setting.whole), config)
+    adapted.save_pretrained(str(tmp_path))
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path, dropout_seed=11)
+    told = DropoutCount(11)
+    for block, layer in enumerate(adapted.base_model.model.model.layers):
+        for target in ("self_attn.q_proj", "mlp.down_proj"):
+            masked = Masked(told, block, target, 0.4)
+            layer.get_submodule(target).lora_dropout["default"] = masked
+    optimizers = [torch.optim.SGD(model.adapter_parameters(), lr=0.1)]
+    optimizers.append(torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1))
+    model.train()
+    losses = []
+    for step in range(2):
+        told.step = step
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        ours, theirs = model(IDS, labels=IDS).loss, adapted(input_ids=IDS, labels=IDS).loss
+        losses.append((ours.item(), theirs.item()))
+        ours.backward()
+        theirs.backward()
+        found, expected = model.blocks.adapter.named_factors(), gradients_of(adapted)
+        for name, reference in expected.items():
+            assert distance(found[name].grad, reference) < TOLERANCE, (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(abs(one - other) < 1e-4 for one, other in losses)
+    model.eval()
+    with torch.no_grad():
+        undropped = model(IDS, labels=IDS, use_cache=False).loss.item()
+    assert abs(undropped - losses[1][0]) > 1e-3  # or nothing was ever dropped
 
 
 def test_a_hop_killed_before_backward_costs_only_the_rerun(model: Model, setting: Setting) -> None:
