@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("torch")
-
-from corolla.protocol.training import Dropout  # noqa: E402
-from corolla.sdk.dropout import DropoutCount  # noqa: E402
+from corolla.protocol.training import Dropout
+from corolla.sdk.dropout import DropoutCount
 
 ALL = (0, 4)
 
