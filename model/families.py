@@ -10,6 +10,7 @@ then taken out one by one. Whatever is not on the list is refused by name: a fam
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +25,7 @@ from ..protocol.tensors import Quantization
 from . import alibi, falcon
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
+from .experts import STACKED, is_stack, is_transposed
 from .quantization import can_hold, weight_bytes
 
 
@@ -156,6 +158,12 @@ class Skeleton:
         self._linear = {
             f"{name}.weight" for name, module in self.model.named_modules() if type(module) is nn.Linear
         }
+        self._stacks = {  # those of experts → whether they are transposed
+            f"{name}.{leaf}": is_transposed(module)
+            for name, module in self.model.named_modules()
+            for leaf in STACKED
+            if is_stack(module, leaf)
+        }
 
     @property
     def hidden_size(self) -> int:
@@ -232,8 +240,11 @@ class Skeleton:
         for name, tensor in self.tensors.items():
             if not name.startswith(prefix):
                 continue
-            if scheme is not None and name in self._linear and can_hold(scheme, *tensor.shape):
-                total += weight_bytes(scheme, *tensor.shape)
+            shape = tuple(tensor.shape) if name in self._linear else None
+            if name in self._stacks:
+                shape = tuple(tensor.mT.shape[1:] if self._stacks[name] else tensor.shape[1:])
+            if scheme is not None and shape is not None and can_hold(scheme, *shape):
+                total += weight_bytes(scheme, *shape) * (tensor.numel() // math.prod(shape))
             else:
                 total += tensor.numel() * dtype.itemsize
         return total

@@ -1,8 +1,8 @@
 """Weights in fewer bits: the schemes, how a weight is put into each, and the shelf where that is kept.
 
 Owns the stored form of quantized weights, which is the same on every machine; how a device computes with them
-is the business of `linear`. Only plain linear layers of blocks are quantized, and the head, always in eight
-bits: norms, experts fused into one tensor, and embeddings stay in the worker's dtype.
+is the business of `linear`. Only linear layers of blocks are quantized, those of experts one by one, and the
+head, always in eight bits: norms, routers and embeddings stay in the worker's dtype.
 
 Weights are quantized by themselves, without looking at any activation, and nothing that is computed for a row
 depends on the values of other rows. How many there are chooses the kernel, and so may change, as without
@@ -36,6 +36,7 @@ VERSION: Final = 1
 _GROUP: Final = 32  # weights that share a step and a middle in int4: 5 bits a weight; 64 are clearly worse
 _NF4_GROUP: Final = 64  # bitsandbytes' own choice: 4.5 bits a weight
 _INT8_MULTIPLE: Final = 32  # torch's int8 kernel reads beyond rows that are no multiple of 16
+_ALIGNMENT: Final = 16  # bytes; torch's int8 kernel crashes on codes that begin between
 _ROWS_AT_ONCE: Final = 256  # a few MB of intermediates, which stay in the processor's cache
 
 
@@ -209,7 +210,7 @@ class Shelf:
                     shapes[name] = (int(out_features), int(in_features))
                 for key in file.keys():  # noqa: SIM118 - it is no map
                     name, _, leaf = key.rpartition("/")
-                    found.setdefault(name, {})[leaf] = file.get_tensor(key)
+                    found.setdefault(name, {})[leaf] = _aligned(file.get_tensor(key))
         except (SafetensorError, OSError, ValueError, AttributeError) as problem:
             logger.warning("%s is unreadable, its weights are quantized again: %s", path, problem)
             return {}
@@ -233,3 +234,8 @@ class Shelf:
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part.strip('.') or 'model'}.safetensors"
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it begins where no kernel may read it: a file is mapped as its header's length says."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

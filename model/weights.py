@@ -22,8 +22,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..protocol.errors import Code, error
 from . import hub
 from .checkpoint import Checkpoint, open_safetensors
+from .experts import STACKED, Experts, is_stack, weight_of
 from .families import Skeleton
-from .linear import is_packable, packed, quantized
+from .linear import PackedLinear, is_packable, quantized
 from .quantization import Shelf, Stored, can_hold, quantize
 
 # More than malloc ever keeps for itself, so that the buffer goes back to the system; memory that no weight
@@ -220,19 +221,23 @@ class _Placer:
         self._device = device
         self._quantizer = quantizer
         self._staging = torch.empty(0, dtype=dtype)
+        self._experts: dict[str, dict[str, list[nn.Module]]] = {}  # path → leaf → each expert's layer
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Set the parameter or buffer `name` of the module to `tensor`, which may vanish afterwards."""
         path, _, leaf = name.rpartition(".")
         owner = self.module.get_submodule(path)
-        if self._quantizer is not None and type(owner) is nn.Linear and leaf == "weight":
-            stored = self._quantizer.quantized(name, tensor)
-            if stored is not None:
-                self._put(path, quantized(stored, owner.bias, self._device))
+        if type(owner) is nn.Linear and leaf == "weight":
+            layer = self._layer(name, tensor, owner.bias)
+            if layer is not None:
+                self._put(path, layer)
                 return
-        if type(owner) is nn.Linear and leaf == "weight" and is_packable(self._dtype, self._device):
-            owner.weight = nn.Parameter(self._staged(tensor), requires_grad=False)
-            self._put(path, packed(owner))
+        if is_stack(owner, leaf) and self._takes_apart:
+            weights = [weight_of(tensor, expert, owner) for expert in range(tensor.shape[0])]
+            self._experts.setdefault(path, {})[leaf] = [
+                self._layer(f"{name}.{expert}", weight, None) or self._plain(weight)
+                for expert, weight in enumerate(weights)
+            ]
             return
         own = tensor.to(device=self._device, dtype=self._dtype, copy=True)
         if leaf in owner._buffers:
@@ -242,20 +247,56 @@ class _Placer:
 
     def place_kept(self, name: str) -> bool:
         """Set the weight `name` from the shelf, if it lies there; whether it does."""
-        stored = self._quantizer.kept.get(name) if self._quantizer is not None else None
-        path = name.rpartition(".")[0]
-        if stored is None:
+        if self._quantizer is None:
             return False
+        path, _, leaf = name.rpartition(".")
+        kept = self._quantizer.kept
         owner = self.module.get_submodule(path)
-        if type(owner) is not nn.Linear or tuple(owner.weight.shape) != stored.shape:
+        if type(owner) is nn.Linear:
+            stored = kept.get(name)
+            if stored is None or tuple(owner.weight.shape) != stored.shape:
+                return False
+            self._put(path, quantized(stored, owner.bias, self._device))
+            return True
+        if not is_stack(owner, leaf):
             return False
-        self._put(path, quantized(stored, owner.bias, self._device))
+        stack = owner._parameters[leaf]
+        count = stack.shape[0] if stack is not None else 0
+        each = [kept[key] for key in (f"{name}.{expert}" for expert in range(count)) if key in kept]
+        if stack is None or any(one.shape != tuple(weight_of(stack, 0, owner).shape) for one in each):
+            return False
+        if len(each) < count:
+            return False
+        self._experts.setdefault(path, {})[leaf] = [quantized(one, None, self._device) for one in each]
         return True
 
     def finish(self) -> None:
-        """Keep what was quantized."""
+        """Put experts together, and keep what was quantized."""
+        for path, layers in self._experts.items():
+            owner = self.module.get_submodule(path)
+            self._put(path, Experts(owner, *(layers[leaf] for leaf in STACKED)))
         if self._quantizer is not None:
             self._quantizer.keep()
+
+    @property
+    def _takes_apart(self) -> bool:
+        """Whether experts are better apart: on a CPU, and where they are quantized."""
+        return self._quantizer is not None or self._device.type == "cpu"
+
+    def _layer(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """The linear layer of this weight, quantized or packed; None where it is neither."""
+        stored = self._quantizer.quantized(name, weight) if self._quantizer is not None else None
+        if stored is not None:
+            return quantized(stored, bias, self._device)
+        if is_packable(self._dtype, self._device):
+            return PackedLinear(self._staged(weight), bias)
+        return None
+
+    def _plain(self, weight: Tensor) -> nn.Module:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        own = weight.to(device=self._device, dtype=self._dtype, copy=True)
+        layer.weight = nn.Parameter(own, requires_grad=False)
+        return layer
 
     def _staged(self, tensor: Tensor) -> Tensor:
         if tensor.dtype is self._dtype and tensor.is_contiguous():
@@ -267,7 +308,7 @@ class _Placer:
 
     def _largest(self, tensor: Tensor) -> int:
         weights = (part.weight for part in self.module.modules() if type(part) is nn.Linear)
-        return max(tensor.numel(), *(weight.numel() for weight in weights))
+        return max(tensor.numel(), *(weight.numel() for weight in weights), 0)
 
     def _put(self, path: str, layer: nn.Module) -> None:
         if not path:

@@ -182,6 +182,16 @@ def test_a_damaged_shelf_is_filled_again(checkpoint: Checkpoint, tmp_path: Path)
     assert torch.equal(first.forward(hidden, batch), second.forward(hidden, batch))
 
 
+def test_what_comes_from_a_shelf_begins_where_kernels_can_read_it(tmp_path: Path) -> None:
+    """A file's tensors lie behind a header of any length; torch's int8 kernel crashed on every second one."""
+    shelf = Shelf(tmp_path, Quantization.INT8)
+    for length in range(1, 17):
+        shelf.write("part", {"n" * length: quantize(weights(), Quantization.INT8)})
+        (stored,) = shelf.read("part").values()
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in stored.tensors.values())
+        assert quantized(stored, None, CPU)(torch.randn(4, 192)).shape == (4, 100)
+
+
 def test_shelves_are_kept_apart_by_model_and_scheme(tmp_path: Path) -> None:
     folders = {Shelf.of(tmp_path, print_, s).folder for print_ in ("a" * 64, "b" * 64) for s in Quantization}
     assert len(folders) == 6
