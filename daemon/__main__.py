@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +24,9 @@ from ..protocol.places import (
 )
 from .config import Config, load_config
 from .store import Store, open_store
+
+if TYPE_CHECKING:
+    from .reloading import Sources
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,19 +115,20 @@ def run(config_file: Path | None, flags: dict[str, Any]) -> None:
 
     folder = load_config(config_file, os.environ, flags).state_dir
     with open_store(_place(folder, user_state_folder())) as store:
-        config = load_config(config_file, os.environ, flags, store.state.settings)
+        sources = partial(load_config, config_file, os.environ, flags)
+        config = sources(store.state.settings)
         set_up_logging(config.log_level, config.log_format)
         socket = _place(config.socket, user_socket())
         cache_folder = _place(config.cache_dir, user_cache_folder())
-        anyio.run(_live, config, store, socket, cache_folder, backend="trio")
+        anyio.run(_live, config, store, socket, cache_folder, sources, backend="trio")
 
 
-async def _live(config: Config, store: Store, socket: Path, cache_folder: Path) -> None:
+async def _live(config: Config, store: Store, socket: Path, cache_folder: Path, sources: Sources) -> None:
     # Here, so that --help and errors of the configuration need not wait for libp2p.
     from .methods import handlers
     from .node import Node
 
-    await Node(config, store, socket, cache_folder, handlers).run()
+    await Node(config, store, socket, cache_folder, handlers, sources).run()
 
 
 def _usual_config() -> Path | None:

@@ -142,6 +142,11 @@ def load_config(
     return Config(**values)
 
 
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A configuration with what `config.set` kept on top. Raises `BAD_CONFIG`."""
+    return dataclasses.replace(config, **settings)
+
+
 def check_setting(key: str, value: Any) -> Any:
     """A value that `config.set` may keep. Raises `BAD_CONFIG` as `check_value`, and for where it is kept."""
     if key in _NOT_KEPT:

@@ -141,6 +141,10 @@ class ControlServer:
         self._operators = frozenset(operators)
         self._num_connections = 0
 
+    def allow(self, operators: Collection[int]) -> None:
+        """Let these manage from now on; connections that stand keep their rights."""
+        self._operators = frozenset(operators)
+
     async def serve(
         self, listener: trio.SocketListener, *, task_status: Any = trio.TASK_STATUS_IGNORED
     ) -> None:

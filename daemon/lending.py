@@ -19,7 +19,7 @@ import trio
 from ..protocol.control import PullProgress
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.records import SpanState
-from ..protocol.tensors import DType, Encoding
+from ..protocol.tensors import Encoding
 from ..protocol.views import WorkerStatus
 from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
 from .belonging import Belonging
@@ -27,11 +27,11 @@ from .config import Config
 from .network.announcements import Offer
 from .profiles import Profiles
 from .schedule import Lends
-from .serving.priority import half_of_cores
 from .serving.workers import Worker, WorkerState, worker_command
 from .sources import source_of, source_of_facts
-from .swarm.models import describe, is_allowed
+from .swarm.models import is_allowed
 from .swarm.placement import choose_span
+from .wanted import as_configured, matched, not_allowed, spans_wanted
 
 PULL_WORKER: Final = 199  # fetches a model and goes
 PROGRESS_EVERY_S: Final = 0.3
@@ -74,6 +74,8 @@ class Lending:
         self._ends: dict[str, Worker] = {}  # by fingerprint
         self._num_ends = 0  # ever
         self._making_ends = trio.Lock()
+        self._changing = trio.Lock()
+        self._num_changes = 0  # asked for and not done
         self._belonging: Belonging | None = None
         self._told: dict[int, str] = {}
         self._served: dict[int, Ready] = {}  # what each worker served last, for what is said while it loads
@@ -91,15 +93,54 @@ class Lending:
 
     def start(self) -> None:
         """Start the workers that the configuration asks for. Raises `UNKNOWN_MODEL` for a model it misnames."""
-        span = self._config.span()
+        for number, configure in enumerate(self._wanted()):
+            self._start_span(number, configure)
+
+    def _wanted(self) -> tuple[Configure, ...]:
+        """What the workers of our spans should be. Raises `UNKNOWN_MODEL`."""
         if not self._config.model:
+            return ()
+        return spans_wanted(self._config, self._cache_folder, source_of(self._config.model))
+
+    def reconfigure(self, config: Config) -> None:
+        """Serve by another configuration: workers that differ start again, after their sessions have moved.
+
+        One that failed is tried again, one whose model may not be lent any more ends. Raises `UNKNOWN_MODEL`.
+        """
+        self._config, before = config, self._config
+        try:
+            self._wanted()
+        except CorollaError:
+            self._config = before
+            raise
+        self._num_changes += 1
+        self._nursery.start_soon(self._change_workers)
+
+    async def _change_workers(self) -> None:
+        try:
+            async with self._changing:
+                await self._change()
+        finally:
+            self._num_changes -= 1
+
+    async def _change(self) -> None:
+        if self.is_paused:
             return
-        source = source_of(self._config.model)
-        if span == (0, 0):
+        running = [(w, w.ready or self._served.get(w.number)) for w in self._spans]
+        kept, missing = matched(self._config, self._wanted(), running)
+        obsolete = [worker for worker in self._spans if worker not in kept]
+        async with trio.open_nursery() as nursery:
+            for worker in obsolete:
+                nursery.start_soon(self._empty, worker, MOVE_DEADLINE_S)
+        for worker in obsolete:
+            self._end(worker)
+        for worker in obsolete:
+            await worker.wait_stopped()  # its memory is needed
+        if self.is_paused or self._is_draining:
             return
-        start, end = span if span is not None else (0, -1)
-        for number, device in enumerate(self._config.device):
-            self._start_span(number, self._configure(source, start, end, device))
+        for configure in missing:
+            taken = {worker.number for worker in self._spans} | set(self._served)
+            self._start_span(next(n for n in range(PULL_WORKER) if n not in taken), configure)
 
     def start_paused(self, why: Lends) -> None:
         """Start nothing until `resume`."""
@@ -119,6 +160,11 @@ class Lending:
     def is_paused(self) -> bool:
         """Is nothing lent until `resume`?"""
         return self._why_paused is not None
+
+    @property
+    def is_changing(self) -> bool:
+        """Are workers being started again for another configuration?"""
+        return self._num_changes > 0
 
     @property
     def lends(self) -> Lends:
@@ -314,7 +360,9 @@ class Lending:
 
         Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `DISK_FULL`, `DAMAGED_WEIGHTS`, `UNREADABLE`.
         """
-        worker = self._worker(PULL_WORKER, replace(self._configure(source, 0, 0, "cpu"), ends=True))
+        worker = self._worker(
+            PULL_WORKER, replace(as_configured(self._config, self._cache_folder, source), ends=True)
+        )
         self._nursery.start_soon(worker.run)
         self._num_pulls += 1
         try:
@@ -349,7 +397,9 @@ class Lending:
             number = ENDS_WORKER + self._num_ends
             self._num_ends += 1
             worker = self._worker(
-                number, replace(self._configure(source, 0, 0, "cpu"), ends=True), facts.name
+                number,
+                replace(as_configured(self._config, self._cache_folder, source), ends=True),
+                facts.name,
             )
             self._on_event("ends_loading", f"loading the ends of {facts.name} from {source.location}")
             self._nursery.start_soon(worker.run)
@@ -381,24 +431,7 @@ class Lending:
     ) -> Worker:
         return Worker(number, configure, model=model, command=self._command, is_polite=is_polite)
 
-    def _configure(self, source: ModelSource, start: int, end: int, device: str) -> Configure:
-        config = self._config
-        return Configure(
-            source,
-            self._cache_folder,
-            start,
-            end,
-            device=device,
-            dtype=DType(config.dtype) if config.dtype else None,
-            quantization=config.quantization or None,
-            threads=config.threads,
-            memory_bytes=config.memory_bytes,
-            cache_tokens=config.cache_tokens,
-            disk_bytes=config.disk_bytes,
-        )
-
     def _start_span(self, number: int, configure: Configure) -> None:
-        configure = replace(configure, threads=configure.threads or half_of_cores())
         worker = self._worker(number, configure, self._config.model, is_polite=self._config.low_priority)
         self._told.pop(number, None)  # of the worker before it
         self._load_began[number] = trio.current_time()
@@ -417,7 +450,7 @@ class Lending:
         if worker.ready is not None:
             self._uses_gpu |= _is_gpu(worker.ready)
             if not is_allowed(worker.ready.facts, self._config.models):
-                worker.refuse(_not_allowed(worker.ready.facts, self._config.models))
+                worker.refuse(not_allowed(worker.ready.facts, self._config.models))
                 return
         if worker.ready is not None and worker.number in self._load_began:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
@@ -502,11 +535,3 @@ class Lending:
 
 def _is_gpu(ready: Ready) -> bool:
     return ready.device.startswith("cuda")
-
-
-def _not_allowed(facts: ModelFacts, allowed: Sequence[str]) -> CorollaError:
-    return error(
-        Code.BAD_CONFIG,
-        f"{describe(facts)} is none of the models that may be lent here: {', '.join(allowed)}",
-        "choose another with `model`, or add it to `models`",
-    )

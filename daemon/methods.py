@@ -28,7 +28,6 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.views import PeerView, SwarmView
 from ..protocol.work import SourceKind
-from .config import check_setting
 from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
 from .inviting import Guests
@@ -139,12 +138,7 @@ class Methods:
     async def set_config(self, ask: Ask) -> Reply:
         arguments: SetConfig = ask.arguments
         await trio.lowlevel.checkpoint()
-        value = check_setting(arguments.key, arguments.value)
-        dataclasses.replace(self._node.config, **{arguments.key: value})  # checks the whole
-        settings = {**self._node.store.state.settings, arguments.key: value}
-        self._node.store.update(settings=settings)
-        self._node.events.emit("config", f"{arguments.key} is {value!r} from the next start on")
-        return Reply({"restart_needed": True})
+        return Reply(self._node.reloading.set(arguments.key, arguments.value))
 
     async def generate(self, ask: Ask) -> Reply:
         arguments: Generate = ask.arguments

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import TOKEN_PREFIX, decode_token
 from ..protocol.views import Status
 from .belonging import Belonging, Entry, Terms, belong, discover
-from .config import Config, rules_of
+from .config import Config, rules_of, with_settings
 from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
@@ -39,6 +40,7 @@ from .network.traffic import Traffic
 from .pausing import Pausing
 from .profiles import Profiles
 from .rebalancing import Rebalancing
+from .reloading import Reloading, Sources
 from .routes import no_swarm
 from .serving.environment import Environment
 from .store import Store
@@ -57,7 +59,7 @@ _log = structlog.get_logger("corolla.node")
 class Node:
     """One daemon. `run` is its life; the rest is what calls ask of it.
 
-    methods: what answers the calls of this node's control socket.
+    methods: what answers the calls of this node's control socket. sources: the configuration anew, for reloads.
     """
 
     def __init__(
@@ -67,12 +69,15 @@ class Node:
         socket: Path,
         cache_folder: Path,
         methods: Callable[[Node], Mapping[str, Handler]],
+        sources: Sources | None = None,
     ) -> None:
-        self.config: Final = config
+        self.config = config
         self.store: Final = store
         self.events: Final = EventLog()
         self.traffic: Final = Traffic()
-        self.traffic.limit(config.upload_bytes_per_s or math.inf)
+        self.limit_upload()
+        self.control: ControlServer
+        self.reloading: Final = Reloading(self, sources or partial(with_settings, config))
         self.belonging: Belonging | None = None
         self.lending: Lending
         self.rebalancing: Rebalancing
@@ -85,6 +90,7 @@ class Node:
         self._methods = methods
         self._manager = Manager(os.environ)
         self._identity = load_identity(store.folder)
+        self._nursery: trio.Nursery
         self._began = time.monotonic()
         self._num_sessions = 0
         self._no_sessions = trio.Event()
@@ -151,11 +157,14 @@ class Node:
         nursery.start_soon(self.pausing.follow)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
-        await nursery.start(ControlServer(self._methods(self), operators).serve, listener)
+        self._nursery = nursery
+        self.control = ControlServer(self._methods(self), operators)
+        nursery.start_soon(self._watch_reloads)
+        await nursery.start(self.control.serve, listener)
         nursery.start_soon(self._manager.keep_informed, self._status_line)
         self.events.emit("started", f"corollad {__version__} answers on {self._socket}")
         if self.config.join:
-            nursery.start_soon(self._join_configured)
+            self.join_configured()
         elif self._entry is None:
             self.events.emit("idle", HINT)
 
@@ -186,6 +195,11 @@ class Node:
             async for number in signals:
                 self.events.emit("signal", f"received {signal.Signals(number).name}")
                 self.stop(0.0 if self._is_stopping else SIGNAL_DEADLINE_S)
+
+    async def _watch_reloads(self) -> None:
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            async for _ in signals:
+                self.reloading.reload()
 
     async def _keep_place(self) -> None:
         """Belong to the swarm of `_entry`, whichever that is at the time."""
@@ -234,7 +248,7 @@ class Node:
             save_seq=self.store.save_seq,
             session_grace_s=self.config.session_grace_s,
             reachability=Reachability(self.config.reachability),
-            relay=RelayLimits() if self.config.relay else None,
+            relay=RelayLimits(is_wanted=lambda: self.config.relay),
             admits=self._admit,
             traffic=self.traffic,
             on_charge=lambda peer, weight, reason: self.events.emit(
@@ -322,8 +336,11 @@ class Node:
         if self._place_problem is not None:
             raise self._place_problem
 
+    def join_configured(self) -> None:
+        """Take up the `join` of the configuration, unless we are in its swarm already; events tell of it."""
+        self._nursery.start_soon(self._join_configured)
+
     async def _join_configured(self) -> None:
-        """Take up the `join` of the configuration, unless we are in its swarm already."""
         token = self.config.join
         try:
             if self._entry is not None and token.startswith(TOKEN_PREFIX):
@@ -345,6 +362,10 @@ class Node:
                 self.events.emit("store_failed", str(problem))
 
     # what calls ask
+
+    def limit_upload(self) -> None:
+        """Let leave what the configuration says."""
+        self.traffic.limit(self.config.upload_bytes_per_s or math.inf)
 
     def stop(self, deadline_s: float) -> None:
         """Begin to stop; sessions may move or finish within the deadline. Asked again, the earlier one counts."""
@@ -428,6 +449,8 @@ class Node:
         if (lost := self.inviting.hint()) is not None:
             return lost
         if (words := self.pausing.explain()) is not None:
+            return words
+        if (words := self.reloading.explain()) is not None:
             return words
         return HINT if self._entry is None else None
 

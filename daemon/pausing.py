@@ -58,7 +58,7 @@ class Pausing:
     def start(self) -> None:
         """Start lending, or go on pausing as before the restart. Raises as `Lending.start`."""
         # Until `follow` has looked, somebody may sit here.
-        self._verdict = may_lend(self._rules(), Seen(self._minute(), idle_s=0.0))
+        self._verdict = may_lend(self._rules(), Seen(self.minute(), idle_s=0.0))
         state = self._store.state
         left_s = state.paused_until - self._unix() if state.paused_until else math.inf
         if state.paused and left_s > 0:
@@ -115,7 +115,7 @@ class Pausing:
         """Keep to the rules until cancelled."""
         while True:
             self._stirred = trio.Event()
-            rules, minute = self._rules(), self._minute()
+            rules, minute = self._rules(), self.minute()
             verdict = may_lend(rules, await self._look(rules, minute))
             await self.obey(verdict)
             with trio.move_on_after(max(1.0, min(LOOK_EVERY_S, verdict.until_s))):
@@ -141,7 +141,8 @@ class Pausing:
         except CorollaError as problem:
             self._on_event("resume_failed", str(problem))
 
-    def _minute(self) -> int:
+    def minute(self) -> int:
+        """Of the day, in local time."""
         now = time.localtime(self._unix())
         return now.tm_hour * 60 + now.tm_min
 

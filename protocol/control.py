@@ -312,7 +312,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class SetConfig:
-    """Change one value of the configuration; kept over restarts."""
+    """Change one value of the configuration, in force at once where it can be; kept over restarts."""
 
     key: str
     value: Plain
@@ -321,8 +321,8 @@ class SetConfig:
 # What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
 # `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
 # `Pulled`, swarm.create and swarm.join `Joined`, invite `Invited`, invites a list of `InviteView`, bans a list
-# of peer ids, rebalance a list of `Rebalanced`; events sends
-# items of `DaemonEvent`. Those of `views` are there. The others return None.
+# of peer ids, rebalance a list of `Rebalanced`, config.set `settings.Applied`; events
+# sends items of `DaemonEvent`. Those of `views` are there. The others return None.
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
 from ..protocol.limits import INVITE_LIFETIME_S
+from ..protocol.settings import Applied
 from ..protocol.tensors import Encoding
 from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
@@ -89,9 +90,9 @@ class AsyncDaemon:
         """The daemon's configuration."""
         return dict(await self._call("config"))
 
-    async def set_config(self, key: str, value: Any) -> None:
-        """Change one value of the configuration; kept over restarts."""
-        await self._call("config.set", SetConfig(key, value))
+    async def set_config(self, key: str, value: Any) -> Applied:
+        """Change one value of the configuration; kept over restarts. Tells what is in force at once."""
+        return one(Applied, await self._call("config.set", SetConfig(key, value)))
 
     async def create_swarm(self, name: str, *, invited: bool = False) -> Joined:
         """Found a swarm and enter it: an open one, or one that others enter by `invite`'s tokens alone."""

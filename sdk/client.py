@@ -33,6 +33,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
 from ..protocol.limits import INVITE_LIFETIME_S
 from ..protocol.passes import PutAdapterPart
+from ..protocol.settings import Applied
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
 from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
@@ -117,9 +118,9 @@ class Daemon:
         """The daemon's configuration."""
         return dict(self._call("config"))
 
-    def set_config(self, key: str, value: Any) -> None:
-        """Change one value of the configuration; kept over restarts."""
-        self._call("config.set", SetConfig(key, value))
+    def set_config(self, key: str, value: Any) -> Applied:
+        """Change one value of the configuration; kept over restarts. Tells what is in force at once."""
+        return one(Applied, self._call("config.set", SetConfig(key, value)))
 
     def create_swarm(self, name: str, *, invited: bool = False) -> Joined:
         """Found a swarm and enter it: an open one, or one that others enter by `invite`'s tokens alone."""

@@ -50,6 +50,7 @@ class Presence:
         relay: RelayLimits | None,
     ) -> None:
         self._network = network
+        self._is_relay_wanted = relay.is_wanted if relay is not None else lambda: False
         self._listeners: list[Callable[[], None]] = []
         self.whereabouts: Final = Whereabouts(announce, reachability)
         self.relays: Final = Relays(network, means.take, self.is_private, self._tell)
@@ -58,7 +59,7 @@ class Presence:
                 network,
                 relay,
                 means.relayed,
-                is_offering=lambda: not self.is_private(),
+                is_offering=self._offers_relay,
                 own_bytes=means.own_bytes,
             )
             if relay is not None
@@ -118,10 +119,13 @@ class Presence:
             observed=seen.addresses,
             proven=where.proven,
             relays=self.relays.uses(),
-            offers_relay=relaying is not None and not self.is_private(),
+            offers_relay=relaying is not None and self._offers_relay(),
             num_reservations=relaying.num_reservations if relaying is not None else 0,
             num_circuits=relaying.num_circuits if relaying is not None else 0,
         )
+
+    def _offers_relay(self) -> bool:
+        return self._is_relay_wanted() and not self.is_private()
 
     def _judged(self) -> None:
         self.whereabouts.judged(self._reaching.verdict)

@@ -41,7 +41,8 @@ _log = structlog.get_logger("corolla.relaying")
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """What a relay gives. circuit_bytes: both ways together; bytes_per_s: of all circuits together."""
+    """What a relay gives. circuit_bytes: both ways together; bytes_per_s: of all circuits together.
+    is_wanted: whether our owner lets us relay, at the moment."""
 
     reservations: int = MAX_RESERVATIONS
     circuits: int = MAX_CIRCUITS
@@ -50,6 +51,7 @@ class RelayLimits:
     circuit_bytes: int = RELAY_CIRCUIT_BYTES
     bytes_per_s: float = RELAY_BYTES_PER_S
     reservation_s: float = RESERVATION_S
+    is_wanted: Callable[[], bool] = lambda: True
 
 
 class RelayService:

@@ -137,6 +137,10 @@ class HopService:
             self._admits(client)
         return self._workers[asked.worker]
 
+    def keep_for(self, grace_s: float) -> None:
+        """How long sessions opened from now on outlive their client's stream."""
+        self._grace_s = grace_s
+
     def drain(self, worker: int) -> None:
         """Take no new sessions on a worker; those that are open go on."""
         self._draining.add(worker)

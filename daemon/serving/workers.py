@@ -101,7 +101,7 @@ class Worker:
         self.restarts = 0
         self._model = model or configure.source.location
         self._command = command
-        self._is_polite = is_polite
+        self.is_polite: Final = is_polite
         self._silence_s = silence_s
         self._backoff_s = backoff_s
         self._ready: Ready | None = None
@@ -242,7 +242,7 @@ class Worker:
         self._heard_at = self._progressed_at = trio.current_time()
         try:
             self._process = await WorkerProcess.start(f"worker {self.number}", self._command)
-            if self._is_polite:
+            if self.is_polite:
                 lower(self._process.pid)
             self._process.send(self.configure)
             async with trio.open_nursery() as nursery:

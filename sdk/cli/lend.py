@@ -37,13 +37,19 @@ def config(context: click.Context, socket: str | None, as_json: bool) -> None:
 @click.argument("value")
 @asking
 def set_value(daemon: Daemon, output: Output, key: str, value: str) -> None:
-    """Set KEY to VALUE (a JSON value, or else a text); kept over restarts."""
+    """Set KEY to VALUE (a JSON value, or else a text); kept over restarts, and in force at once where it can be."""
     parsed = _value(value)
-    daemon.set_config(key, parsed)
+    applied = daemon.set_config(key, parsed)
     if output.as_json:
-        output.envelope(key=key, value=parsed)
-    else:
-        output.say(f"{key} = {json.dumps(parsed)}")
+        output.envelope(key=key, value=parsed, applied=applied)
+        return
+    output.say(f"{key} = {json.dumps(parsed)}")
+    if applied.overridden:
+        output.say("a flag or an environment variable of the running daemon says otherwise, and wins")
+    elif applied.workers:
+        output.say("workers move their sessions and start again with it")
+    elif applied.daemon:
+        output.say("it counts when the daemon is started again: daemonctl stop, then corollad")
 
 
 def _value(text: str) -> Any:

@@ -25,6 +25,7 @@ from corolla.daemon.store import open_store
 from corolla.protocol.control import PRIVACY, PRIVACY_INVITED
 from corolla.protocol.errors import Code, CorollaError, Exit, error
 from corolla.protocol.invitations import decode_token, encode_token
+from corolla.protocol.settings import Applied
 
 from ..processes import DaemonProcess
 
@@ -236,7 +237,8 @@ async def test_a_remembered_swarm_that_cannot_be_entered_shows_why(
 async def test_settings_are_kept_for_the_next_start(folder: Path) -> None:
     async with node(folder) as daemon, await ask(daemon) as program:
         assert (await program.config())["blocks"] == "none"
-        await program.set_config("threads", 3)
+        applied = await program.set_config("threads", 3)
+        assert applied == Applied(workers=("threads",))
         assert daemon.store.state.settings == {"threads": 3}
         for key, value in (("thread", 3), ("threads", -1), ("blocks", "9:1"), ("state_dir", "/x")):
             assert (await refused(program.set_config(key, value))).code is Code.BAD_CONFIG

@@ -34,6 +34,7 @@ from corolla.protocol.control import (
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.framing import FrameParser
 from corolla.protocol.messages import Message, encode, from_plain, to_plain
+from corolla.protocol.settings import Applied
 from corolla.protocol.steps import NEW_ROW, Reply
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.views import ModelView, PeerView, Status, SwarmView
@@ -64,7 +65,7 @@ class FakeDaemon:
             "swarm": lambda c, call: SwarmView("home", "ab", (MODEL,), ()),
             "peers": lambda c, call: [PeerView("12D3KooWother", ("/ip4/127.0.0.1/tcp/1",), True, rtt_s=0.01)],
             "config": lambda c, call: {"blocks": "auto"},
-            "config.set": lambda c, call: None,
+            "config.set": lambda c, call: Applied(now=(call.arguments["key"],)),
             "swarm.create": lambda c, call: Joined(call.arguments["name"], "ab", "token-of-home"),
             "swarm.join": lambda c, call: Joined("home", "ab", call.arguments["token"]),
             "swarm.leave": lambda c, call: None,
