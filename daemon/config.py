@@ -22,7 +22,7 @@ from .network.dialling import Reachability
 from .schedule import Rules, parse_hours
 
 VARIABLE_PREFIX: Final = "COROLLA_"
-DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517",)
+DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4517", "/ip6/::/tcp/4517")  # where there is no IPv6, the first
 DISK_BYTES: Final = 50 * 10**9
 _AMOUNTS: Final = (
     "threads", "memory_bytes", "cache_tokens", "replacement_wait_s", "session_grace_s",

@@ -36,6 +36,7 @@ from .network.dialling import Reachability
 from .network.host import check_port
 from .network.relaying import RelayLimits
 from .network.roll import Standing
+from .network.tcp import listenable
 from .network.traffic import Traffic
 from .pausing import Pausing
 from .profiles import Profiles
@@ -110,7 +111,7 @@ class Node:
 
     async def run(self) -> None:
         """Serve until stopped. Raises what keeps it from starting: `PORT_TAKEN`, `STATE_IN_USE`, …"""
-        for address in self.config.listen:
+        for address in listenable(self.config.listen):
             check_port(address)
         operators = uids_of(self.config.operators)
         failure: CorollaError | None = None

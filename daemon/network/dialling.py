@@ -45,6 +45,8 @@ def reach_of(address: str) -> Reach:
     if "/p2p-circuit" in address:
         return Reach.RELAYED
     parts = address.split("/")
+    if parts[1:2] == ["ip6zone"]:
+        return Reach.NEAR
     if len(parts) > 2 and parts[1] in ("ip4", "ip6"):
         try:
             ip = ipaddress.ip_address(parts[2])

@@ -30,7 +30,6 @@ from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
@@ -49,12 +48,14 @@ from .dialling import Reach, reach_of
 from .multistream import answer
 from .noise import FastNoise, NoiseOnly
 from .seam import Guard
+from .tcp import TcpConnection, local_port, with_ends
 from .yamux import Yamux, YamuxOnly, YamuxStream
 
 MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
 MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 _PORT_IN_USE: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)  # by an earlier connection to the same address
+_WILDCARDS: Final = {"ip4": "0.0.0.0", "ip6": "::"}  # noqa: S104 - where dials come from, as we listen
 _EVERYBODYS: Final = (str(IDENTIFY), str(IDENTIFY_PUSH), str(PING))
 
 Connected: TypeAlias = Callable[[SwarmConn], Awaitable[None]]
@@ -175,9 +176,9 @@ class OurSwarm(Swarm):
 
         from_any_port: from a port that its NAT has not seen, instead of the one that ours shall show.
         """
-        raw = await (self._tcp.dial(address) if from_any_port else self._dial_tcp(address))
+        raw = with_ends(await (self._tcp.dial(address) if from_any_port else self._dial_tcp(address)))
         connection = await self.upgrade_outbound(raw, expected)
-        if _local_port(raw) in self._listening_ports():
+        if local_port(raw) in self._listening_ports(_family(address)):
             self._from_own_port.add(connection)
         return connection
 
@@ -190,7 +191,7 @@ class OurSwarm(Swarm):
         source = self._source(address)
         if source is None:
             raise error(Code.PEER_LOST, "no port of ours that others could meet")
-        raw = await self._tcp.dial_with_source(address, source)
+        raw = with_ends(await self._tcp.dial_with_source(address, source))
         await self.upgrade_inbound_raw_conn(raw, address)
 
     async def _dial_tcp(self, address: Multiaddr) -> IRawConnection:
@@ -208,15 +209,15 @@ class OurSwarm(Swarm):
         return await self._tcp.dial(address)
 
     def _source(self, address: Multiaddr) -> tuple[str, int] | None:
-        text = str(address)
-        if reach_of(text) is not Reach.PUBLIC or not text.startswith("/ip4/"):
+        if reach_of(str(address)) is not Reach.PUBLIC:
             return None
-        ports = self._listening_ports()
-        return ("0.0.0.0", ports[0]) if ports else None  # noqa: S104 - as the socket listens
+        family = _family(address)
+        ports = self._listening_ports(family)
+        return (_WILDCARDS[family], ports[0]) if ports else None  # as the socket listens
 
-    def _listening_ports(self) -> list[int]:
-        bound = [str(own) for one in self.listeners.values() for own in one.get_addrs()]
-        return [int(own.split("/")[4]) for own in bound if own.startswith("/ip4/")]
+    def _listening_ports(self, family: str) -> list[int]:
+        bound = [str(own).split("/") for one in self.listeners.values() for own in one.get_addrs()]
+        return [int(parts[4]) for parts in bound if parts[1] == family]
 
     async def upgrade_outbound(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
         """A connection of ours made of what reaches a peer: a socket, or a circuit through a relay."""
@@ -239,7 +240,7 @@ class OurSwarm(Swarm):
             return
         self._num_handshakes += 1
         try:
-            raw = RawConnection(read_write_closer, False)
+            raw = TcpConnection(read_write_closer, is_initiator=False)
             muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
         except Exception as failure:  # whatever a stranger sends
             _log.debug("handshake_failed", reason=root_cause(failure))
@@ -250,10 +251,9 @@ class OurSwarm(Swarm):
             await muxed.event_closed.wait()
 
 
-def _local_port(raw: IRawConnection) -> int | None:
-    """Of a socket of ours; None of anything else."""
-    stream = getattr(getattr(raw, "stream", None), "stream", None)
-    return int(stream.socket.getsockname()[1]) if isinstance(stream, trio.SocketStream) else None
+def _family(address: Multiaddr) -> str:
+    """`ip4`, `ip6`, or what else stands first."""
+    return str(address).split("/")[1]
 
 
 class _NoAutoConnector(AutoConnector):

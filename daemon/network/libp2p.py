@@ -42,6 +42,7 @@ from .reaching import say_nonce
 from .relaying import RelayLimits
 from .seam import Guard, Handler, PeerView, Stream
 from .streams import Libp2pStream
+from .tcp import listenable
 from .traffic import Traffic
 from .yamux import Yamux, YamuxStream
 
@@ -75,6 +76,7 @@ async def open_network(
     address that this machine cannot listen on.
     """
     quieten()
+    listen = listenable(listen)
     for address in listen:
         check_port(address)
     failure: Exception | None = None
