@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -25,8 +26,10 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
 from ..protocol.limits import INVITE_LIFETIME_S
+from ..protocol.passes import AdapterName, AdapterView, PutAdapterPart
 from ..protocol.settings import Applied
 from ..protocol.tensors import Encoding
+from ..protocol.training import Sequence as Run
 from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
 from .answers import find_model, item, one, rebalance_request, session_request, several
@@ -35,6 +38,7 @@ from .generation import RECONNECT_WITHIN_S, RETRY_EVERY_S, GenerateOptions, Gene
 from .parts import AdapterLike, aput_lacking, as_adapter
 from .session import AsyncSession
 from .streams import AsyncStream
+from .training import AsyncPass, Gradients, Trip, aforward, ask
 
 
 class AsyncDaemon:
@@ -85,6 +89,18 @@ class AsyncDaemon:
     def model(self, name: str) -> AsyncModel:
         """A model by name, `NAME@FINGERPRINT_PREFIX`, hub id or folder. Asks nothing yet."""
         return AsyncModel(self, name)
+
+    async def adapters(self) -> tuple[AdapterView, ...]:
+        """The adapters whose parts the daemon keeps, for training and for sessions."""
+        return several(AdapterView, await self._call("adapter.list"))
+
+    async def adapter(self, name: str) -> AdapterView:
+        """One of them, with the names of its parts. Raises `BAD_REQUEST` for one that is not kept."""
+        return one(AdapterView, await self._call("adapter.show", AdapterName(name)))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter's parts; sessions that use them go on. Raises `BAD_REQUEST` for one that is not kept."""
+        await self._call("adapter.remove", AdapterName(name))
 
     async def config(self) -> dict[str, Any]:
         """The daemon's configuration."""
@@ -276,6 +292,28 @@ class AsyncModel:
             answer = await wire.call("session.open", asked)
         opened = one(SessionOpened, answer.value)
         return AsyncSession(wire, opened, rows, max_length)
+
+    async def forward(
+        self, hidden: Any, *, blocks: tuple[int, int] | None = None, encoding: Encoding | str | None = None
+    ) -> Any:
+        """Hidden states after blocks [start, end), of whole rows; see `client.Model.forward`."""
+        asked = ask(self.name, hidden, None, Trip(blocks, encoding))
+        return (await aforward(await self._daemon._connection(), asked)).output
+
+    async def passing(
+        self, hidden: Any, trip: Trip | None = None, sequences: Sequence[Run] | None = None
+    ) -> AsyncPass:
+        """As `forward`, and what backward needs is kept: `async with await model.passing(…) as passed`."""
+        asked = ask(self.name, hidden, sequences, replace(trip or Trip(), keep=True))
+        return await aforward(await self._daemon._connection(), asked)
+
+    async def backward(self, passed: AsyncPass, gradients: Any) -> Gradients:
+        """Gradients of a pass's inputs and adapter parts, from those of its output. See `AsyncPass.backward`."""
+        return await passed.backward(gradients)
+
+    async def put_part(self, name: bytes, data: bytes) -> None:
+        """Give the daemon an adapter part, a safetensors file named by its sha256, to bring where it is missing."""
+        await (await self._daemon._connection()).call("adapter.put", PutAdapterPart(name, self.name), data)
 
     def __repr__(self) -> str:
         return f"AsyncModel({self.name!r})"

@@ -32,7 +32,7 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
 from ..protocol.limits import INVITE_LIFETIME_S
-from ..protocol.passes import PutAdapterPart
+from ..protocol.passes import AdapterName, AdapterView, PutAdapterPart
 from ..protocol.settings import Applied
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
@@ -50,7 +50,7 @@ from .generation import (
 from .parts import AdapterLike, as_adapter, put_lacking
 from .session import Session
 from .streams import Stream
-from .training import Gradients, Pass, Trip, forward
+from .training import Gradients, Pass, Trip, ask, forward
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -113,6 +113,18 @@ class Daemon:
     def model(self, name: str) -> Model:
         """A model by name, `NAME@FINGERPRINT_PREFIX`, hub id or folder. Asks nothing yet."""
         return Model(self, name)
+
+    def adapters(self) -> tuple[AdapterView, ...]:
+        """The adapters whose parts the daemon keeps, for training and for sessions."""
+        return several(AdapterView, self._call("adapter.list"))
+
+    def adapter(self, name: str) -> AdapterView:
+        """One of them, with the names of its parts. Raises `BAD_REQUEST` for one that is not kept."""
+        return one(AdapterView, self._call("adapter.show", AdapterName(name)))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter's parts; sessions that use them go on. Raises `BAD_REQUEST` for one that is not kept."""
+        self._call("adapter.remove", AdapterName(name))
 
     def config(self) -> dict[str, Any]:
         """The daemon's configuration."""
@@ -343,14 +355,15 @@ class Model:
     ) -> Any:
         """Hidden states after blocks [start, end), of whole rows from position 0; nothing is kept of them.
 
-        hidden: (rows, n, hidden_size), numpy or torch; the answer is alike. Raises as `training.forward`.
+        hidden: (rows, n, hidden_size), numpy or torch; the answer is alike. Raises as `training.ask`.
         """
-        return forward(self._daemon._connection(), self.name, hidden, None, Trip(blocks, encoding)).output
+        asked = ask(self.name, hidden, None, Trip(blocks, encoding))
+        return forward(self._daemon._connection(), asked).output
 
     def passing(self, hidden: Any, trip: Trip | None = None, sequences: Sequence[Run] | None = None) -> Pass:
         """As `forward`, and what backward needs is kept: `passed.output`, then `model.backward(passed, …)`."""
-        trip = replace(trip or Trip(), keep=True)
-        return forward(self._daemon._connection(), self.name, hidden, sequences, trip)
+        asked = ask(self.name, hidden, sequences, replace(trip or Trip(), keep=True))
+        return forward(self._daemon._connection(), asked)
 
     def put_part(self, name: bytes, data: bytes) -> None:
         """Give the daemon an adapter part, a safetensors file named by its sha256, to bring where it is missing."""
