@@ -2,8 +2,9 @@
 
 FOLDER/lie: what to do to the next step or result that it sends, once: `short` (bytes are missing), `nan` (a
 number that is none), `shifted` (one position too far). FOLDER/unreachable: peer ids, one a line, to whom no
-step gets through, as if the cable between the two were cut. FOLDER/stall: backward requests are taken, said to
-be worked on, and never answered; FOLDER/stalled appears once there is one.
+step gets through, as if the cable between the two were cut. FOLDER/stall: requests of the kind that it names
+(`forward`, `backward`) are taken, said to be worked on, and never answered; FOLDER/stalled appears once
+there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from corolla.daemon.serving.training import CHUNK_TIMEOUT_S, TrainingService, re
 from corolla.protocol.errors import Code, error
 from corolla.protocol.limits import WORKING_EVERY_S
 from corolla.protocol.steps import PUSH_PROTOCOL, Result, Step
-from corolla.protocol.training import SpanBackward, Working
+from corolla.protocol.training import Working
 
 NAN = b"\x00\x00\xc0\x7f"  # float32, little endian
 
@@ -52,7 +53,7 @@ def misbehave(folder: Path) -> None:
         return await honest_open(self, peer, protocol, timeout_s=timeout_s)
 
     async def answer(self: TrainingService, talk: Any, worker: Any, asked: Any) -> None:
-        if not (isinstance(asked, SpanBackward) and stall.exists()):
+        if not (stall.exists() and stall.read_text() == asked.KIND):
             return await honest_answer(self, talk, worker, asked)
         await read_chunks(talk, asked.size_bytes, CHUNK_TIMEOUT_S)
         while True:

@@ -151,13 +151,15 @@ RIGHT = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
 
 def distributed(setting: Setting, daemon: Daemon) -> Any:
     return DistributedModelForCausalLM.from_pretrained(
-        "tiny", ends=setting.folder, daemon=daemon, dtype=torch.float32
+        daemon.models()[0].name, ends=setting.folder, daemon=daemon, dtype=torch.float32
     )
 
 
-def peft_of(setting: Setting, folder: Path) -> Any:
+def peft_of(
+    setting: Setting, folder: Path, targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
+) -> Any:
     """PEFT in this process, with factors that are all random; its adapter lies in `folder`."""
-    config = LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], bias="none")
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=list(targets), bias="none")
     adapted = get_peft_model(deepcopy(setting.whole), config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
