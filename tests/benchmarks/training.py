@@ -1,9 +1,12 @@
-"""Training through a worker beside training in one process: forward, and forward with backward.
+"""Training through the swarm beside training in one process: forward, and forward with backward.
 
 8 × 128 tokens on the random Llama of 16 × 1024, raw float32, base weights frozen on both sides and no adapter, so
-that what is compared is the way through the blocks. Plain transformers runs in a process of its own, with
-activation checkpointing, which recomputes each block in backward as a worker does. The two take turns, since
-machines drift.
+that what is compared is the way through the blocks: a worker alone on its socket, and two daemons with half the
+blocks each. Plain transformers runs in a process of its own, with activation checkpointing, which recomputes each
+block in backward as a worker does. The two take turns, since machines drift.
+
+Then what smaller encodings save on the wire and do to the gradient, and what a second replica of each half brings
+where devices are slow: their workers are stopped and woken many times a second, so that cores are left over.
 """
 
 from __future__ import annotations
@@ -11,11 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,12 +32,17 @@ from corolla.protocol.messages import Message
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.training import Sequence
 from corolla.protocol.work import Backward, Beat, Done, Failed, Forward, Gradients
+from corolla.sdk.client import Model
+from corolla.sdk.journeys import Journeys
 from tests.benchmarks import plain
 from tests.benchmarks.clients import ServedModel, Setup
 from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.processes import DaemonProcess, local_swarm
 
 NUM_SEQUENCES, LENGTH = 8, 128
 NUM_TOKENS = NUM_SEQUENCES * LENGTH
+NUM_BLOCKS = 16  # of the random Llama
+SLICE_S = 0.02  # that a slow device runs at a time
 
 
 class Local:
@@ -120,15 +134,141 @@ def beside_local(report: Report, folder: Path, threads: int, rounds: int) -> Non
     report.add(Measured("worker: forward and backward, no checkpointing", speed["both"], unit, speed[beside]))
 
 
-def _inputs() -> bytes:
-    import torch
+@contextmanager
+def two_daemons(folder: Path, threads: int, replicas: int = 1) -> Iterator[tuple[Model, list[DaemonProcess]]]:
+    """The model over daemons with half the blocks each, as a program of the client's daemon sees it."""
+    options = ("--device", "cpu", "--dtype", "float32", "--threads", str(threads))
+    with local_swarm(folder, *options) as swarm:
+        client = swarm.found()
+        halves = ((0, NUM_BLOCKS // 2), (NUM_BLOCKS // 2, NUM_BLOCKS))
+        hops = [swarm.serve(f"d{start}-{n}", start, end) for start, end in halves for n in range(replicas)]
+        for hop in hops:
+            hop.wait_online()
+        swarm.wait_covered(client, [replicas] * NUM_BLOCKS)
+        with client.connect() as daemon:
+            yield daemon.model(folder.name), hops
 
+
+class Journey:
+    """Passes of the whole batch, by autograd, as `loss.backward()` makes them."""
+
+    def __init__(self, model: Model, encoding: str = "float32") -> None:
+        self._journeys = Journeys(model, encoding)
+        inputs = torch.frombuffer(bytearray(_inputs()), dtype=torch.float32)
+        self._inputs = inputs.view(NUM_SEQUENCES, LENGTH, -1)
+
+    def forward(self) -> float:
+        """Seconds of one batch forward."""
+        began = time.perf_counter()
+        with torch.no_grad():
+            self._go(self._inputs)
+        return time.perf_counter() - began
+
+    def both(self) -> tuple[float, torch.Tensor]:
+        """Seconds of one batch forward and backward, and the gradient of its inputs."""
+        began = time.perf_counter()
+        inputs = self._inputs.clone().requires_grad_()
+        output = self._go(inputs)
+        (gradient,) = torch.autograd.grad(output, inputs, torch.ones_like(output))
+        return time.perf_counter() - began, gradient
+
+    def _go(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._journeys.run(inputs, None, None, (0, NUM_BLOCKS))
+
+
+def through_daemons(report: Report, folder: Path, threads: int, rounds: int) -> None:
+    """Two daemons, each with half the blocks, beside one process."""
+    times: dict[str, list[float]] = {}
+    local = Local(folder, threads, checkpointing=True)
+    with two_daemons(folder, threads) as (model, _):
+        journey = Journey(model)
+        journey.both()
+        for _ in range(rounds):
+            times.setdefault("forward", []).append(journey.forward())
+            times.setdefault("both", []).append(journey.both()[0])
+            for name, took in local.measure().items():
+                times.setdefault(f"{name} local", []).append(took)
+        local.close()
+        speed = {name: NUM_TOKENS / median(took) for name, took in times.items()}
+        for name, label in (("forward", "forward"), ("both", "forward and backward")):
+            report.add(Measured(f"2 daemons: {label}", speed[name], "tokens/s", speed[f"{name} local"], 0.85))
+        encodings(report, model, rounds)
+
+
+def encodings(report: Report, model: Model, rounds: int) -> None:
+    """Bytes on loopback for each token of forward and backward, and how far the gradient is from float32's."""
+    exact: torch.Tensor | None = None
+    raw_bytes = 0.0
+    for encoding in ("float32", "bfloat16", "int8"):
+        journey = Journey(model, encoding)
+        journey.both()
+        before = _loopback_bytes()
+        took = [journey.both() for _ in range(rounds)]
+        per_token = (_loopback_bytes() - before) / rounds / NUM_TOKENS
+        gradient = took[0][1]
+        exact = gradient if exact is None else exact
+        raw_bytes = raw_bytes or per_token
+        report.add(Measured(f"2 daemons: wire, {encoding}", per_token, "bytes/token", raw_bytes))
+        far = float((gradient - exact).norm() / exact.norm())
+        report.add(Measured(f"2 daemons: gradient, {encoding}, distance to float32's", far, ""))
+        speed = NUM_TOKENS / median([seconds for seconds, _ in took])
+        report.add(Measured(f"2 daemons: forward and backward, {encoding}", speed, "tokens/s"))
+
+
+def replicas(report: Report, folder: Path, rounds: int) -> None:
+    """Two replicas of each half against one, on devices that rest most of the time."""
+    speed = []
+    for num_replicas in (1, 2):
+        with two_daemons(folder, 1, num_replicas) as (model, hops):
+            journey = Journey(model)
+            journey.both()
+            pids = [pid for hop in hops for pid in hop.worker_pids()]
+            with slowed(pids):
+                took = [journey.both()[0] for _ in range(rounds)]
+        speed.append(NUM_TOKENS / median(took))
+    report.add(Measured("slow devices: 2 replicas of each half beside 1", speed[1], "tokens/s", speed[0]))
+
+
+@contextmanager
+def slowed(pids: list[int]) -> Iterator[None]:
+    """Let these processes run for a fifth of the time only."""
+    done = threading.Event()
+
+    def rest() -> None:
+        while not done.wait(SLICE_S):
+            _signal(pids, signal.SIGSTOP)
+            done.wait(4 * SLICE_S)
+            _signal(pids, signal.SIGCONT)
+
+    thread = threading.Thread(target=rest)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        _signal(pids, signal.SIGCONT)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def _loopback_bytes() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[0])
+    raise ValueError("this machine has no loopback interface")
+
+
+def _inputs() -> bytes:
     return torch.randn(NUM_TOKENS, 1024, generator=torch.Generator().manual_seed(1)).numpy().tobytes()
 
 
 def _local(folder: Path, threads: int, *, checkpointing: bool) -> None:
     """Answer each line of input with the times of one micro-batch; the first is paid for before."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
@@ -167,9 +307,17 @@ def main() -> None:
         return
     parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="*", choices=("worker", "daemons", "replicas"), default=None)
     options = parser.parse_args()
     report = Report()
-    beside_local(report, plain.random_llama(), options.threads, 1 if options.quick else 6)
+    folder, rounds = plain.random_llama(), 1 if options.quick else 6
+    wanted = options.only or ("worker", "daemons", "replicas")
+    if "worker" in wanted:
+        beside_local(report, folder, options.threads, rounds)
+    if "daemons" in wanted:
+        through_daemons(report, folder, options.threads, rounds)
+    if "replicas" in wanted:
+        replicas(report, folder, rounds)
     report.finish(options.json)
 
 
