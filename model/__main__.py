@@ -119,6 +119,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
         policy,
         loaded.room,
         num_host_pages=loaded.num_host_pages,
+        grouping=loaded.grouping,
     )
     connection.send(loaded.ready())
     return engine

@@ -22,8 +22,9 @@ import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from ..protocol.errors import Code, error
 from .cache import Cache
-from .pages import Segment
+from .pages import GONE, Segment
 
 __all__ = ["ATTENTION", "Batch", "Placement", "Segment", "attend", "register"]
 
@@ -88,41 +89,67 @@ class _Reach(NamedTuple):
     length: int
 
 
+class _Layout(NamedTuple):
+    """Where a batch lies in one group of blocks. slots: of the new tokens, (num_tokens,), or empty."""
+
+    reaches: tuple[_Reach, ...]
+    slots: Tensor
+
+
 class Placement:
-    """A batch laid out on a cache: made once a forward pass, read by every block."""
+    """A batch laid out on a cache: made once a forward pass, read by every block.
+
+    reaches: in the first group of blocks.
+    """
 
     def __init__(self, batch: Batch, cache: Cache | None, device: torch.device) -> None:
         self.cache = None if batch.is_stateless else cache
-        page_tokens = cache.page_tokens if cache is not None else 1
-        positions: list[int] = []
+        self._places = self.cache.grouping.places if self.cache is not None else {}
+        num_groups = self.cache.grouping.num_groups if self.cache is not None else 1
+        self._layouts = [self._laid_out(batch, group, device) for group in range(num_groups)]
+        self.reaches = self._layouts[0].reaches
+        positions = [reach.start + i for reach in self.reaches for i in range(reach.n)]
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)  # (num_tokens,)
+
+    def at(self, block: int, window: int | None) -> _Layout:
+        """Where the batch lies in a block that attends so far back. Raises `INTERNAL` if not all of that is kept."""
+        group = self._places[block][0] if self.cache is not None else 0
+        kept = self.cache.grouping.windows[group] if self.cache is not None else None
+        if kept is not None and (window is None or window > kept):
+            raise error(Code.INTERNAL, f"block {block} attends {window or 'all'} tokens, {kept} are kept")
+        return self._layouts[group]
+
+    def _laid_out(self, batch: Batch, group: int, device: torch.device) -> _Layout:
+        page_tokens = self.cache.page_tokens if self.cache is not None else 1
         slots: list[int] = []
         reaches: list[_Reach] = []
+        offset = 0
         for segment in batch.segments:
             if not segment.n:
                 continue
             end = segment.start + segment.n
-            runs = _runs(segment.pages, end, page_tokens) if self.cache is not None else ()
-            reaches.append(_Reach(len(positions), segment.n, segment.start, runs, segment.limit or end))
-            positions.extend(range(segment.start, end))
+            runs: tuple[_Run, ...] = ()
             if self.cache is not None:
-                slots.extend(_slots(segment, page_tokens))
-        self.reaches = tuple(reaches)
-        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)  # (num_tokens,)
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)  # (num_tokens,), or empty
+                pages = segment.others[group - 1] if group else segment.pages
+                runs = _runs(pages, end, page_tokens)
+                slots.extend(_slots(pages, segment.start, end, page_tokens))
+            reaches.append(_Reach(offset, segment.n, segment.start, runs, segment.limit or end))
+            offset += segment.n
+        return _Layout(tuple(reaches), torch.tensor(slots, dtype=torch.int64, device=device))
 
 
-def _slots(segment: Segment, page_tokens: int) -> list[int]:
+def _slots(pages: tuple[int, ...], start: int, end: int, page_tokens: int) -> list[int]:
     slots = []
-    for position in range(segment.start, segment.start + segment.n):
+    for position in range(start, end):
         page, offset = divmod(position, page_tokens)
-        slots.append(segment.pages[page] * page_tokens + offset)
+        slots.append(pages[page] * page_tokens + offset)
     return slots
 
 
 def _runs(pages: tuple[int, ...], end: int, page_tokens: int) -> tuple[_Run, ...]:
-    """Positions [0, end) of a row as few runs of neighbouring slots as its pages allow."""
+    """What is kept of positions [0, end) of a row, as few runs of neighbouring slots as its pages allow."""
     runs: list[_Run] = []
-    index = 0
+    index = next((index for index, page in enumerate(pages) if page != GONE), len(pages))
     num_pages = -(-end // page_tokens)
     while index < num_pages:
         last = index + 1
@@ -178,10 +205,11 @@ def attend(
         return _attend_alone(query[0], key[0], value[0], placement, form), None
     block: int = module.layer_idx  # type: ignore[assignment]
     cache = placement.cache
-    cache.write(block, placement.slots, key[0], value[0])
+    layout = placement.at(block, form.window)
+    cache.write(block, layout.slots, key[0], value[0])
     keys, values = cache.keys(block), cache.values(block)
     outputs = []
-    for reach in placement.reaches:
+    for reach in layout.reaches:
         tokens = slice(reach.offset, reach.offset + reach.n)
         row_query = query[0, :, tokens]  # (num_heads, n, head_dim)
         if reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import Code, error
+from .groups import Grouping
 from .pages import PAGE_TOKENS, PageMove
 
 
@@ -37,7 +38,8 @@ def page_bytes(shapes: Iterable[CacheShape], dtype: torch.dtype, page_tokens: in
 class Cache:
     """Keys and values of every block of a span, for `num_pages` pages.
 
-    shapes: block → shape; blocks may differ. Raises `OUT_OF_MEMORY` if the device refuses.
+    shapes: block → shape; blocks may differ, unless they are in several groups: then blocks of different groups
+    lie in one tensor, in pages of their own. Raises `OUT_OF_MEMORY` if the device refuses.
     """
 
     def __init__(
@@ -49,25 +51,29 @@ class Cache:
         page_tokens: int = PAGE_TOKENS,
         *,
         num_host_pages: int = 0,
+        grouping: Grouping | None = None,
     ) -> None:
         """num_host_pages: room in host memory for the pages of sessions that are idle."""
         self.num_pages = num_pages
         self.page_tokens = page_tokens
+        self.grouping = grouping or Grouping.whole(tuple(shapes))
+        self._places = {block: place for block, (_, place) in self.grouping.places.items()}
+        shapes = {self._places[block]: shape for block, shape in shapes.items()}
         self.page_bytes = page_bytes(shapes.values(), dtype, page_tokens)
-        self._keys: dict[int, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}  # by place in a page
         self._values: dict[int, Tensor] = {}
-        self._parked: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values in host memory, by block
+        self._parked: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values in host memory, likewise
         try:
-            for block, shape in shapes.items():
+            for place, shape in shapes.items():
                 if num_host_pages:
                     sizes = (shape.key_dim, shape.value_dim)
                     keys, values = (
                         _host_pages(shape.num_heads, num_host_pages * page_tokens, dim, dtype, device)
                         for dim in sizes
                     )
-                    self._parked[block] = keys, values
-                self._keys[block] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
-                self._values[block] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
+                    self._parked[place] = keys, values
+                self._keys[place] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
+                self._values[place] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
         except (
             RuntimeError,
             MemoryError,
@@ -88,28 +94,28 @@ class Cache:
 
     def keys(self, block: int) -> Tensor:
         """All keys of a block, (num_heads, num_slots, key_dim); a view."""
-        return self._keys[block]
+        return self._keys[self._places[block]]
 
     def values(self, block: int) -> Tensor:
         """All values of a block, (num_heads, num_slots, value_dim); a view."""
-        return self._values[block]
+        return self._values[self._places[block]]
 
     def write(self, block: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put new tokens' keys and values, (num_heads, num_tokens, dim), into `slots` (num_tokens,) int64."""
-        self._keys[block].index_copy_(1, slots, keys)
-        self._values[block].index_copy_(1, slots, values)
+        self.keys(block).index_copy_(1, slots, keys)
+        self.values(block).index_copy_(1, slots, values)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy one page of every block, the whole of it."""
+        """Copy one page, in every place of it."""
         at, to = source * self.page_tokens, target * self.page_tokens
         for tensor in (*self._keys.values(), *self._values.values()):
             tensor[:, to : to + self.page_tokens] = tensor[:, at : at + self.page_tokens]
 
     def move_pages(self, moves: Iterable[PageMove]) -> None:
-        """Copy pages of every block to host memory, or from there, in the order given."""
+        """Copy pages to host memory, or from there, in the order given."""
         runs = _runs(moves, self.page_tokens)
-        for block, parked in self._parked.items():
-            for tensor, other in zip((self._keys[block], self._values[block]), parked, strict=True):
+        for place, parked in self._parked.items():
+            for tensor, other in zip((self._keys[place], self._values[place]), parked, strict=True):
                 for to_host, at, to, num in runs:
                     source, target = (tensor, other) if to_host else (other, tensor)
                     target[:, to : to + num] = source[:, at : at + num]

@@ -46,6 +46,7 @@ from .company import Company
 from .encodings import check_finite, decode, encode
 from .failures import explain
 from .generation import Generations
+from .groups import Grouping
 from .pages import PageCopy, PageMove
 from .sessions import Begun, Session, Sessions, end, undo
 from .training import Room, Trainer
@@ -124,15 +125,16 @@ class Engine:
         room: Room | None = None,
         *,
         num_host_pages: int = 0,
+        grouping: Grouping | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_pages, num_host_pages: of the span's cache, on the device and in host memory."""
+        """num_pages, num_host_pages, grouping: of the span's cache, on the device and in host memory."""
         self._span = span
         self._clock = clock
         self._generations = generations
         self._send = send
         blocks = (span.start, span.end) if span else (0, 0)
-        self._sessions = Sessions(blocks, num_pages, num_host_pages, self._move_pages)
+        self._sessions = Sessions(blocks, num_pages, num_host_pages, self._move_pages, grouping)
         self._scheduler = Scheduler(policy or Policy())
         self._asked: dict[int, Compute] = {}  # steps that wait, by request
         self._steps: dict[int, _Step] = {}  # those of them that have begun

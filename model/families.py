@@ -229,6 +229,17 @@ class Skeleton:
                 return CacheShape(int(heads), int(head_dim), int(head_dim))
         raise error(Code.UNSUPPORTED_FAMILY, f"{self.architecture} has a block without attention")
 
+    def window(self, module: nn.Module) -> int | None:
+        """How many of the latest tokens, its own included, a block attends; None is all."""
+        for part in module.modules():
+            if not (hasattr(part, "layer_idx") and hasattr(part, "head_dim")):
+                continue  # not its attention
+            if not getattr(part, "is_sliding", True):
+                return None
+            window = getattr(part, "sliding_window", getattr(self.config, "sliding_window", None))
+            return None if window is None else int(window)
+        return None
+
     def rotary(self) -> Rotary | None:
         """The model's rotary embeddings, with buffers of their own on the CPU; None if it has none."""
         if not self._layout.rotary:

@@ -17,12 +17,13 @@ import torch
 from ..protocol.errors import Code, error
 from ..protocol.tensors import DType, Quantization
 from ..protocol.work import Configure, ModelFacts, Ready
-from .cache import page_bytes
+from .cache import CacheShape, page_bytes
 from .checkpoint import Checkpoint, open_checkpoint
 from .encodings import torch_dtype
 from .ends import Ends
 from .families import Skeleton
 from .generation import end_tokens
+from .groups import Grouping, grouped
 from .linear import check_scheme
 from .pages import PAGE_TOKENS
 from .profile import Speed, measure
@@ -43,6 +44,9 @@ _SPARE: Final = 16  # of the memory, kept back from the cache for adapters and t
 _ADAPTERS: Final = 4  # of what is spare, for adapters; the rest is for activations
 
 
+_NO_GROUPS: Final = Grouping.whole(())
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What a worker computes with. end_tokens: those that end a text. folder: where the weights lie."""
@@ -57,6 +61,7 @@ class Loaded:
     end_tokens: frozenset[int]
     num_pages: int
     num_host_pages: int
+    grouping: Grouping
     room: Room
     speed: Speed
 
@@ -71,7 +76,7 @@ class Loaded:
             quantization=self.quantization.value if self.quantization else None,
             device=str(self.device),
             weight_bytes=(span.bytes if span else 0) + (ends.bytes if ends else 0),
-            cache_tokens=self.num_pages * PAGE_TOKENS,
+            cache_tokens=self.num_pages // self.grouping.num_groups * PAGE_TOKENS,
             decode_tokens_per_s=self.speed.decode_tokens_per_s,
             prefill_tokens_per_s=self.speed.prefill_tokens_per_s,
             folder=str(self.folder),
@@ -106,7 +111,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         span = Span.load(
             checkpoint, plan.start, plan.end, torch_dtype(dtype), device, shelf=shelf, report=report_blocks
         )
-        span.allocate(plan.num_pages, num_host_pages=plan.num_host_pages)
+        span.allocate(plan.num_pages, num_host_pages=plan.num_host_pages, grouping=plan.grouping)
         speed = measure(span)
     return Loaded(
         facts=facts,
@@ -119,6 +124,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         folder=checkpoint.folder,
         num_pages=plan.num_pages,
         num_host_pages=plan.num_host_pages,
+        grouping=plan.grouping,
         room=make_room(plan.spare_bytes),
         speed=speed,
     )
@@ -175,6 +181,7 @@ class Plan:
     memory_bytes: int
     spare_bytes: int = 0
     num_host_pages: int = 0
+    grouping: Grouping = _NO_GROUPS
 
 
 def make_room(spare_bytes: int) -> Room:
@@ -185,11 +192,16 @@ def make_room(spare_bytes: int) -> Room:
 
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """Bytes of each block's weights, of one page in each block, and of the ends if they are wanted."""
+    """Bytes of each block's weights, of one page in each block, and of the ends if they are wanted.
+
+    windows, shapes: of each block's attention, and of its cache.
+    """
 
     weights: tuple[int, ...]
     pages: tuple[int, ...]
     ends: int
+    windows: tuple[int | None, ...]
+    shapes: tuple[CacheShape, ...]
 
 
 def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -205,13 +217,14 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
             f"choose a range within 0:{num_blocks}",
         )
     memory = ask.memory_bytes or int(_SHARE_OF_FREE * free_bytes(device))
+    modules = [skeleton.take_block(block) for block in range(num_blocks)]
+    shapes = tuple(skeleton.cache_shape(module) for module in modules)
     costs = _Costs(
         weights=tuple(skeleton.block_bytes(block, dtype, scheme) for block in range(num_blocks)),
-        pages=tuple(
-            page_bytes([skeleton.cache_shape(skeleton.take_block(block))], dtype)
-            for block in range(num_blocks)
-        ),
+        pages=tuple(page_bytes([shape], dtype) for shape in shapes),
         ends=skeleton.ends_bytes(dtype, Quantization.INT8 if scheme else None) if ask.ends else 0,
+        windows=tuple(skeleton.window(module) for module in modules),
+        shapes=shapes,
     )
     least_pages = -(-(ask.cache_tokens or _LEAST_CACHE_TOKENS) // PAGE_TOKENS)
     start = ask.start
@@ -222,17 +235,28 @@ def make_plan(ask: Configure, checkpoint: Checkpoint, dtype: torch.dtype, device
     if start == end:
         return Plan(start, end, 0, memory)
     room = memory - costs.ends - sum(costs.weights[start:end])
+    blocks = range(start, end)
+    grouping = grouped({b: costs.windows[b] for b in blocks}, {b: costs.shapes[b] for b in blocks})
+    # Of all groups together: so much as every page's worth of a row's tokens takes at first.
+    page = sum(costs.pages[start:end]) * grouping.num_groups * grouping.size // len(blocks)
     num_pages = least_pages
     if not ask.cache_tokens:
         most = -(-_DEFAULT_CACHE_TOKENS // PAGE_TOKENS)
         spare = memory // _SPARE
-        num_pages = max(least_pages, min((room - spare) // sum(costs.pages[start:end]), most))
-    page = sum(costs.pages[start:end])
+        num_pages = max(least_pages, min((room - spare) // page, most))
     spare = room - num_pages * page
     num_host_pages = _num_host_pages(ask, num_pages, page, spare - memory // _SPARE, device)
     if device.type == "cpu":
         spare -= num_host_pages * page
-    return Plan(start, end, num_pages, memory, max(spare, memory // _SPARE), num_host_pages)
+    return Plan(
+        start,
+        end,
+        num_pages * grouping.num_groups,
+        memory,
+        max(spare, memory // _SPARE),
+        num_host_pages * grouping.num_groups,
+        grouping,
+    )
 
 
 def _num_host_pages(ask: Configure, num_pages: int, page: int, spare: int, device: torch.device) -> int:

@@ -22,6 +22,11 @@ from ..protocol.steps import NEW_ROW, Row
 
 PAGE_TOKENS: Final = 64  # small enough to waste little on a short row, large enough to read in a stream
 
+ROLLBACK_TOKENS: Final = (
+    64  # kept beyond a window: a guess of a few tokens is taken back much more often than that
+)
+GONE: Final = -1  # stands in a table for a page that was let go of, since no window reaches back to it
+
 
 class PagePool:
     """The pages of one cache, counted by how many tables hold each. Raises `BUSY` when none is left."""
@@ -73,11 +78,14 @@ class PagePool:
     def hold(self, pages: tuple[int, ...]) -> None:
         """One more holder for each of these pages, all of which are held already."""
         for page in pages:
-            self._holders[page] += 1
+            if page != GONE:
+                self._holders[page] += 1
 
     def release(self, pages: tuple[int, ...]) -> None:
         """One holder less for each; a page without holders is free."""
         for page in pages:
+            if page == GONE:
+                continue
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free(page)
@@ -143,13 +151,14 @@ class Segment(NamedTuple):
     """One row's part of a batch: its pages, and that its `n` new tokens stand at [start, start + n).
 
     limit: tokens that the row may ever have, the same in every step of a session and after every repair; 0
-    where it has no more than these.
+    where it has no more than these. others: its pages in the second group of blocks, the third, ….
     """
 
     pages: tuple[int, ...]
     start: int
     n: int
     limit: int = 0
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +180,17 @@ class _Growth:
     position: int
     n: int
 
+    @property
+    def num_pages(self) -> int:
+        """Free pages that it takes."""
+        return self.num_new + self.copies_last
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a step would need; made without changing anything."""
 
-    growths: tuple[_Growth, ...]
+    groups: tuple[tuple[_Growth, ...], ...]  # of blocks, and the rows in each
     num_pages: int  # free pages that it takes
 
 
@@ -189,29 +203,77 @@ class Applied:
 
 
 class SessionPages:
-    """The rows of one session: the live table, and the tables after recent steps."""
+    """The rows of one session: the live table, and the tables after recent steps.
 
-    def __init__(self, pool: PagePool, max_rows: int, max_tokens: int) -> None:
+    windows: of each group of blocks whose pages are of their own; None attends everything. Pages that lie more
+    than `ROLLBACK_TOKENS` beyond a window are let go of, in the groups that have one.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_rows: int, max_tokens: int, windows: tuple[int | None, ...] = (None,)
+    ) -> None:
         self._pool = pool
-        self._max_rows = max_rows
         self._max_tokens = max_tokens
-        self._live: tuple[_CachedRow, ...] = ()
-        self._snapshots: dict[int, tuple[_CachedRow, ...]] = {}
+        self._groups = tuple(_GroupPages(pool, max_rows, max_tokens, window) for window in windows)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens that each live row holds."""
-        return tuple(row.length for row in self._live)
+        return self._groups[0].lengths
 
     @property
     def num_pages(self) -> int:
         """Different pages that this session holds, snapshots included."""
-        return len(self._pages())
+        return sum(len(group.pages()) for group in self._groups)
 
     def forget(self, step_id: int, committed: int) -> None:
         """Before step `step_id`: forget the tables below `committed`, and of steps that were taken back."""
-        for step in [step for step in self._snapshots if step < committed or step > step_id]:
-            self._release(self._snapshots.pop(step))
+        for group in self._groups:
+            group.forget(step_id, committed)
+
+    def plan(self, rows: tuple[Row, ...]) -> Plan:
+        """What a step of these rows takes; changes nothing.
+
+        Raises `BAD_REQUEST` for a parent that does not exist or too many rows, `TOO_LONG` beyond
+        `max_tokens`, and `HISTORY_GAP` with `first_position` in its details when a row would begin beyond
+        what its parent holds, or, with the detail `window`, so far back that its window was let go of.
+        """
+        plans = tuple(group.plan(rows) for group in self._groups)
+        return Plan(plans, sum(growth.num_pages for plan in plans for growth in plan))
+
+    def apply(self, step_id: int, committed: int, rows: tuple[Row, ...]) -> Applied:
+        """Take the step: allot pages, make its table the live one, and remember it under `step_id`.
+
+        Tables of steps below `committed` are forgotten. Raises as `plan`, and `BUSY` when the pool has too
+        few pages left; the rows then stand as before.
+        """
+        plan = self.plan(rows)
+        self.forget(step_id, committed)
+        self._pool.require(plan.num_pages)
+        copies: list[PageCopy] = []
+        tables = [
+            group.apply(step_id, growths, copies)
+            for group, growths in zip(self._groups, plan.groups, strict=True)
+        ]
+        segments = tuple(
+            Segment(first, row.position, row.n, self._max_tokens, tuple(others))
+            for row, first, *others in zip(rows, *tables, strict=True)
+        )
+        return Applied(tuple(copies), segments)
+
+    def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """Set the rows back to how they stood after `base_step`, cut to `lengths`; forget later tables.
+
+        Returns how many tokens of each row are really still there; none, if its window is not. A table that is
+        not known any more, and `base_step` 0, clear the session: zeros. Raises `BAD_REQUEST` if the table has
+        not that many rows.
+        """
+        found = [group.restore(base_step, lengths) for group in self._groups]
+        held = tuple(min(row) for row in zip(*found, strict=True)) if lengths else ()
+        if any(lengths != held for lengths in found):
+            for group in self._groups:
+                group.restore(base_step, held)
+        return held
 
     def move(self, pool: PagePool) -> tuple[tuple[int, int], ...]:
         """Let go of every page, for one of `pool` each; all tables stand as before.
@@ -220,27 +282,40 @@ class SessionPages:
         Raises `BUSY`, and nothing has changed.
         """
         pool.require(self.num_pages)
-        places: dict[int, int] = {}
-        for pages in (row.pages for table in (self._live, *self._snapshots.values()) for row in table):
-            missing = tuple(page for page in pages if page not in places)
-            places.update(zip(missing, pool.take(len(missing)), strict=True))
-        tables = {step: _moved(table, places) for step, table in self._snapshots.items()}
-        live = _moved(self._live, places)
-        for table in (live, *tables.values()):
-            for row in table:
-                pool.hold(row.pages)
-        pool.release(tuple(places.values()))  # which `take` held; the tables do now
-        self.close()
-        self._pool, self._live, self._snapshots = pool, live, tables
-        return tuple(places.items())
+        self._pool = pool
+        return tuple(place for group in self._groups for place in group.move(pool))
 
-    def plan(self, rows: tuple[Row, ...]) -> Plan:
-        """What a step of these rows takes; changes nothing.
+    def close(self) -> None:
+        """Release every page; the session is as new."""
+        for group in self._groups:
+            group.close()
 
-        Raises `BAD_REQUEST` for a parent that does not exist or too many rows, `TOO_LONG` beyond
-        `max_tokens`, and `HISTORY_GAP` with `first_position` in its details when a row would begin beyond
-        what its parent holds.
-        """
+
+class _GroupPages:
+    """The rows of one session in one group of blocks. The pages of a table that were let go of are `GONE`."""
+
+    def __init__(self, pool: PagePool, max_rows: int, max_tokens: int, window: int | None) -> None:
+        self._pool = pool
+        self._max_rows = max_rows
+        self._max_tokens = max_tokens
+        self._window = window
+        self._live: tuple[_CachedRow, ...] = ()
+        self._snapshots: dict[int, tuple[_CachedRow, ...]] = {}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(row.length for row in self._live)
+
+    def pages(self) -> set[int]:
+        """Those that it holds."""
+        tables = (self._live, *self._snapshots.values())
+        return {page for table in tables for row in table for page in row.pages} - {GONE}
+
+    def forget(self, step_id: int, committed: int) -> None:
+        for step in [step for step in self._snapshots if step < committed or step > step_id]:
+            self._release(self._snapshots.pop(step))
+
+    def plan(self, rows: tuple[Row, ...]) -> tuple[_Growth, ...]:
         if len(rows) > self._max_rows:
             raise error(Code.BAD_REQUEST, f"{len(rows)} rows, the session was opened for {self._max_rows}")
         for index, row in enumerate(rows):
@@ -254,37 +329,20 @@ class SessionPages:
             num_new = -(-(row.position + row.n) // page_tokens) - len(kept[index])
             copies_last = partial and index not in writers
             growths.append(_Growth(kept[index], copies_last, num_new, row.position, row.n))
-        return Plan(tuple(growths), sum(growth.num_new + growth.copies_last for growth in growths))
+        return tuple(growths)
 
-    def apply(self, step_id: int, committed: int, rows: tuple[Row, ...]) -> Applied:
-        """Take the step: allot pages, make its table the live one, and remember it under `step_id`.
-
-        Tables of steps below `committed` are forgotten. Raises as `plan`, and `BUSY` when the pool has too
-        few pages left; the rows then stand as before.
-        """
-        plan = self.plan(rows)
-        self.forget(step_id, committed)
-        self._pool.require(plan.num_pages)
-        copies: list[PageCopy] = []
-        table: list[_CachedRow] = []
-        for growth in plan.growths:
-            table.append(self._grow(growth, copies))
-        self._shorten_snapshots(plan)
+    def apply(
+        self, step_id: int, growths: tuple[_Growth, ...], copies: list[PageCopy]
+    ) -> list[tuple[int, ...]]:
+        """Grow the rows; adds what is to be copied, and gives the pages of each."""
+        table = tuple(self._grow(growth, copies) for growth in growths)
+        self._shorten_snapshots(growths)
         self._release(self._live)
-        self._live = tuple(table)
+        self._live = table
         self._remember(step_id)
-        segments = tuple(
-            Segment(row.pages, growth.position, growth.n, self._max_tokens)
-            for row, growth in zip(table, plan.growths, strict=True)
-        )
-        return Applied(tuple(copies), segments)
+        return [row.pages for row in table]
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        """Set the rows back to how they stood after `base_step`, cut to `lengths`; forget later tables.
-
-        Returns how many tokens of each row are really still there. A table that is not known any more, and
-        `base_step` 0, clear the session: zeros. Raises `BAD_REQUEST` if the table has not that many rows.
-        """
         base = self._snapshots.get(base_step) if base_step else None
         if base is None:
             self.close()
@@ -294,8 +352,7 @@ class SessionPages:
                 Code.BAD_REQUEST, f"lengths {lengths} for the {len(base)} rows after step {base_step}"
             )
         table = tuple(
-            _cut(row, min(length, row.intact), self._pool.page_tokens)
-            for row, length in zip(base, lengths, strict=True)
+            self._cut(row, min(length, row.intact)) for row, length in zip(base, lengths, strict=True)
         )
         for row in table:
             self._pool.hold(row.pages)
@@ -307,16 +364,26 @@ class SessionPages:
         return self.lengths
 
     def close(self) -> None:
-        """Release every page; the session is as new."""
         for table in (self._live, *self._snapshots.values()):
             self._release(table)
         self._live = ()
         self._snapshots.clear()
 
-    def _pages(self) -> set[int]:
-        return {
-            page for table in (self._live, *self._snapshots.values()) for row in table for page in row.pages
-        }
+    def move(self, pool: PagePool) -> tuple[tuple[int, int], ...]:
+        places: dict[int, int] = {GONE: GONE}
+        for pages in (row.pages for table in (self._live, *self._snapshots.values()) for row in table):
+            missing = tuple(page for page in pages if page not in places)
+            places.update(zip(missing, pool.take(len(missing)), strict=True))
+        tables = {step: _moved(table, places) for step, table in self._snapshots.items()}
+        live = _moved(self._live, places)
+        for table in (live, *tables.values()):
+            for row in table:
+                pool.hold(row.pages)
+        del places[GONE]
+        pool.release(tuple(places.values()))  # which `take` held; the tables do now
+        self.close()
+        self._pool, self._live, self._snapshots = pool, live, tables
+        return tuple(places.items())
 
     def _check(self, index: int, row: Row) -> None:
         if row.parent != NEW_ROW and not 0 <= row.parent < len(self._live):
@@ -338,12 +405,38 @@ class SessionPages:
                 first_position=held,
                 row=index,
             )
+        if row.parent != NEW_ROW and not self._reaches(self._live[row.parent], row.position):
+            raise error(
+                Code.HISTORY_GAP,
+                f"row {index} begins at position {row.position}, further back than {ROLLBACK_TOKENS} tokens"
+                f" beyond what its window of {self._window} reaches",
+                "send its hidden states again up to there",
+                first_position=0,
+                row=index,
+                window=True,
+            )
+
+    def _reaches(self, row: _CachedRow, position: int) -> bool:
+        """Whether all is there that a token at `position` attends."""
+        if self._window is None or not position:
+            return True
+        first = max(0, position - self._window + 1) // self._pool.page_tokens
+        return first * self._pool.page_tokens >= position or row.pages[first] != GONE
 
     def _kept(self, row: Row) -> tuple[int, ...]:
         """The parent's pages that hold positions below `row.position`."""
         if row.parent == NEW_ROW:
             return ()
-        return self._live[row.parent].pages[: -(-row.position // self._pool.page_tokens)]
+        pages = self._live[row.parent].pages[: -(-row.position // self._pool.page_tokens)]
+        if self._window is None:
+            return pages
+        beyond = max(0, row.position - self._window + 1 - ROLLBACK_TOKENS) // self._pool.page_tokens
+        return (GONE,) * beyond + pages[beyond:]
+
+    def _cut(self, row: _CachedRow, length: int) -> _CachedRow:
+        if not self._reaches(row, length):
+            length = 0
+        return _CachedRow(row.pages[: -(-length // self._pool.page_tokens)], length, length)
 
     def _grow(self, growth: _Growth, copies: list[PageCopy]) -> _CachedRow:
         kept = growth.kept[:-1] if growth.copies_last else growth.kept
@@ -355,11 +448,11 @@ class SessionPages:
         length = growth.position + growth.n
         return _CachedRow(kept + added, length, length)
 
-    def _shorten_snapshots(self, plan: Plan) -> None:
+    def _shorten_snapshots(self, growths: tuple[_Growth, ...]) -> None:
         """Snapshots lose what the step writes in place into a page of theirs."""
         page_tokens = self._pool.page_tokens
         written: dict[int, int] = {}  # page → the first position written in it
-        for growth in plan.growths:
+        for growth in growths:
             if growth.n and growth.kept and not growth.copies_last and growth.position % page_tokens:
                 written[growth.kept[-1]] = growth.position
         if not written:
@@ -389,10 +482,6 @@ class SessionPages:
 
 def _moved(table: tuple[_CachedRow, ...], places: dict[int, int]) -> tuple[_CachedRow, ...]:
     return tuple(replace(row, pages=tuple(places[page] for page in row.pages)) for row in table)
-
-
-def _cut(row: _CachedRow, length: int, page_tokens: int) -> _CachedRow:
-    return _CachedRow(row.pages[: -(-length // page_tokens)], length, length)
 
 
 def _in_place_writers(rows: tuple[Row, ...], kept: list[tuple[int, ...]], page_tokens: int) -> frozenset[int]:

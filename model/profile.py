@@ -36,11 +36,14 @@ def measure(span: Span, clock: Callable[[], float] = time.perf_counter) -> Speed
     cache = span.cache
     if cache is None or span.start == span.end:
         return Speed()
-    num_tokens = min(_PREFILL_TOKENS, cache.num_pages * cache.page_tokens)
-    pages = tuple(range(-(-num_tokens // cache.page_tokens)))
+    num_groups = cache.grouping.num_groups
+    num_tokens = min(_PREFILL_TOKENS, cache.num_pages // num_groups * cache.page_tokens)
+    num_pages = -(-num_tokens // cache.page_tokens)
+    first, *others = (tuple(range(group * num_pages, (group + 1) * num_pages)) for group in range(num_groups))
+    text = Segment(first, 0, num_tokens, others=tuple(others))
     return Speed(
-        decode_tokens_per_s=_tokens_per_s(span, Segment(pages, num_tokens - 1, 1), clock),
-        prefill_tokens_per_s=_tokens_per_s(span, Segment(pages, 0, num_tokens), clock),
+        decode_tokens_per_s=_tokens_per_s(span, text._replace(start=num_tokens - 1, n=1), clock),
+        prefill_tokens_per_s=_tokens_per_s(span, text, clock),
     )
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.limits import MAX_STEP_TOKENS
 from ..protocol.steps import NEW_ROW
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, OpenCache, Restore
-from .pages import Applied, PageMove, PagePool, SessionPages
+from .groups import Grouping
+from .pages import ROLLBACK_TOKENS, Applied, PageMove, PagePool, SessionPages
 from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, View, make_room
 
 
@@ -70,11 +72,13 @@ class Sessions:
         num_pages: int,
         num_host_pages: int = 0,
         carry: Callable[[tuple[PageMove, ...]], None] = lambda moves: None,
+        grouping: Grouping | None = None,
     ) -> None:
         """blocks: the worker's span; with no blocks or no pages nothing can be opened.
 
         carry: copies pages between device and host memory, at once, before they are written again.
         """
+        self._grouping = grouping or Grouping.whole(tuple(range(*blocks)))
         self._carry = carry
         self._blocks = blocks
         self._pool = PagePool(max(num_pages, 1))
@@ -87,7 +91,7 @@ class Sessions:
     @property
     def free_tokens(self) -> int:
         """Token slots of the device that hold nothing."""
-        return (self._pool.num_free if self._num_pages else 0) * self._pool.page_tokens
+        return self._tokens(self._pool.num_free if self._num_pages else 0)
 
     def open(self, ask: OpenCache, now_s: float) -> Session:
         """Admit a session, instead of any of the same id.
@@ -104,7 +108,7 @@ class Sessions:
         self.close(ask.session, now_s)
         num_most = self._num_most(ask.max_rows, ask.max_tokens)
         self._check_room(ask, num_most)
-        pages = SessionPages(self._pool, ask.max_rows, ask.max_tokens)
+        pages = SessionPages(self._pool, ask.max_rows, ask.max_tokens, self._grouping.windows)
         session = Session(ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, now_s)
         self._open[ask.session] = session
         return session
@@ -234,19 +238,23 @@ class Sessions:
     def _num_most(self, max_rows: int, max_tokens: int) -> int:
         """Pages for all rows at full length. Rows that are forked each copy a page while the step before
         still holds the old one; a single row never does."""
-        per_row = -(-max_tokens // self._pool.page_tokens)
-        return max_rows * (per_row + (1 if max_rows > 1 else 0))
+        grouping, page_tokens = self._grouping, self._pool.page_tokens
+        per_row = grouping.num_most(max_tokens, page_tokens, ROLLBACK_TOKENS + MAX_STEP_TOKENS)
+        return max_rows * (per_row + (grouping.num_groups if max_rows > 1 else 0))
+
+    def _tokens(self, num_pages: int) -> int:
+        """Of rows that hold so many pages, before any is let go of."""
+        return num_pages * self._pool.page_tokens // self._grouping.num_groups
 
     def _check_room(self, ask: OpenCache, num_most: int) -> None:
-        page_tokens = self._pool.page_tokens
         asked = f"{ask.max_rows} rows of {ask.max_tokens} tokens"
         if num_most > self._num_pages:
             raise error(
                 Code.TOO_LONG,
-                f"{asked} take {num_most * page_tokens} cache tokens,"
-                f" this worker has {self._num_pages * page_tokens} in all",
+                f"{asked} take {self._tokens(num_most)} cache tokens,"
+                f" this worker has {self._tokens(self._num_pages)} in all",
                 "ask for fewer or shorter rows, or give the worker a larger cache",
-                wanted_tokens=num_most * page_tokens,
+                wanted_tokens=self._tokens(num_most),
                 free_tokens=self.free_tokens,
             )
         sizes = [self._expected.pages(s.num_most, s.pages.num_pages) for s in self._open.values()]
@@ -256,12 +264,12 @@ class Sessions:
             wait_s = self._expected.wait_s(sizes, num_wanted - num_left)
             raise error(
                 Code.BUSY,
-                f"{asked} are expected to take {num_wanted * page_tokens} cache tokens, and"
-                f" {len(sizes)} sessions here leave {max(0, num_left) * page_tokens} of"
-                f" {(self._num_pages + self._num_host_pages) * page_tokens}",
+                f"{asked} are expected to take {self._tokens(num_wanted)} cache tokens, and"
+                f" {len(sizes)} sessions here leave {self._tokens(max(0, num_left))} of"
+                f" {self._tokens(self._num_pages + self._num_host_pages)}",
                 f"use another peer, or try again in {wait_s:.0f} s",
-                wanted_tokens=num_wanted * page_tokens,
-                free_tokens=max(0, num_left) * page_tokens,
+                wanted_tokens=self._tokens(num_wanted),
+                free_tokens=self._tokens(max(0, num_left)),
                 wait_s=round(wait_s, 1),
             )
 

@@ -18,6 +18,7 @@ from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
 from .families import Rotary, Skeleton
+from .groups import Grouping
 from .pages import PAGE_TOKENS, PageCopy, PageMove
 from .quantization import Shelf
 from .weights import fetch_parts, load_part
@@ -37,6 +38,7 @@ class Span:
         self.start = min(blocks, default=0)
         self.end = self.start + len(blocks)
         self.cache_shapes = shapes
+        self.windows: dict[int, int | None] = dict.fromkeys(blocks)
         self.cache: Cache | None = None
         self.num_blocks_computed = 0
         self.bytes = 0
@@ -80,15 +82,18 @@ class Span:
         fetch_parts(checkpoint, skeleton, [skeleton.block_prefix(block) for block in range(start, end)])
         blocks: dict[int, nn.Module] = {}
         shapes: dict[int, CacheShape] = {}
+        windows: dict[int, int | None] = {}
         for block in range(start, end):
             module = skeleton.take_block(block)
             shapes[block] = skeleton.cache_shape(module)
+            windows[block] = skeleton.window(module)
             prefix = skeleton.block_prefix(block)
             blocks[block] = load_part(checkpoint, skeleton, prefix, module, dtype, device, shelf)
             if report is not None:
                 report(sum(sizes[: len(blocks)]), sum(sizes))
         rotary = skeleton.rotary()
         span = cls(blocks, shapes, rotary.to(device) if rotary is not None else None)
+        span.windows = windows
         span.bytes = sum(sizes)
         span.hidden_size = skeleton.hidden_size
         span.dtype = dtype
@@ -100,10 +105,26 @@ class Span:
         """Block → its module, to look at."""
         return self._blocks
 
-    def allocate(self, num_pages: int, page_tokens: int = PAGE_TOKENS, *, num_host_pages: int = 0) -> Cache:
-        """Make the KV cache of all blocks, and room in host memory for its pages. Raises `OUT_OF_MEMORY`."""
+    def allocate(
+        self,
+        num_pages: int,
+        page_tokens: int = PAGE_TOKENS,
+        *,
+        num_host_pages: int = 0,
+        grouping: Grouping | None = None,
+    ) -> Cache:
+        """Make the KV cache of all blocks, and room in host memory for its pages. Raises `OUT_OF_MEMORY`.
+
+        grouping: of the blocks into tables; without one all pages are kept in all blocks.
+        """
         self.cache = Cache(
-            self.cache_shapes, num_pages, self.dtype, self.device, page_tokens, num_host_pages=num_host_pages
+            self.cache_shapes,
+            num_pages,
+            self.dtype,
+            self.device,
+            page_tokens,
+            num_host_pages=num_host_pages,
+            grouping=grouping,
         )
         return self.cache
 

@@ -270,9 +270,9 @@ class HopSession:
     def accused(self, problem: CorollaError) -> Hop | None:
         """Whom a failed computation speaks against: whoever sent the values that it could not use.
 
-        Nobody, if it was our worker that had to give up what came before them.
+        Nobody, if it was our worker that let go of what came before them.
         """
-        is_ours = bool(problem.details.get("evicted"))
+        is_ours = "evicted" in problem.details or "window" in problem.details
         return self.upstream if problem.code in _VALUES and not is_ours else None
 
     def _check_size(self, rows: tuple[Row, ...]) -> None:

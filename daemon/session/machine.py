@@ -233,6 +233,9 @@ class SessionMachine(Ascent):
             case Code.HISTORY_GONE if self._is_source(member):
                 self._without_history.add(self._roster.index(member))
                 self._replay_or_run()
+            case Code.HISTORY_GAP if problem.details.get("window"):
+                self._pipeline.cut_back()  # it is filled again up to there, and not beyond
+                self._strike(member, problem.message)
             case Code.HISTORY_GAP if problem.details.get("evicted"):
                 self._strike(
                     member, problem.message

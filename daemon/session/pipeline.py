@@ -127,6 +127,18 @@ class Pipeline:
         for part in self._in_flight:
             part.sent_at = None
 
+    def cut_back(self) -> None:
+        """A hop let go of what the oldest step goes back over: the committed rows are cut to where it begins."""
+        part = self.oldest
+        if part is None:
+            return
+        reached = dict.fromkeys(range(len(self.lengths)), 0)
+        for row in part.rows:
+            if row.parent != NEW_ROW:
+                reached[row.parent] = max(reached[row.parent], row.position)
+        self.lengths = tuple(reached.values())
+        self.history.restore(self.committed, self.lengths)
+
     def expected_bytes(self, part: Part) -> int:
         """Length of the answer to a part."""
         return reply_tokens(part.rows, part.reply) * self._token_bytes

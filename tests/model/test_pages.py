@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from corolla.model.pages import PagePool, SessionPages
+from corolla.model.pages import GONE, ROLLBACK_TOKENS, PagePool, SessionPages
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Row
 
@@ -74,7 +74,9 @@ class PagesAgainstLists(RuleBasedStateMachine):
                 page, slot = divmod(row.position + offset, PAGE_TOKENS)
                 self.memory[placed.pages[page]][slot] = token
             new_rows.append(prefix + tokens)
-            if row.parent != NEW_ROW and row.position < len(self.rows[row.parent]):
+            # Rows that were forked share a page: who writes on in it overwrites what a longer one had there.
+            tables = (self.rows, *self.snapshots.values())
+            if row.position < max((len(other) for table in tables for other in table), default=0):
                 self.truncated_since = dict.fromkeys(self.truncated_since, True)
         self.rows = new_rows
         self.placed = [placed.pages for placed in applied.segments]
@@ -238,3 +240,68 @@ def test_rows_that_grow_side_by_side_keep_to_runs_of_neighbouring_pages() -> Non
         for pages in sessions:
             (row,) = pages.apply(step, step, (Row(0, step + 2, 1),)).segments
             assert row.pages == tuple(range(row.pages[0], row.pages[0] + len(row.pages)))
+
+
+# windows
+
+
+def windowed(window: int, num_pages: int = 256) -> tuple[PagePool, SessionPages]:
+    """A session with one group of blocks that attend everything, and one with a window."""
+    pool = PagePool(num_pages, PAGE_TOKENS)
+    return pool, SessionPages(pool, 2, 400, (None, window))
+
+
+def test_pages_further_than_the_rollback_beyond_a_window_are_let_go_of() -> None:
+    pool, pages = windowed(window=8)
+    pages.apply(1, 0, (Row(NEW_ROW, 0, 100),))
+    (row,) = pages.apply(2, 2, (Row(0, 100, 4),)).segments
+    assert GONE not in row.pages
+    (inner,) = row.others
+    first_kept = (100 - 8 + 1 - ROLLBACK_TOKENS) // PAGE_TOKENS
+    assert inner[:first_kept] == (GONE,) * first_kept
+    assert GONE not in inner[first_kept:]
+    assert pages.num_pages == 256 - pool.num_free == 2 * 26 - first_kept
+
+
+def test_a_rollback_within_reach_of_the_kept_window_is_taken_and_one_behind_it_names_the_beginning() -> None:
+    _, pages = windowed(window=8)
+    pages.apply(1, 0, (Row(NEW_ROW, 0, 200),))
+    pages.apply(2, 2, (Row(0, 200, 1),))
+    pages.plan((Row(0, 200 - ROLLBACK_TOKENS, 1),))
+    with pytest.raises(CorollaError) as caught:
+        pages.plan((Row(0, 100, 1),))
+    assert caught.value.code is Code.HISTORY_GAP
+    assert (caught.value.details["first_position"], caught.value.details["window"]) == (0, True)
+    assert pages.lengths == (201,)
+    assert pages.plan((Row(0, 0, 1),)).num_pages == 2  # from the beginning all is there
+
+
+def test_rows_are_set_back_to_nothing_where_their_window_is_gone_in_any_group() -> None:
+    pool, pages = windowed(window=8)
+    pages.apply(1, 0, (Row(NEW_ROW, 0, 200), Row(NEW_ROW, 0, 20)))
+    pages.apply(2, 2, (Row(0, 200, 1), Row(1, 20, 1)))
+    assert pages.restore(2, (100, 20)) == (0, 20)
+    assert pages.lengths == (0, 20)
+    assert 256 - pool.num_free == pages.num_pages == 2 * 5
+    pages.close()
+    assert pool.num_free == 256
+
+
+def test_what_an_uncommitted_table_still_needs_is_not_let_go_of() -> None:
+    _, pages = windowed(window=8)
+    pages.apply(1, 0, (Row(NEW_ROW, 0, 200),))
+    pages.apply(2, 1, (Row(0, 200, 100),))
+    assert pages.restore(1, (90,)) == (90,)
+
+
+def test_pages_of_several_groups_move_together() -> None:
+    pool, pages = windowed(window=8)
+    pages.apply(1, 0, (Row(NEW_ROW, 0, 150),))
+    pages.apply(2, 2, (Row(0, 150, 10),))
+    num_pages = pages.num_pages
+    host = PagePool(num_pages, PAGE_TOKENS)
+    moved = pages.move(host)
+    assert len(dict(moved)) == len({target for _, target in moved}) == num_pages
+    assert (pool.num_free, host.num_free) == (256, 0)
+    pages.move(pool)
+    assert pages.restore(2, (155,)) == (155,)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from corolla.model.attention import Batch
+from corolla.model.attention import Batch, Segment
 from corolla.model.checkpoint import open_checkpoint
 from corolla.model.ends import Ends
 from corolla.model.families import CERTIFIED
-from corolla.model.pages import PagePool, SessionPages
+from corolla.model.groups import grouped
+from corolla.model.pages import GONE, ROLLBACK_TOKENS, PagePool, SessionPages
 from corolla.model.span import Span
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Row
@@ -45,6 +46,13 @@ class Tiny(NamedTuple):
         checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(self.folder)), self.folder)
         span = Span.load(checkpoint, start, end, torch.float32, CPU)
         span.allocate(NUM_PAGES, PAGE_TOKENS)
+        return span
+
+    def windowed_span(self, start: int, end: int) -> Span:
+        """One whose blocks are in groups by their windows, as a worker has it."""
+        span = self.span(start, end)
+        grouping = grouped(span.windows, span.cache_shapes)
+        span.allocate(8 * NUM_PAGES * grouping.num_groups, PAGE_TOKENS, grouping=grouping)
         return span
 
     def logits(self, tokens: list[int]) -> Tensor:
@@ -72,23 +80,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
 class Session:
     """Rows of tokens on a chain of spans, driven as the engine does; remembers what each row should hold."""
 
-    def __init__(self, tiny: Tiny, spans: list[Span]) -> None:
+    def __init__(self, tiny: Tiny, spans: list[Span], length: int = 64) -> None:
         self._tiny = tiny
         self._spans = spans
-        self._pages = SessionPages(PagePool(NUM_PAGES, PAGE_TOKENS), 4, 64)
+        self._pages = []
+        for span in spans:
+            assert span.cache is not None
+            pool = PagePool(span.cache.num_pages, PAGE_TOKENS)
+            self._pages.append(SessionPages(pool, 4, length, span.cache.grouping.windows))
+        self._segments: list[tuple[Segment, ...]] = []
         self._random = torch.Generator().manual_seed(7)
         self._step_id = 0
         self.rows: list[list[int]] = []
 
+    def tables(self) -> list[tuple[int, ...]]:
+        """The pages of every row after the last step, in every group of every span."""
+        rows = [row for segments in self._segments for row in segments]
+        return [pages for row in rows for pages in (row.pages, *row.others)]
+
     def step(self, *rows: Row) -> float:
         """The largest difference of the new tokens' logits from the whole model's."""
         self._step_id += 1
-        applied = self._pages.apply(self._step_id, self._step_id - 1, rows)
         new = [self._tokens(row.n) for row in rows]
         hidden = self._tiny.ends.embed(torch.tensor([token for tokens in new for token in tokens]))
-        for span in self._spans:
+        self._segments = []
+        for span, pages in zip(self._spans, self._pages, strict=True):
+            applied = pages.apply(self._step_id, self._step_id - 1, rows)
             span.copy_pages(applied.copies)
             hidden = span.forward(hidden, Batch(applied.segments))
+            self._segments.append(applied.segments)
         old = [self.rows[row.parent][: row.position] if row.parent != NEW_ROW else [] for row in rows]
         self.rows = [prefix + tokens for prefix, tokens in zip(old, new, strict=True)]
         expected = [
@@ -318,6 +338,20 @@ def test_rolled_back_equals_fresh_on_both_sides_of_the_window(
     assert session.step(Row(0, 20, 6)) < TOLERANCE
     assert session.step(Row(0, back_to, 1)) < TOLERANCE
     assert session.step(Row(0, back_to + 1, 10)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_pages_let_go_of_behind_the_window_change_nothing(tiny: Callable[[str], Tiny], family: str) -> None:
+    model = tiny(family)
+    session = Session(model, [model.windowed_span(0, 3), model.windowed_span(3, NUM_BLOCKS)], length=200)
+    assert session.step(Row(NEW_ROW, 0, 70)) < TOLERANCE
+    for position in (70, 110):
+        assert session.step(Row(0, position, 40)) < TOLERANCE
+    assert session.step(Row(0, 150, 1)) < TOLERANCE
+    assert any(GONE in pages for pages in session.tables())
+    assert session.step(Row(0, 151 - ROLLBACK_TOKENS, 3)) < TOLERANCE
+    assert session.step(Row(0, 154 - ROLLBACK_TOKENS, 60), Row(0, 153 - ROLLBACK_TOKENS, 60)) < TOLERANCE
+    assert session.step(Row(1, 213 - ROLLBACK_TOKENS, 1), Row(0, 214 - ROLLBACK_TOKENS, 9)) < TOLERANCE
 
 
 def test_a_step_without_tokens_is_no_work(tiny: Callable[[str], Tiny]) -> None:

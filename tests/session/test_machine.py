@@ -299,6 +299,22 @@ def test_a_hop_that_evicts_a_session_again_and_again_is_left_and_nobody_accused(
     assert not bench.of(ev.Charge)
 
 
+def test_a_rollback_behind_a_hops_window_is_replayed_up_to_where_it_begins() -> None:
+    bench = opened(A, B)
+    bench.step(2, Row(0, 1, 1))
+    problem = error(Code.HISTORY_GAP, "further back than kept", first_position=0, window=True)
+    bench.hear("b", Failure.of(ID, 1, problem, 2))
+    assert [link.lengths for link in bench.said("a", LinkHop)] == [(1,)]
+    bench.hear("a", Linked(ID, 2, (1,), (0,)))
+    bench.hear("b", Linked(ID, 2, (0,), (0,)))
+    (replay,) = bench.said("a", Replay)
+    assert (replay.starts, replay.lengths) == ((0,), (1,))
+    bench.hear("b", Replayed(ID, 2))
+    (step,) = bench.said("a", Step)
+    assert (step.step_id, step.rows) == (2, (Row(0, 1, 1),))
+    assert not bench.of(ev.Charge)
+
+
 def test_an_answer_of_the_wrong_length_is_seen_by_the_client_itself() -> None:
     bench = opened(A)
     bench.step(2, Row(0, 3, 1))
