@@ -46,6 +46,7 @@ from .routes import no_swarm
 from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
+from .training.jobs import Jobs
 from .weights import Weights
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
@@ -76,6 +77,7 @@ class Node:
         self.store: Final = store
         self.events: Final = EventLog()
         self.traffic: Final = Traffic()
+        self.jobs: Final = Jobs()
         self.limit_upload()
         self.control: ControlServer
         self.reloading: Final = Reloading(self, sources or partial(with_settings, config))
@@ -432,6 +434,7 @@ class Node:
             contribution=self.contributing.so_far(),
             invited=roll is not None and roll.charter is not None,
             owner=roll is not None and roll.is_owner,
+            training=self.jobs.views(trio.current_time()),
         )
 
     def _status_line(self) -> str:

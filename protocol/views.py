@@ -48,6 +48,16 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingView:
+    """A model that programs of this machine train. num_tokens: that went back so far; peers: of the last minute."""
+
+    model: str
+    micro_batches_per_s: float
+    num_tokens: int
+    peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
 
@@ -71,6 +81,7 @@ class Status:
     contribution: Contribution | None = None
     invited: bool = False  # whether others enter the swarm by invitation alone
     owner: bool = False  # whether this daemon makes these invitations
+    training: tuple[TrainingView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ class _Search:
 class Swarm:
     """How passes reach the hops of one model: the spans known, our load on each, the precision of the job.
 
-    parts: what adapters consist of, by name, to be uploaded where it is missing. patience_s: how long to wait
+    parts: what adapters consist of, by name, to be uploaded where it is missing. used: is told of each peer that gave a
+    good answer. patience_s: how long to wait
     for blocks that nobody serves.
     """
 
@@ -98,6 +99,7 @@ class Swarm:
         charge: Charge,
         parts: Mapping[bytes, bytes],
         *,
+        used: Callable[[str], None],
         patience_s: float,
         rng: Random | None = None,
     ) -> None:
@@ -105,6 +107,7 @@ class Swarm:
         self._find_spans = find_spans
         self._charge = charge
         self._parts = parts
+        self._used = used
         self._patience_s = patience_s
         self._rng = rng or Random()  # noqa: S311 - spreads load, guards nothing
         self._load: Counter[Hop] = Counter()
@@ -165,7 +168,9 @@ class Swarm:
             payload = inputs + gradient if isinstance(request, SpanBackward) else inputs
             self._load[leg.hop] += 1
             try:
-                return leg, await self._ask(batch, leg, request, payload)
+                answer = await self._ask(batch, leg, request, payload)
+                self._used(leg.hop.peer)
+                return leg, answer
             except CorollaError as problem:
                 self._note(leg, problem)
                 search.tried.add(leg.hop)

@@ -24,6 +24,7 @@ from ...protocol.passes import (
 )
 from ...protocol.tensors import is_finite
 from ...protocol.training import check_micro_batch
+from ...protocol.work import ModelFacts
 from ..belonging import Belonging
 from ..control import Ask, Connection, Handler, Reply
 from ..sessions import find_model
@@ -42,6 +43,7 @@ FRESH_S: Final = 5.0  # so old may our knowledge of the spans be when a hop is c
 class _Kept:
     """A pass that waits for its backward."""
 
+    model: str
     swarm: Swarm
     batch: Batch
     intervals: tuple[Interval, ...]
@@ -99,11 +101,11 @@ class Programs:
             wanted.dropout,
         )
         _check(ask.payload, batch, "inputs")
-        swarm = self._swarm(belonging, facts.fingerprint, facts.num_blocks)
+        swarm = self._swarm(belonging, facts)
         outputs, intervals = await swarm.forward(batch, ask.payload)
         handle = 0
         if wanted.keep:
-            kept = _Kept(swarm, batch, intervals)
+            kept = _Kept(facts.name, swarm, batch, intervals)
             _check_room(ask.connection, kept)
             handle = ask.connection.new_handle()
             ask.connection.opened[handle] = kept
@@ -122,6 +124,8 @@ class Programs:
         _check(ask.payload, kept.batch, "gradients of the outputs")
         gradient, parts = await kept.swarm.backward(kept.batch, kept.intervals, ask.payload)
         ask.connection.opened.pop(arguments.handle, None)
+        num_tokens = sum(sequence.n for sequence in kept.batch.sequences)
+        self._node.jobs.note_batch(kept.model, num_tokens, trio.current_time())
         sizes = tuple(len(part) for part in parts)
         return Reply(PassGradients(sizes), gradient + b"".join(parts))
 
@@ -154,26 +158,30 @@ class Programs:
         self._parts.remove(arguments.adapter)
         return Reply()
 
-    def _swarm(self, belonging: Belonging, fingerprint: str, num_blocks: int) -> Swarm:
+    def _swarm(self, belonging: Belonging, facts: ModelFacts) -> Swarm:
         if belonging is not self._belonging:
             self._belonging, self._swarms = belonging, {}
-        if (swarm := self._swarms.get(fingerprint)) is None:
-            swarm = self._swarms[fingerprint] = self._new_swarm(belonging, fingerprint, num_blocks)
+        if (swarm := self._swarms.get(facts.fingerprint)) is None:
+            swarm = self._swarms[facts.fingerprint] = self._new_swarm(belonging, facts)
         return swarm
 
-    def _new_swarm(self, belonging: Belonging, fingerprint: str, num_blocks: int) -> Swarm:
+    def _new_swarm(self, belonging: Belonging, facts: ModelFacts) -> Swarm:
         async def find_spans() -> tuple[Span, ...]:
-            await belonging.registry.spans(fingerprint, num_blocks, max_age_s=FRESH_S)
-            return belonging.routes.view(fingerprint, num_blocks).spans
+            await belonging.registry.spans(facts.fingerprint, facts.num_blocks, max_age_s=FRESH_S)
+            return belonging.routes.view(facts.fingerprint, facts.num_blocks).spans
 
         def charge(peer: str, weight: float, reason: str) -> None:
             belonging.ledger.charge(peer, weight, reason, trio.current_time())
+
+        def used(peer: str) -> None:
+            self._node.jobs.note_peer(facts.name, peer, trio.current_time())
 
         return Swarm(
             belonging.network,
             find_spans,
             charge,
             self._parts,
+            used=used,
             patience_s=self._node.config.replacement_wait_s,
         )
 

@@ -8,7 +8,7 @@ import click
 
 from ...protocol.control import privacy_words
 from ...protocol.errors import Exit
-from ...protocol.views import ModelView, SpanView, Status, WorkerStatus
+from ...protocol.views import ModelView, SpanView, Status, TrainingView, WorkerStatus
 from ..client import Daemon, connect
 from ..output import Output, duration, num_bytes, state
 from ..picture import Bar, gaps, picture, replica_runs, short_peer
@@ -45,6 +45,8 @@ def _show_status(view: Status, output: Output) -> None:
     )
     for worker in view.workers:
         output.line(f"worker {worker.worker}: {_worker(worker)}")
+    for job in view.training:
+        output.line(f"training {_training(job)}")
     if view.join_command:
         output.line("to let another machine join, paste there:")
         output.line(f"  {view.join_command}")
@@ -61,6 +63,11 @@ def _contribution(view: Status) -> str:
     if done is None:
         return "nothing yet"
     return f"{done.block_tokens:,} block-tokens in {duration(done.lending_s)}"
+
+
+def _training(job: TrainingView) -> str:
+    peers = f"{len(job.peers)} peers" if len(job.peers) != 1 else "1 peer"
+    return f"{job.model}: {job.micro_batches_per_s:.1f} micro-batches/s, {job.num_tokens:,} tokens so far, {peers}"
 
 
 def _worker(worker: WorkerStatus) -> str:

@@ -23,6 +23,7 @@ from corolla.sdk.training import Trip
 
 from ..model.tiny import NUM_BLOCKS, save_tiny
 from ..processes import DaemonProcess, LocalSwarm, local_swarm
+from .fleet import peer_of
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 TOLERANCE = 1e-4
@@ -220,6 +221,10 @@ def test_an_adapter_that_learned_here_works_in_peft(
         optimizer.step()
     assert losses[2] < losses[0]
     getattr(model, save)(tmp_path / "learned")
+    (job,) = daemon.status().training
+    assert (job.model, job.num_tokens >= 3 * IDS.numel()) == ("tiny", True)
+    assert {peer_of(hop) for hop in setting.hops} >= set(job.peers) > {peer_of(setting.hops[0])}
+    assert job.micro_batches_per_s > 0
     elsewhere = PeftModel.from_pretrained(deepcopy(setting.whole), tmp_path / "learned")
     with torch.no_grad():
         ours, theirs = model(IDS, use_cache=False).logits, elsewhere(IDS).logits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 
 import corolla
 from corolla.protocol.control import Call, Return
-from corolla.protocol.errors import Code, CorollaError, error
+from corolla.protocol.errors import Code, CorollaError, Exit, error
 from corolla.protocol.messages import from_plain, to_plain
 from corolla.protocol.passes import AdapterName, AdapterView, BackwardPass, ForwardPass, Passed, PassGradients
 from corolla.protocol.training import Dropout, Sequence
+from corolla.protocol.views import TrainingView
+from corolla.sdk.cli import main
 from corolla.sdk.training import Trip
 
 from .fake import HIDDEN, Connection, FakeDaemon
@@ -151,3 +155,38 @@ async def test_adapters_are_listed_shown_and_removed(fake: Doubling) -> None:
         assert daemon.adapters() == (VIEW,)
         assert daemon.adapter("mine") == VIEW
         daemon.remove_adapter("mine")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_daemonctl_lists_shows_and_removes_adapters(
+    fake: Doubling, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COROLLA_SOCKET", str(fake.path))
+    code, out, _ = run(capsys, "adapter", "list")
+    assert code == Exit.OK
+    assert out.splitlines()[1].split()[:2] == ["mine", "2"]
+    listed = json.loads(run(capsys, "adapter", "list", "--json")[1])["adapters"]
+    assert listed == [{"adapter": "mine", "num_parts": 2, "size_bytes": 300, "parts": ["aa", "bb"]}]
+    assert run(capsys, "adapter", "show", "mine")[1].splitlines()[1:] == ["aa", "bb"]
+    assert json.loads(run(capsys, "adapter", "show", "mine", "--json")[1])["adapter"]["num_parts"] == 2
+    assert run(capsys, "adapter", "remove", "mine") == (Exit.OK, "", "removed mine\n")
+    code, out, err = run(capsys, "adapter", "remove", "other")
+    assert (code, out) == (Exit.USAGE, "")
+    assert "no adapter" in err
+
+
+def test_status_shows_what_trains(
+    fake: Doubling, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COROLLA_SOCKET", str(fake.path))
+    view = TrainingView("tiny", 2.5, 12_800, ("a", "b"))
+    fake.handlers["status"] = lambda connection, call: replace(fake.status(), training=(view,))
+    assert "training tiny: 2.5 micro-batches/s, 12,800 tokens so far, 2 peers" in run(capsys, "status")[1]
+    told = json.loads(run(capsys, "status", "--json")[1])["status"]["training"]
+    assert told == [{"model": "tiny", "micro_batches_per_s": 2.5, "num_tokens": 12_800, "peers": ["a", "b"]}]
