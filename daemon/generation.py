@@ -166,7 +166,10 @@ class Generation:
         text.tokens.append(chosen.token)
         text.text += chosen.text
         text.finish = chosen.finish
-        await self._emit(Piece(chosen.row, chosen.token, chosen.text, chosen.finish, logprob=chosen.logprob))
+        row, token = chosen.row, chosen.token
+        await self._emit(
+            Piece(row, token, chosen.text, chosen.finish, logprob=chosen.logprob, top=chosen.top)
+        )
 
     def _tell(self, event: SessionEvent) -> None:
         self._post(event_piece(event.kind.value, event.text, **event.detail))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from ..protocol.errors import Code, CorollaError, error
+
+# What torch's allocator for CPUs and the C++ library say; both come as plain RuntimeErrors.
+_NO_MEMORY: Final = ("can't allocate memory", "bad_alloc")
 
 
 def explain(problem: Exception) -> CorollaError:
@@ -12,7 +17,9 @@ def explain(problem: Exception) -> CorollaError:
     if isinstance(problem, CorollaError):
         return problem
     text = (str(problem).splitlines() or [""])[0][:400]
-    no_memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    no_memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in text for words in _NO_MEMORY
+    )
     if no_memory:
         return error(
             Code.OUT_OF_MEMORY,

@@ -8,6 +8,7 @@ and embeddings go out. `Ends` computes, `sampling` chooses.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,11 @@ from ..protocol.limits import MAX_LOCAL_PAYLOAD_BYTES, MAX_ROWS
 from ..protocol.tensors import Encoding
 from ..protocol.work import BeginGeneration, Begun, Chosen, Sample, Sampled, Sampling, TokenRow
 from .encodings import check_finite, decode, encode
+from .failures import explain
 from .sampling import check, choose, noise_of
 from .text import BlindReader, Reader, TextReader
+
+logger = logging.getLogger(__name__)
 
 
 class EndsOfModel(Protocol):
@@ -62,7 +66,7 @@ class Generations:
         Raises `BAD_REQUEST`, `TOO_LONG` for a prompt that leaves no room for a token, `UNREADABLE` without a
         tokenizer.
         """
-        check(ask.sampling)
+        check(ask.sampling, self._ends.vocab_size)
         prompts = self._prompts(ask)
         generated = [row.ids for row in ask.generated] or [()] * len(prompts)
         if len(generated) != len(prompts):
@@ -93,7 +97,8 @@ class Generations:
     def sample(self, asks: Sequence[Sample]) -> list[Sampled | CorollaError]:
         """Next tokens for several requests, with one product by the head; an answer for each, in order.
 
-        An answer may be `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`, or `INTERNAL` if the logits are not finite.
+        An answer may be `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`, `INTERNAL` if the logits are not finite, or
+        `OUT_OF_MEMORY`: where the device has no memory for all requests together, each is tried alone.
         """
         answers: list[Sampled | CorollaError | None] = []
         hidden: list[Tensor] = []
@@ -105,11 +110,32 @@ class Generations:
                 answers.append(problem)
         if not hidden:
             return [answer for answer in answers if answer is not None]
-        logits = iter(torch.split(self._ends.head(torch.cat(hidden)).cpu(), [len(part) for part in hidden]))
+        logits = iter(self._logits(hidden))
         return [
-            self._answer(ask, next(logits)) if answer is None else answer
+            self._answered(ask, next(logits)) if answer is None else answer
             for ask, answer in zip(asks, answers, strict=True)
         ]
+
+    def _logits(self, hidden: list[Tensor]) -> list[Tensor | CorollaError]:
+        """Of each request, (len(rows), vocab_size) on the CPU."""
+        try:
+            together = self._ends.head(torch.cat(hidden)).cpu()
+        except Exception as problem:
+            if len(hidden) == 1:
+                return [explain(problem)]
+            logger.warning("the head failed for %d requests, each is tried alone: %s", len(hidden), problem)
+            return [logits for part in hidden for logits in self._logits([part])]
+        return list(torch.split(together, [len(part) for part in hidden]))
+
+    def _answered(self, ask: Sample, logits: Tensor | CorollaError) -> Sampled | CorollaError:
+        """The answer to one request; one that fails half way ends its generation, whose rows disagree then."""
+        if isinstance(logits, CorollaError):
+            return logits
+        try:
+            return self._answer(ask, logits)
+        except Exception as problem:
+            self.end(ask.generation)
+            return explain(problem)
 
     def end(self, generation: int) -> None:
         """Forget a generation; one that is unknown is forgotten already."""

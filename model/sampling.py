@@ -4,7 +4,7 @@ Pure: logits, the tokens so far and a few numbers in, a token out. The only rand
 a function of (seed, row, position), so that a row that is resumed elsewhere goes on as it would have, and
 rows do not change each other's choice.
 
-Penalties and filters, and their order, are those of transformers' `generate`: repetition, presence,
+Penalties and filters, and their order, are those of transformers' `generate`: bias, repetition, presence,
 temperature, top-k, top-p, min-p. Sources: Keskar et al. 2019, CTRL (repetition); Holtzman et al. 2020
 (top-p); Nguyen et al. 2024 (min-p).
 """
@@ -25,6 +25,7 @@ from ..protocol.errors import Code, error
 from ..protocol.work import Logprob, Sampling
 
 MAX_TOP_LOGPROBS: Final = 64  # each is a pair in the header of every token's message
+MAX_BIASES: Final = 1024  # they are kept for each generation, and added for each token
 _NOISE: Final = struct.Struct(">qqq")
 
 
@@ -37,14 +38,20 @@ class Choice:
     top: tuple[Logprob, ...]
 
 
-def check(sampling: Sampling) -> None:
+def check(sampling: Sampling, vocab_size: int) -> None:
     """Raise `BAD_REQUEST` naming the value that is out of range."""
+    biases = sampling.logit_bias
+    strange = next((entry for entry in biases if not 0 <= entry.token < vocab_size), None)
     problems = (
         ("temperature", sampling.temperature, sampling.temperature >= 0, "0 or more"),
         ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more"),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0, at most 1"),
         ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 to 1"),
         ("repetition_penalty", sampling.repetition_penalty, sampling.repetition_penalty > 0, "more than 0"),
+        ("presence_penalty", sampling.presence_penalty, math.isfinite(sampling.presence_penalty), "a number"),
+        ("logit_bias for token", strange and strange.token, strange is None, f"0 to {vocab_size - 1}"),
+        ("logit_bias", biases, all(math.isfinite(entry.bias) for entry in biases), "numbers"),
+        ("logit_bias of", len(biases), len(biases) <= MAX_BIASES, f"at most {MAX_BIASES} tokens"),
         (
             "top_logprobs",
             sampling.top_logprobs,
@@ -86,10 +93,12 @@ def choose(
 def penalized(
     logits: Tensor, sampling: Sampling, prompt: Collection[int], generated: Collection[int]
 ) -> Tensor:
-    """Logits with repetition and presence penalties; the same tensor if there are none."""
-    if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0:
+    """Logits with biases, repetition and presence penalties; the same tensor if there are none."""
+    if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and not sampling.logit_bias:
         return logits
     scores = logits.clone()
+    for entry in sampling.logit_bias:
+        scores[entry.token] += entry.bias
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *generated}), dtype=torch.int64)
         values = scores[seen]

@@ -18,7 +18,7 @@ from .messages import Message, Plain, Vocabulary
 from .passes import AdapterName, BackwardPass, ForwardPass, PassHandle, PutAdapterPart
 from .steps import Reply, Row
 from .tensors import Encoding
-from .work import ChatMessage, Sampling, TokenRow
+from .work import ChatMessage, Logprob, Sampling, TokenRow
 
 CONTROL_VERSION: Final = 1
 
@@ -141,7 +141,10 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One new token of a row. finish: "stop" or "length" with a row's last one."""
+    """One new token of a row. finish: "stop" or "length" with a row's last one.
+
+    logprob, top: of the token, and of the likeliest ones if `top_logprobs` asked for them, as in `work.Chosen`.
+    """
 
     row: int
     token: int
@@ -152,6 +155,7 @@ class Piece:
         None  # instead of a token: `repairing`, `waiting`, `repaired`, `notice`, … as in `events`
     )
     detail: Plain = None
+    top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

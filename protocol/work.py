@@ -247,11 +247,19 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBias:
+    """What is added to a token's logit: a large negative number forbids it, a large positive one forces it."""
+
+    token: int
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen from logits. Noise is a function of (seed, row, position) alone.
 
     temperature: 0 is greedy. repetition_penalty counts tokens of prompt and text, presence_penalty of the
-    text alone. stop: texts that end a row; they are not given out.
+    text alone. stop: texts that end a row; they are not given out. logit_bias comes before all else.
     top_logprobs: how many alternatives to report.
     """
 
@@ -266,6 +274,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    logit_bias: tuple[TokenBias, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.messages import from_plain
 from ..protocol.tensors import Encoding
-from ..protocol.work import ChatMessage, Sampling, TokenRow
+from ..protocol.work import ChatMessage, Logprob, Sampling, TokenBias, TokenRow
 from .parts import Adapter, AdapterLike
 
 RECONNECT_WITHIN_S: Final = 30.0  # a daemon is back in about a second; its worker in a few more
@@ -40,7 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     between the hops ("float32", "bfloat16", "float16"); None leaves it to the daemon.
     adapter: a LoRA adapter over the blocks: a folder that PEFT wrote, or a `parts.Adapter`.
     temperature: 0 (the default) is greedy. seed: None draws one. stop: a text, or several, that end a row
-    and are not given out. The others as in `protocol.work.Sampling`.
+    and are not given out. logit_bias: token id → what is added to its logit. top_logprobs: how many of the
+    likeliest tokens each `Piece.top` names. The others as in `protocol.work.Sampling`.
     """
 
     max_new_tokens: int
@@ -59,14 +60,16 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     top_logprobs: int
+    logit_bias: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer. texts, tokens and finishes have one entry a row; tokens are the new ones alone.
+    """A whole answer. texts, tokens, finishes and logprobs have one entry a row; tokens are the new ones alone.
 
-    finishes: "stop" or "length". num_repairs, repair_s: hops that were lost on the way, and the time until
-    the next token each cost, together.
+    finishes: "stop" or "length". logprobs: the logarithm of each token's probability, as the model itself saw
+    it; top_logprobs: those of the likeliest ones, if they were asked for. num_repairs, repair_s: hops that were
+    lost on the way, and the time until the next token each cost, together.
     """
 
     texts: tuple[str, ...]
@@ -76,6 +79,8 @@ class Generation:
     seconds: float
     num_repairs: int
     repair_s: float
+    logprobs: tuple[tuple[float | None, ...], ...] = ()
+    top_logprobs: tuple[tuple[tuple[Logprob, ...], ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -148,6 +153,7 @@ class Progress:
         self._texts = [""] * num_rows
         self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self._finishes: list[str | None] = [None] * num_rows
+        self._pieces: list[list[Piece]] = [[] for _ in range(num_rows)]
         self._resume_until_s: float | None = None
         self._waits_for_daemon = False
         self._answer: Generated | None = None
@@ -168,6 +174,7 @@ class Progress:
             return None  # asked again for all rows, a resumed generation may go on with a finished one
         self._waits_for_daemon = False
         self._tokens[piece.row].append(piece.token)
+        self._pieces[piece.row].append(piece)
         self._texts[piece.row] += piece.text
         self._finishes[piece.row] = piece.finish
         return piece
@@ -205,6 +212,10 @@ class Progress:
             seconds=answer.seconds,
             num_repairs=answer.num_repairs,
             repair_s=answer.repair_s,
+            logprobs=tuple(tuple(piece.logprob for piece in row) for row in self._pieces),
+            top_logprobs=tuple(tuple(piece.top for piece in row) for row in self._pieces)
+            if self._asked.sampling.top_logprobs
+            else (),
         )
 
 
@@ -254,4 +265,14 @@ def _sampling(options: GenerateOptions) -> Sampling:
         stop_token_ids=tuple(options.get("stop_token_ids", ())),
         ignore_eos=options.get("ignore_eos", False),
         top_logprobs=options.get("top_logprobs", 0),
+        logit_bias=_biases(options.get("logit_bias", {})),
     )
+
+
+def _biases(given: Mapping[int, float]) -> tuple[TokenBias, ...]:
+    try:
+        return tuple(TokenBias(int(token), float(bias)) for token, bias in given.items())
+    except (TypeError, ValueError, AttributeError):
+        raise error(
+            Code.BAD_REQUEST, f"logit_bias {str(given)[:80]}", "expected {token id: number, …}"
+        ) from None

@@ -24,8 +24,36 @@ def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy."),
             click.option("--top-p", default=1.0, help="Choose among the likeliest, together so probable."),
             click.option("--top-k", default=0, help="Choose among so many."),
+            click.option(
+                "--min-p", default=0.0, help="Leave out what is less probable than so much of the best."
+            ),
+            click.option("--repetition-penalty", default=1.0, help="Divides logits of tokens seen before."),
+            click.option(
+                "--presence-penalty", default=0.0, help="Taken from logits of tokens written before."
+            ),
+            click.option(
+                "--logit-bias",
+                multiple=True,
+                metavar="TOKEN=NUMBER",
+                callback=_biases,
+                help="Added to the logit of a token id (repeats).",
+            ),
             click.option("--seed", type=int, help="The same seed gives the same text."),
             click.option("--stop", multiple=True, help="A text that ends the answer (repeats)."),
+            click.option(
+                "--stop-token",
+                "stop_token_ids",
+                type=int,
+                multiple=True,
+                help="A token id that ends the answer (repeats).",
+            ),
+            click.option("--ignore-eos", is_flag=True, help="Write on behind the end of a text."),
+            click.option(
+                "--logprobs",
+                "top_logprobs",
+                default=0,
+                help="Name so many likeliest tokens each time (--json).",
+            ),
             click.option(
                 "--adapter",
                 metavar="FOLDER",
@@ -40,6 +68,17 @@ def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def _biases(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[int, float]:
+    biases = {}
+    for text in given:
+        token, _sign, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{text!r}, expected TOKEN=NUMBER such as 42=-100") from None
+    return biases
 
 
 @click.command()

@@ -674,6 +674,7 @@ def test_a_cut_of_segments_is_counted_over_all_of_them() -> None:
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             Code.OUT_OF_MEMORY,
         ),
+        (RuntimeError("std::bad_alloc"), Code.OUT_OF_MEMORY),
         (RuntimeError("shapes differ\nmore"), Code.INTERNAL),
         (CorollaError(Code.BUSY, "later"), Code.BUSY),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -474,3 +475,40 @@ def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorollaError) as caught:
         end_tokens(tmp_path, SimpleNamespace(eos_token_id=1))
     assert caught.value.code is Code.UNREADABLE
+
+
+# memory that runs out
+
+
+def sample_of(machine: Generations, generations: dict[int, int]) -> list[Sample]:
+    """Requests for generation → its last token, whose hidden state the fake's head turns into that token."""
+    return [
+        Sample(number, number, (0,), struct.pack("<4f", token, 0, 0, 0))
+        for number, token in generations.items()
+    ]
+
+
+@pytest.mark.parametrize("raised", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_head_without_memory_for_all_costs_one_request(
+    raised: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = FakeEnds()
+    machine = Generations(ends, [EOS])
+    for number in (1, 2, 3):
+        machine.begin(BeginGeneration(9, number, Sampling(), Encoding.FLOAT32, 50, tokens=(TokenRow((5,)),)))
+    whole_head = ends.head
+
+    def small_head(hidden: torch.Tensor) -> torch.Tensor:
+        if (hidden[:, 0] == 66).any():
+            raise raised
+        return whole_head(hidden)
+
+    monkeypatch.setattr(ends, "head", small_head)
+    first, second, third = machine.sample(sample_of(machine, {1: 65, 2: 66, 3: 67}))
+    assert isinstance(second, CorollaError)
+    assert second.code is Code.OUT_OF_MEMORY
+    assert [answer.chosen[0].token for answer in (first, third) if isinstance(answer, Sampled)] == [65, 67]
+    monkeypatch.setattr(ends, "head", whole_head)
+    (again,) = machine.sample(sample_of(machine, {2: 68}))
+    assert isinstance(again, Sampled)
+    assert again.chosen[0].token == 68

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -17,7 +19,9 @@ from transformers.generation.logits_process import (
 
 from corolla.model.sampling import check, choose, draw, filtered, noise_of, penalized
 from corolla.protocol.errors import Code, CorollaError
-from corolla.protocol.work import Sampling
+from corolla.protocol.work import Sampling, TokenBias
+
+from .tiny import FAMILIES, random_model
 
 VOCAB_SIZE = 50
 
@@ -73,6 +77,34 @@ def test_the_presence_penalty_counts_generated_tokens_once(logits: torch.Tensor)
     difference = logits - ours
     assert difference[[3, 9]].tolist() == pytest.approx([0.5, 0.5])
     assert int((difference != 0).sum()) == 2
+
+
+def test_biases_equal_those_of_transformers_and_come_before_penalties(logits: torch.Tensor) -> None:
+    biases = {3: -1.5, 9: 4.0, 11: -100.0}
+    ids = torch.tensor([[1, 2, 3, 3, 9]])
+    biased = SequenceBiasLogitsProcessor([[[token], bias] for token, bias in biases.items()])
+    expected: Any = biased(ids, logits[None].clone())
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, expected)[0]
+    entries = tuple(TokenBias(token, bias) for token, bias in biases.items())
+    sampling = Sampling(repetition_penalty=1.3, logit_bias=entries)
+    assert torch.equal(penalized(logits, sampling, (1, 2, 3), (3, 9)), expected)
+    forced = Sampling(logit_bias=(TokenBias(int(logits.argmin()), 1000.0),))
+    assert choose(logits, forced, (), (), 0.0).token == int(logits.argmin())
+
+
+def test_every_processor_together_is_in_the_order_of_transformers(logits: torch.Tensor) -> None:
+    """As transformers itself puts them together for `generate`."""
+    model: Any = random_model(FAMILIES["llama"]())
+    options = {"repetition_penalty": 1.2, "temperature": 0.6, "top_k": 30, "top_p": 0.95, "min_p": 0.02}
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, sequence_bias=[[[5], 2.0], [[7], -3.0]], **options
+    )
+    ids = torch.tensor([[1, 2, 3, 5, 5, 9]])
+    processors = model._get_logits_processor(config, ids.shape[1], ids, None, LogitsProcessorList(), "cpu")
+    expected = torch.softmax(processors(ids, logits[None].clone())[0], 0)
+    sampling = Sampling(**options, logit_bias=(TokenBias(5, 2.0), TokenBias(7, -3.0)))  # type: ignore[arg-type]
+    scores = penalized(logits, sampling, (1, 2, 3), (5, 5, 9)) / sampling.temperature
+    assert torch.allclose(torch.softmax(filtered(scores, sampling), 0), expected, atol=1e-6)
 
 
 def test_penalties_leave_the_logits_given_alone(logits: torch.Tensor) -> None:
@@ -131,11 +163,13 @@ def test_logprobs_are_of_the_models_own_distribution(logits: torch.Tensor) -> No
     "changes",
     [
         {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.5},
-        {"repetition_penalty": 0.0}, {"top_logprobs": 65}, {"stop": ("",)},
+        {"repetition_penalty": 0.0}, {"top_logprobs": 65}, {"stop": ("",)}, {"presence_penalty": math.inf},
+        {"logit_bias": (TokenBias(VOCAB_SIZE, 1.0),)}, {"logit_bias": (TokenBias(0, 1.0), TokenBias(-1, 1.0))},
+        {"logit_bias": (TokenBias(0, math.nan),)}, {"logit_bias": (TokenBias(0, 1.0),) * 1025},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(changes: dict[str, Any]) -> None:
     with pytest.raises(CorollaError) as caught:
-        check(Sampling(**changes))
+        check(Sampling(**changes), VOCAB_SIZE)
     assert caught.value.code is Code.BAD_REQUEST
     assert next(iter(changes)) in caught.value.message

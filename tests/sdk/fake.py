@@ -38,7 +38,7 @@ from corolla.protocol.settings import Applied
 from corolla.protocol.steps import NEW_ROW, Reply
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.views import ModelView, PeerView, Status, SwarmView
-from corolla.protocol.work import TokenRow
+from corolla.protocol.work import Logprob, TokenRow
 
 HIDDEN = 8
 MODEL = ModelView(
@@ -126,7 +126,9 @@ class FakeDaemon:
                         Item(call.id, to_plain(Piece(row, -1, "", event="repairing", detail="1:2")))
                     )
                 finish = "length" if k + 1 == asked.max_new_tokens else None
-                connection.send(Item(call.id, to_plain(Piece(row, k, f" {k}", finish=finish))))
+                top = (Logprob(k, -0.5), Logprob(k + 1, -1.5))[: asked.sampling.top_logprobs]
+                piece = Piece(row, k, f" {k}", finish=finish, logprob=-0.5, top=top)
+                connection.send(Item(call.id, to_plain(piece)))
                 given += 1
                 if given == self.die_after_tokens:
                     connection.die()

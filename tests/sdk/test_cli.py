@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import pytest
 
 from corolla.protocol.control import PRIVACY, Call, Item, Return
 from corolla.protocol.errors import Code, Exit, error
-from corolla.protocol.messages import to_plain
+from corolla.protocol.messages import from_plain, to_plain
 from corolla.protocol.tensors import DType
 from corolla.protocol.views import DaemonEvent, SpanView, SwarmView
+from corolla.protocol.work import Sampling, TokenBias
 from corolla.sdk.cli import main
 from corolla.sdk.cli.program import COMMANDS
+from corolla.sdk.generation import GenerateOptions
 
 from .fake import MODEL, Connection, FakeDaemon
 
@@ -118,6 +121,30 @@ def test_generate_streams_text_to_stdout_and_events_to_stderr(ctl: Ctl, fake: Fa
     assert "repairing" in said.err
     assert fake.calls[-1].arguments["prompts"] == ["one"]
     assert fake.calls[-1].arguments["model"] == "tiny"
+
+
+def test_every_option_of_sampling_can_be_given_in_words(ctl: Ctl, fake: FakeDaemon) -> None:
+    words = (
+        "-t 0.7 --top-p 0.9 --top-k 40 --min-p 0.05 --repetition-penalty 1.1 --presence-penalty 0.5 --seed 3"
+        " --stop END --stop . --stop-token 2 --stop-token 7 --ignore-eos --logprobs 2"
+        " --logit-bias 5=-100 --logit-bias 6=1.5"
+    )
+    said = ctl("generate", "one", "-n", "2", "--json", *words.split())
+    assert from_plain(Sampling, fake.calls[-1].arguments["sampling"]) == Sampling(
+        temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1, presence_penalty=0.5, seed=3,
+        stop=("END", "."), stop_token_ids=(2, 7), ignore_eos=True, top_logprobs=2,
+        logit_bias=(TokenBias(5, -100.0), TokenBias(6, 1.5)),
+    )  # fmt: skip
+    written = said.json["generation"]
+    assert written["logprobs"] == [[-0.5, -0.5]]
+    assert written["top_logprobs"][0][1] == [{"token": 1, "logprob": -0.5}, {"token": 2, "logprob": -1.5}]
+    assert {field.name for field in fields(Sampling)} <= {*GenerateOptions.__annotations__}
+
+
+def test_a_bias_that_is_none_is_a_mistake_in_usage(ctl: Ctl) -> None:
+    said = ctl("generate", "one", "--logit-bias", "never")
+    assert said.code == Exit.USAGE
+    assert "TOKEN=NUMBER" in said.err
 
 
 def test_generate_reads_a_pipe(ctl: Ctl, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,11 @@ def test_options_reach_the_daemon(daemon: Daemon, fake: FakeDaemon) -> None:
     assert sent["encoding"] == "bfloat16"
 
 
+def test_biases_that_are_none_are_refused(daemon: Daemon) -> None:
+    with pytest.raises(CorollaError, match="logit_bias"):
+        daemon.model("tiny").generate("a", logit_bias={5: "much"})  # type: ignore[dict-item]
+
+
 def test_sampling_without_a_seed_draws_one(daemon: Daemon, fake: FakeDaemon) -> None:
     for _ in range(2):
         daemon.model("tiny").generate("one", max_new_tokens=1, temperature=1.0)
