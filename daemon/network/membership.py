@@ -1,6 +1,6 @@
 """Who belongs to our swarm: greets each new connection, parts with strangers, keeps up acquaintance.
 
-It owns the set of members (connected, and of our swarm) and the list of members heard of. Only members
+It owns the set of members (connected, and of our swarm) and dials those heard of. Only members
 enter the network's routing tables. It knows nothing of records, models or sessions. Peer sampling follows
 the idea of gossip: each greeting carries a small random sample of whom the other side knows
 (Jelasity et al. 2007, Gossip-based Peer Sampling).
@@ -9,7 +9,7 @@ the idea of gossip: each greeting carries a small random sample of whom the othe
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +24,6 @@ from ...protocol.limits import (
     CONNECT_TIMEOUT_S,
     HELLO_TIMEOUT_S,
     MAX_ADDRESSES,
-    MAX_ADDRESSES_TOLD,
     MAX_HELLO_BYTES,
     MAX_MEMBERS_TOLD,
     MAX_NAME_CHARS,
@@ -32,21 +31,16 @@ from ...protocol.limits import (
 from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
 from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
+from .acquaintances import FORGET_AFTER_S, REDIAL_FIRST_S, REDIAL_MAX_S, Acquaintances, of_peer, tell_of
 from .conversation import Conversation
 from .roll import Roll
 from .seam import Network, Stream
 
 PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
-TARGET_MEMBERS: Final = 24  # a full mesh of a small swarm, and enough edges to keep a large one in one piece
-MAX_KNOWN: Final = 512  # members heard of, connected or not
 GOSSIP_EVERY_S: Final = 30.0
 FAREWELL_S: Final = 2.0  # for one put out to hear why
 MAX_REASON_CHARS: Final = 500  # of a refusal, which a stranger wrote
 PATIENCE_S: Final = 2.0  # how long the dialled side waits for the dialler to greet before greeting itself
-REDIAL_FIRST_S: Final = 0.5
-REDIAL_MAX_S: Final = 60.0
-FORGET_AFTER_S: Final = 600.0  # a member that nobody reached for so long is no longer told of
-MAX_DIALS_AT_ONCE: Final = 4
 
 _log = structlog.get_logger("corolla.membership")
 
@@ -102,16 +96,6 @@ class Member:
 
 
 @dataclass(slots=True)
-class _Acquaintance:
-    """A member heard of: where it is, and when to dial it."""
-
-    addresses: tuple[str, ...]
-    seen_at: float
-    next_dial_at: float
-    backoff_s: float = REDIAL_FIRST_S
-
-
-@dataclass(slots=True)
 class _Bootstrap:
     """An address to start from; it never is forgotten."""
 
@@ -147,7 +131,7 @@ class Membership:
         self._rng = rng or random.Random()  # noqa: S311 - picks whom to tell of, guards nothing
         self._clock = clock
         self._members: dict[str, Member] = {}
-        self._known: dict[str, _Acquaintance] = {}
+        self._known = Acquaintances(self._rng, clock)
         self._strangers: dict[str, tuple[float, CorollaError]] = {}  # when it proved to be one, and why
         self._listeners: list[Callable[[str, bool], None]] = []
         self._reviewers: list[Callable[[], None]] = []
@@ -168,12 +152,18 @@ class Membership:
 
     def known(self) -> tuple[PeerAddresses, ...]:
         """Members heard of, connected or not: worth remembering for the next start."""
-        return tuple(_told(peer, friend.addresses) for peer, friend in self._known.items())
+        return self._known.told()
 
     @property
     def num_known(self) -> int:
         """How many members we know to exist, without us."""
-        return len(self._known.keys() | self._members.keys())
+        return len({*self._known.peers(), *self._members})
+
+    def hear_of(self, told: PeerAddresses) -> None:
+        """A member may be there: it is dialled, and its greeting shows whether it is one."""
+        self._hear_of(told)
+        self._known.bound(self._members)
+        self._wake()
 
     def on_member(self, listener: Callable[[str, bool], None]) -> None:
         """Call `listener(peer, connected)` whenever a member is admitted or lost."""
@@ -267,11 +257,7 @@ class Membership:
         if connected:
             self._tasks.start_soon(self._meet, peer)
         elif self._members.pop(peer, None) is not None:
-            friend = self._known.get(peer)
-            if friend is not None:  # a broken line is no death: look again at once, then ever more rarely
-                friend.seen_at = self._clock()
-                friend.backoff_s = REDIAL_FIRST_S
-                friend.next_dial_at = self._clock() + self._rng.uniform(0, REDIAL_FIRST_S)
+            self._known.parted(peer)
             self._tell(peer, False)
 
     def _on_addresses(self) -> None:
@@ -405,7 +391,7 @@ class Membership:
         if to in self._members:
             others = [m for m in self._members.values() if m.peer != to and m.addresses]
             chosen = self._rng.sample(others, min(len(others), MAX_MEMBERS_TOLD))
-            sample = tuple(_told(m.peer, m.addresses) for m in chosen)
+            sample = tuple(tell_of(m.peer, m.addresses) for m in chosen)
         return Hello(
             self.swarm.swarm_id,
             self.swarm.name,
@@ -430,42 +416,27 @@ class Membership:
         self.roll.hear_of(hello.admitted)
         if is_news:
             self.review()
-        addresses = tuple(_of_peer(hello.addresses, peer))
+        addresses = tuple(of_peer(hello.addresses, peer))
         is_new = peer not in self._members
         self._refusal = None
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
         self._strangers.pop(peer, None)
-        now = self._clock()
         if hello.observed:
             self._network.observed_by(peer, hello.observed)
         if addresses:
             self._network.learn(peer, addresses)
-            self._known[peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)
+            self._known.met(peer, addresses)
         for told in hello.members:
-            self._hear_of(told, now)
-        self._bound_known()
+            self._hear_of(told)
+        self._known.bound(self._members)
         return is_new
 
-    def _hear_of(self, told: PeerAddresses, now: float) -> None:
-        """Note a member we were told of. It is dialled, not believed: only its own greeting admits it."""
-        if self.is_member(told.peer) or told.peer in self._strangers:
-            return
-        addresses = tuple(_of_peer(told.addresses, told.peer))
-        friend = self._known.get(told.peer)
-        if friend is None and addresses:
-            self._known[told.peer] = _Acquaintance(addresses, seen_at=now, next_dial_at=now)
-        elif friend is not None and not set(addresses) <= set(friend.addresses):  # it may have moved
-            merged = dict.fromkeys((*addresses, *friend.addresses))
-            friend.addresses = tuple(merged)[:MAX_ADDRESSES]
-            friend.next_dial_at = min(friend.next_dial_at, now + REDIAL_FIRST_S)
-
-    def _bound_known(self) -> None:
-        spare = [peer for peer in self._known if peer not in self._members]
-        for peer in spare[: max(0, len(self._known) - MAX_KNOWN)]:
-            del self._known[peer]
+    def _hear_of(self, told: PeerAddresses) -> None:
+        if not self.is_member(told.peer) and told.peer not in self._strangers:
+            self._known.hear_of(told)
 
     def _shun(self, peer: str, reason: CorollaError) -> None:
-        self._known.pop(peer, None)
+        self._known.forget(peer)
         now = self._clock()
         self._strangers = {p: s for p, s in self._strangers.items() if now - s[0] < FORGET_AFTER_S}
         self._strangers[peer] = (now, reason)
@@ -504,51 +475,33 @@ class Membership:
             _log.info("gossip_failed", peer=peer, problem=str(problem))
 
     async def _keep_acquaintance(self) -> None:
-        """Dial members heard of until we have enough; the bootstrap addresses when we have none."""
-        backoff_s = REDIAL_FIRST_S
+        """Dial members heard of until we have enough; the bootstrap addresses, too, while we have none."""
+        backoff_s, bootstrap_at = REDIAL_FIRST_S, self._clock()
         while True:
-            if not self._members and self._bootstrap:
+            if self._members or not self._bootstrap:
+                backoff_s, bootstrap_at = REDIAL_FIRST_S, self._clock()
+            elif bootstrap_at <= self._clock():
                 await self._dial_bootstrap()
-                if not self._members:
-                    with anyio.move_on_after(backoff_s * self._rng.uniform(0.8, 1.2)):
-                        while not self._members:
-                            await self._wait_changed()
-                    backoff_s = min(2 * backoff_s, REDIAL_MAX_S)
-                    continue
-            backoff_s = REDIAL_FIRST_S
-            due = self._due()
+                bootstrap_at = self._clock() + backoff_s * self._rng.uniform(0.8, 1.2)
+                backoff_s = min(2 * backoff_s, REDIAL_MAX_S)
+            due = self._known.due(self._members)
             async with anyio.create_task_group() as tasks:
                 for peer in due:
                     tasks.start_soon(self._dial, peer)
             if not due:
-                with anyio.move_on_after(self._pause_s()):
+                with anyio.move_on_after(self._pause_s(bootstrap_at)):
                     await self._wait_changed()
 
-    def _due(self) -> list[str]:
-        """Whom to dial now."""
-        now = self._clock()
-        absent = {p: f for p, f in self._known.items() if p not in self._members}
-        for peer, friend in absent.items():
-            if now - friend.seen_at > FORGET_AFTER_S:
-                del self._known[peer]
-        wanted = min(TARGET_MEMBERS - len(self._members), MAX_DIALS_AT_ONCE)
-        due = sorted(p for p in absent if p in self._known and absent[p].next_dial_at <= now)
-        self._rng.shuffle(due)
-        return due[: max(0, wanted)]
-
-    def _pause_s(self) -> float:
+    def _pause_s(self, bootstrap_at: float) -> float:
         """Until somebody may be dialled."""
-        if len(self._members) >= TARGET_MEMBERS:
-            return GOSSIP_EVERY_S
         now = self._clock()
-        times = [f.next_dial_at for p, f in self._known.items() if p not in self._members]
-        return max(0.05, min(times, default=now + GOSSIP_EVERY_S) - now)
+        soonest = min(self._known.due_at(self._members), now + GOSSIP_EVERY_S)
+        if self._bootstrap and not self._members:
+            soonest = min(soonest, bootstrap_at)
+        return max(0.05, soonest - now)
 
     async def _dial(self, peer: str) -> None:
-        friend = self._known[peer]
-        friend.next_dial_at = self._clock() + friend.backoff_s * self._rng.uniform(0.8, 1.2)
-        friend.backoff_s = min(2 * friend.backoff_s, REDIAL_MAX_S)
-        for address in friend.addresses:
+        for address in self._known.dial(peer):
             try:
                 await self._connect(address)
             except CorollaError as problem:
@@ -604,12 +557,3 @@ def _as_hello(message: Message | None, peer: str) -> Hello:
     if not isinstance(message, Hello):
         raise error(Code.PROTOCOL_VIOLATION, f"{peer} did not greet")
     return message
-
-
-def _of_peer(addresses: Iterable[str], peer: str) -> Iterable[str]:
-    """Those multiaddresses that name this peer: no one may send others to a third one's door."""
-    return (address for address in addresses if address.rpartition("/p2p/")[2] == peer)
-
-
-def _told(peer: str, addresses: Sequence[str]) -> PeerAddresses:
-    return PeerAddresses(peer, tuple(addresses[:MAX_ADDRESSES_TOLD]))

@@ -13,8 +13,8 @@ import trio
 import trio.testing
 from anyio.abc import TaskGroup
 
+from corolla.daemon.network.acquaintances import FORGET_AFTER_S, MAX_KNOWN
 from corolla.daemon.network.membership import (
-    FORGET_AFTER_S,
     GOSSIP_EVERY_S,
     Membership,
     Swarm,
@@ -26,7 +26,7 @@ from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.framing import encode_frame
 from corolla.protocol.limits import HELLO_TIMEOUT_S, MAX_HELLO_BYTES
-from corolla.protocol.registry import HELLO_PROTOCOL
+from corolla.protocol.registry import HELLO_PROTOCOL, PeerAddresses
 
 pytestmark = pytest.mark.anyio
 ROSES = found_swarm("roses", bytes(32), b"1")
@@ -326,3 +326,24 @@ async def test_a_greeting_says_where_the_other_is_seen() -> None:
         await bob.wait_joined(timeout_s=5)
         await ada.wait_member("bob", timeout_s=5)
         assert set(told) == {("ada", "/memory/bob")}
+
+
+async def test_one_that_is_heard_of_is_dialled_though_the_bootstrap_is_dead() -> None:
+    async with garden() as g:
+        bob = await g.join("bob")
+        ada = await g.join("ada", "nobody", "nowhere")
+        await trio.sleep(30)
+        assert names(ada) == set()
+        ada.hear_of(PeerAddresses("bob", (address("bob"),)))
+        await until(lambda: names(ada) == {"bob"} and names(bob) == {"ada"}, within_s=5)
+
+
+async def test_hearing_of_many_makes_nobody_forget_whom_it_is_connected_to() -> None:
+    async with garden() as g:
+        ada, bob = await g.join("ada"), await g.join("bob", "ada")
+        await until(lambda: names(ada) == {"bob"})
+        for number in range(2 * MAX_KNOWN):
+            ada.hear_of(PeerAddresses(f"p{number}", (address(f"p{number}"),)))
+        assert ada.num_known <= MAX_KNOWN
+        assert "bob" in {told.peer for told in ada.known()}
+        assert names(bob) == {"ada"}
