@@ -6,7 +6,6 @@ the old place and begins a new one; workers and the control socket stay.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
@@ -47,6 +46,7 @@ from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
 from .training.jobs import Jobs
+from .uplink import Uplink
 from .weights import Weights
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
@@ -78,7 +78,10 @@ class Node:
         self.events: Final = EventLog()
         self.traffic: Final = Traffic()
         self.jobs: Final = Jobs()
-        self.limit_upload()
+        self.profiles: Final = Profiles(store, __version__, self.events.emit)
+        self.uplink: Final = Uplink(
+            self.traffic, self.profiles, lambda: self.config.upload_bytes_per_s, self.events.emit
+        )
         self.control: ControlServer
         self.reloading: Final = Reloading(self, sources or partial(with_settings, config))
         self.belonging: Belonging | None = None
@@ -133,13 +136,12 @@ class Node:
     async def _start(
         self, nursery: trio.Nursery, listener: trio.SocketListener, operators: frozenset[int]
     ) -> None:
-        profiles = Profiles(self.store, __version__, self.events.emit)
         self.lending = Lending(
             self.config,
             str(self._cache_folder),
             nursery,
             self.events.emit,
-            profiles,
+            self.profiles,
             self.environment.command,
         )
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
@@ -157,6 +159,7 @@ class Node:
         nursery.start_soon(self.weights.run)
         nursery.start_soon(self.contributing.run)
         nursery.start_soon(self.rebalancing.run)
+        nursery.start_soon(self.uplink.run)
         nursery.start_soon(self.pausing.follow)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
@@ -366,10 +369,6 @@ class Node:
 
     # what calls ask
 
-    def limit_upload(self) -> None:
-        """Let leave what the configuration says."""
-        self.traffic.limit(self.config.upload_bytes_per_s or math.inf)
-
     def stop(self, deadline_s: float) -> None:
         """Begin to stop; sessions may move or finish within the deadline. Asked again, the earlier one counts."""
         self._stop_deadline_s = deadline_s
@@ -432,6 +431,7 @@ class Node:
             hint=self._hint(),
             lending=self.lending.lends,
             contribution=self.contributing.so_far(),
+            line=self.uplink.view(),
             invited=roll is not None and roll.charter is not None,
             owner=roll is not None and roll.is_owner,
             training=self.jobs.views(trio.current_time()),

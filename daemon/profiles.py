@@ -1,7 +1,8 @@
 """How fast this machine was found to be: kept on disk by device, model, precision and version.
 
 The worker measures itself on its real blocks at each start, and we take the time that loading takes; this
-remembers both per block, so that a span that is only planned has a speed and a price already. A measurement that
+remembers both per block, so that a span that is only planned has a speed and a price already; and how fast the
+machine's line is. A measurement that
 differs much from what was remembered is told and replaces it. It measures nothing itself.
 """
 
@@ -13,8 +14,10 @@ from typing import Any, Final
 
 from ..protocol.errors import CorollaError
 from ..protocol.work import Ready
+from .network.line import Line
 from .store import Store
 
+LINE: Final = "line"  # no device is called so
 MAX_PROFILES: Final = 64  # the oldest are forgotten
 DRIFT: Final = 1.3  # times faster or slower than remembered: worth telling
 DEFAULT_LOAD_S: Final = 2.0  # of a block nobody here has loaded yet
@@ -44,7 +47,9 @@ class Profiles:
         self._store = store
         self._version = version
         self._on_event = on_event
-        self._profiles = {key: _profile(value) for key, value in store.load_profiles().items()}
+        content = store.load_profiles()
+        self.line = _line(content.pop(LINE, None))
+        self._profiles = {key: _profile(value) for key, value in content.items()}
 
     def of(self, ready: Ready) -> Profile:
         """What is known of a worker that serves, or of one like it."""
@@ -70,15 +75,21 @@ class Profiles:
         self._save()
         return now
 
+    def note_line(self, line: Line) -> None:
+        """The line has been measured."""
+        self.line = line
+        self._save()
+
     def _key(self, ready: Ready) -> str:
         parts = (ready.device, ready.facts.fingerprint, ready.dtype, ready.quantization or "", self._version)
         return "/".join(map(str, parts))
 
     def _save(self) -> None:
-        content = {
+        content: dict[str, list[float]] = {
             key: [profile.decode_tokens_per_s, profile.prefill_tokens_per_s, profile.load_s]
             for key, profile in self._profiles.items()
         }
+        content[LINE] = [self.line.up_bytes_per_s, self.line.down_bytes_per_s]
         try:
             self._store.save_profiles(content)
         except CorollaError as problem:  # it is measured again at the next start
@@ -92,3 +103,11 @@ def _profile(value: Any) -> Profile:
         return Profile(decode, prefill, load_s)
     except (TypeError, ValueError):
         return Profile()
+
+
+def _line(value: Any) -> Line:
+    try:
+        up, down = (max(0.0, float(number)) for number in value)
+        return Line(up, down)
+    except (TypeError, ValueError):
+        return Line()

@@ -105,7 +105,7 @@ class Reloading:
         applied = differences(node.config, config)
         node.config = config
         node.control.allow(operators)
-        node.limit_upload()
+        node.uplink.apply()
         node.pausing.stir()
         node.weights.stir()
         if node.belonging is not None:

@@ -58,6 +58,20 @@ class TrainingView:
 
 
 @dataclass(frozen=True, slots=True)
+class LineView:
+    """This machine's line into the world. Bytes a second, 0 while unknown: up was measured, down is the most seen.
+
+    limit_bytes_per_s: what may leave; 0 is no limit. sent_bytes, received_bytes: since the daemon started.
+    """
+
+    up_bytes_per_s: float = 0.0
+    down_bytes_per_s: float = 0.0
+    limit_bytes_per_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
 
@@ -79,6 +93,7 @@ class Status:
     hint: str | None = None  # what to do next, if anything
     lending: str = "yes"  # or why not: `draining`, `paused`, `outside hours`, `not idle`, `gpu in use`
     contribution: Contribution | None = None
+    line: LineView | None = None
     invited: bool = False  # whether others enter the swarm by invitation alone
     owner: bool = False  # whether this daemon makes these invitations
     training: tuple[TrainingView, ...] = ()

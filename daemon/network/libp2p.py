@@ -366,6 +366,7 @@ class Libp2pNetwork:
         peer = str(muxed.peer_id)
         connections = self._connections.setdefault(peer, [])
         connections.append(connection)
+        self._traffic.watch(muxed)
         muxed.on_broken = partial(self._on_broken, peer, connection)
         if len(connections) == 1:
             self._tell(peer, connected=True)

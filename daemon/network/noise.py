@@ -11,6 +11,7 @@ Source: https://noiseprotocol.org, https://github.com/libp2p/specs/tree/master/n
 from __future__ import annotations
 
 import os
+import socket
 from typing import Final
 
 import trio
@@ -88,6 +89,15 @@ class NoiseSession(ISecureConn):
         if self._unsent:
             unsent, self._unsent = self._unsent, memoryview(b"")
             await self._send(bytes(unsent))
+
+    def tcp_info(self) -> bytes:
+        """What the kernel tells of the connection (tcp(7)); nothing of a circuit, or of one that is closed."""
+        if self._socket is None or not hasattr(socket, "TCP_INFO"):
+            return b""
+        try:
+            return bytes(self._socket.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+        except OSError:
+            return b""
 
     async def close(self) -> None:
         await self._connection.close()

@@ -11,7 +11,7 @@ import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from ...protocol.errors import Code, CorollaError, error
-from .traffic import PIECE_BYTES, Traffic
+from .traffic import PIECE_BYTES, Lane, Traffic
 from .yamux import Yamux, YamuxStream
 
 _RECEIVE_BYTES: Final = 1024 * 1024
@@ -20,13 +20,13 @@ _RECEIVE_BYTES: Final = 1024 * 1024
 class Libp2pStream:
     """One stream of a connection; see `seam.Stream`."""
 
-    __slots__ = ("_muxed", "_peer", "_protocol", "_sending", "_traffic")
+    __slots__ = ("_lane", "_muxed", "_peer", "_protocol", "_sending")
 
     def __init__(self, muxed: YamuxStream, peer: str, protocol: str, traffic: Traffic) -> None:
         self._muxed = muxed
         self._peer = peer
         self._protocol = protocol
-        self._traffic = traffic if traffic.counts(muxed.get_remote_address()) else None
+        self._lane = traffic.lane(muxed.get_remote_address())
         self._sending = trio.StrictFIFOLock()  # of messages that leave in pieces
 
     @property
@@ -44,21 +44,21 @@ class Libp2pStream:
 
     async def send(self, data: bytes) -> None:
         try:
-            if self._traffic is None:
+            if self._lane is None:
                 await self._muxed.write(data)
-            elif self._traffic.is_limited or self._sending.locked():
-                await self._send_paced(data, self._traffic)
+            elif self._lane.is_held or self._sending.locked():
+                await self._send_paced(data, self._lane)
             else:
-                await self._traffic.leave(len(data))
+                await self._lane.leave(len(data))
                 await self._muxed.write(data)
         except MuxedStreamError as failure:
             raise self._lost(failure) from failure
 
-    async def _send_paced(self, data: bytes, traffic: Traffic) -> None:
+    async def _send_paced(self, data: bytes, lane: Lane) -> None:
         async with self._sending:
             for at in range(0, len(data), PIECE_BYTES):
                 piece = data[at : at + PIECE_BYTES]
-                await traffic.leave(len(piece))
+                await lane.leave(len(piece))
                 await self._muxed.write(piece)
 
     async def receive(self) -> bytes:
@@ -68,8 +68,8 @@ class Libp2pStream:
             return b""
         except MuxedStreamError as failure:
             raise self._lost(failure) from failure
-        if self._traffic is not None:
-            self._traffic.arrived(len(data))
+        if self._lane is not None:
+            self._lane.arrived(len(data))
         return data
 
     async def close(self) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Final
 
 import trio
 
 from ...protocol.limits import KIB, MIB
+from .line import Meter, Watched
 
 BURST_BYTES: Final = MIB  # may leave at once after a pause: a decode step does not wait
 PIECE_BYTES: Final = (
@@ -56,21 +58,34 @@ class Pace:
             await trio.sleep(self._free_at - now)
 
 
-def leaves_machine(remote: Remote) -> bool:
-    """Whether a connection's far end is elsewhere. None is a circuit: the relay's connection counts its bytes."""
+class Nearness(Enum):
+    """Where the far end of a connection is."""
+
+    HERE = "on this machine"
+    NEAR = "in its network at home"
+    WORLD = "beyond the line"
+
+
+def nearness_of(remote: Remote) -> Nearness:
+    """Of a socket's far end. None is a circuit: the connection with the relay counts its bytes."""
     if remote is None:
-        return False
+        return Nearness.HERE
     try:
-        return not ipaddress.ip_address(remote[0].split("%")[0]).is_loopback
+        address = ipaddress.ip_address(remote[0].split("%")[0])
     except ValueError:
-        return True
+        return Nearness.WORLD
+    if address.is_loopback:
+        return Nearness.HERE
+    return Nearness.WORLD if address.is_global else Nearness.NEAR
 
 
 class Traffic:
-    """Of all streams of one daemon. counts: whether a connection to this far end is counted and paced."""
+    """Of all streams of one daemon. nearness: where a connection's far end is."""
 
-    def __init__(self, counts: Callable[[Remote], bool] = leaves_machine) -> None:
-        self.counts: Final = counts
+    def __init__(self, nearness: Callable[[Remote], Nearness] = nearness_of) -> None:
+        self._nearness = nearness
+        self._spares_near = False
+        self.meter: Final = Meter()
         self.sent_bytes = 0
         self.received_bytes = 0
         self.relayed_bytes = 0  # for others, of those sent
@@ -86,18 +101,31 @@ class Traffic:
         """What may leave each second; inf is no limit."""
         return self._pace.bytes_per_s
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether anything ever waits."""
-        return self._pace.bytes_per_s < math.inf
+    def lane(self, remote: Remote) -> Lane | None:
+        """For a stream to this far end; None if it stays on this machine, where nothing counts or waits."""
+        nearness = self._nearness(remote)
+        return Lane(self, nearness) if nearness is not Nearness.HERE else None
 
-    def limit(self, bytes_per_s: float) -> None:
-        """Let so much leave from now on. bytes_per_s: above 0; inf is no limit."""
+    def watch(self, connection: Watched) -> None:
+        """Let the meter read a new connection, if it leads over the line."""
+        if self._nearness(connection.get_remote_address()) is Nearness.WORLD:
+            self.meter.watch(connection)
+
+    def limit(self, bytes_per_s: float, *, spares_near: bool = False) -> None:
+        """Let so much leave from now on. bytes_per_s: above 0; inf is no limit.
+
+        spares_near: whether it is the line that is to be spared, so that what stays at home does not wait.
+        """
         self._pace.set(bytes_per_s)
+        self._spares_near = spares_near
 
-    async def leave(self, size_bytes: int) -> None:
+    def holds(self, nearness: Nearness) -> bool:
+        """Whether what goes there may have to wait."""
+        return self._pace.bytes_per_s < math.inf and not (self._spares_near and nearness is Nearness.NEAR)
+
+    async def leave(self, size_bytes: int, nearness: Nearness = Nearness.WORLD) -> None:
         """Wait until so many bytes may leave, and count them."""
-        if self.is_limited:
+        if self.holds(nearness):
             await self._pace.wait(size_bytes)
         self.sent_bytes += size_bytes
 
@@ -108,3 +136,26 @@ class Traffic:
     def relayed(self, size_bytes: int) -> None:
         """Count what was carried for others, which `leave` has counted as sent already."""
         self.relayed_bytes += size_bytes
+
+
+class Lane:
+    """The way of one stream through the traffic."""
+
+    __slots__ = ("_nearness", "_traffic")
+
+    def __init__(self, traffic: Traffic, nearness: Nearness) -> None:
+        self._traffic = traffic
+        self._nearness = nearness
+
+    @property
+    def is_held(self) -> bool:
+        """Whether what leaves may have to wait."""
+        return self._traffic.holds(self._nearness)
+
+    async def leave(self, size_bytes: int) -> None:
+        """Wait until so many bytes may leave, and count them."""
+        await self._traffic.leave(size_bytes, self._nearness)
+
+    def arrived(self, size_bytes: int) -> None:
+        """Count what came."""
+        self._traffic.arrived(size_bytes)

@@ -234,6 +234,10 @@ class Yamux(IMuxedConn):
     def get_connection_type(self) -> ConnectionType:
         return self.secured_conn.get_connection_type()
 
+    def tcp_info(self) -> bytes:
+        """What the kernel tells of the socket below; nothing where there is none."""
+        return self._fast.tcp_info() if self._fast is not None else b""
+
     def get_remote_address(self) -> tuple[str, int] | None:
         return self.secured_conn.get_remote_address()
 

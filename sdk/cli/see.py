@@ -40,6 +40,7 @@ def _show_status(view: Status, output: Output) -> None:
             ("sessions", str(view.num_sessions)),
             ("lending", view.lending),
             ("for others", _contribution(view)),
+            ("line", _line(view)),
             ("running", f"{duration(view.uptime_s)}, {num_bytes(view.resident_bytes)}, pid {view.pid}"),
         ]
     )
@@ -68,6 +69,16 @@ def _contribution(view: Status) -> str:
 def _training(job: TrainingView) -> str:
     peers = f"{len(job.peers)} peers" if len(job.peers) != 1 else "1 peer"
     return f"{job.model}: {job.micro_batches_per_s:.1f} micro-batches/s, {job.num_tokens:,} tokens so far, {peers}"
+
+
+def _line(view: Status) -> str:
+    line = view.line
+    if line is None:
+        return "unknown"
+    up = f"{num_bytes(int(line.up_bytes_per_s))}/s up" if line.up_bytes_per_s else "not measured yet"
+    down = f", at least {num_bytes(int(line.down_bytes_per_s))}/s down" if line.down_bytes_per_s else ""
+    limit = f"; at most {num_bytes(int(line.limit_bytes_per_s))}/s leave" if line.limit_bytes_per_s else ""
+    return f"{up}{down}{limit}; {num_bytes(line.sent_bytes)} sent, {num_bytes(line.received_bytes)} received"
 
 
 def _worker(worker: WorkerStatus) -> str:

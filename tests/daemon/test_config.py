@@ -150,7 +150,7 @@ def test_a_wrong_configuration_ends_the_program_with_one_line_and_its_code(tmp_p
 def test_the_places_can_be_set_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Path, Path, Path]] = []
 
-    async def live(config: Config, store: Any, socket: Path, cache_folder: Path) -> None:
+    async def live(config: Config, store: Any, socket: Path, cache_folder: Path, sources: Any) -> None:
         seen.append((store.folder, socket, cache_folder))
 
     monkeypatch.setattr(program, "_live", live)

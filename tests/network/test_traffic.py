@@ -12,7 +12,15 @@ from trio.testing import MockClock
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network.libp2p import open_network
 from corolla.daemon.network.seam import Stream
-from corolla.daemon.network.traffic import BURST_BYTES, PIECE_BYTES, Pace, Remote, Traffic, leaves_machine
+from corolla.daemon.network.traffic import (
+    BURST_BYTES,
+    PIECE_BYTES,
+    Nearness,
+    Pace,
+    Remote,
+    Traffic,
+    nearness_of,
+)
 
 RATE = BURST_BYTES  # bytes a second: a burst is a second's worth
 
@@ -82,10 +90,13 @@ def test_whoever_asked_first_goes_first() -> None:
 def test_without_a_limit_nothing_waits() -> None:
     async def story() -> None:
         traffic = Traffic()
-        assert not traffic.is_limited
+        assert not traffic.holds(Nearness.WORLD)
         await traffic.leave(10**12)
         traffic.limit(1000.0)
-        assert traffic.is_limited
+        assert traffic.holds(Nearness.NEAR)
+        traffic.limit(1000.0, spares_near=True)
+        assert not traffic.holds(Nearness.NEAR)
+        assert traffic.holds(Nearness.WORLD)
         traffic.limit(math.inf)
         await traffic.leave(10**12)
 
@@ -93,24 +104,25 @@ def test_without_a_limit_nothing_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("remote", "leaves"),
+    ("remote", "nearness"),
     [
-        (("127.0.0.1", 1), False),
-        (("::1", 1), False),
-        (("192.168.1.7", 1), True),
-        (("203.0.113.9", 1), True),
-        (("fe80::1%eth0", 1), True),
-        (None, False),  # a circuit; its relay's connection counts
+        (("127.0.0.1", 1), Nearness.HERE),
+        (("::1", 1), Nearness.HERE),
+        (("192.168.1.7", 1), Nearness.NEAR),
+        (("9.9.9.9", 1), Nearness.WORLD),
+        (("fe80::1%eth0", 1), Nearness.NEAR),
+        (None, Nearness.HERE),  # a circuit; its relay's connection counts
     ],
 )
-def test_what_stays_on_this_machine_does_not_count(remote: Remote, leaves: bool) -> None:
-    assert leaves_machine(remote) is leaves
+def test_a_far_end_is_here_near_or_in_the_world(remote: Remote, nearness: Nearness) -> None:
+    assert nearness_of(remote) is nearness
+    assert (Traffic().lane(remote) is None) is (nearness is Nearness.HERE)
 
 
 @pytest.mark.anyio
 async def test_streams_of_a_real_network_keep_to_the_pace_and_lose_nothing() -> None:
     listen = ("/ip4/127.0.0.1/tcp/0",)
-    traffic = Traffic(counts=lambda remote: True)
+    traffic = Traffic(lambda remote: Nearness.WORLD)
     rate = 8 * BURST_BYTES
     size = BURST_BYTES + rate // 4 + PIECE_BYTES // 2
     heard, done = bytearray(), trio.Event()
