@@ -21,10 +21,10 @@ from typing import Final, NamedTuple
 # Between two tokens of a text lie one trip over the route and a sample: who brought nothing for longer is idle.
 IDLE_S: Final = 1.0
 # Longer than a place is empty by chance, and short beside the silence that a client puts up with.
-PATIENCE_S: Final = 2.0
+PATIENCE_S: Final = 1.0
 # A session at work that was brought back computes for so long before it may have to leave again: moving a long
 # one costs tenths of a second.
-TURN_S: Final = 2.0
+TURN_S: Final = 1.0
 # To be computed again from the beginning costs much more than to be moved, for everyone on the route.
 EVICTION_PATIENCE_S: Final = 5.0
 

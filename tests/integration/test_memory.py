@@ -13,9 +13,9 @@ from ..model.tiny import save_tiny  # noqa: E402
 from ..processes import local_swarm  # noqa: E402
 from .fleet import NUM_BLOCKS, OPTIONS, Fleet, generate, prompt_of  # noqa: E402
 
-pytestmark = pytest.mark.timeout(600)
-CACHE_TOKENS = 320
-NUM_TEXTS = 5
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
+CACHE_TOKENS = 512
+NUM_TEXTS = 8
 NEW_TOKENS = 120  # with its prompt each takes 192 tokens of cache: three times what there is
 
 
