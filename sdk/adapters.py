@@ -87,6 +87,16 @@ class RemoteAdapter(nn.Module):
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in a file."""
 
+    def check_finite(self) -> None:
+        """Raise `NOT_FINITE` naming the parameter if training went astray."""
+        for name, parameter in self.tensors().items():
+            if not bool(parameter.isfinite().all()):
+                raise error(
+                    Code.NOT_FINITE,
+                    f"{name} of the adapter holds numbers that are not finite",
+                    "go back to the last checkpoint, and take smaller steps",
+                )
+
     def version(self) -> int:
         """It grows whenever a parameter is changed in place, as optimizers do."""
         return sum(parameter._version for parameter in self.parameters())

@@ -80,9 +80,10 @@ class Journeys:
         return Adapter(self._model.name, files) if any(file.name for file in files) else None
 
     def parts(self, blocks: tuple[int, int]) -> tuple[bytes, ...]:
-        """Names of the adapter's parts as it is now, each given to the daemon once."""
+        """Names of the adapter's parts as it is now, each given to the daemon once. Raises `NOT_FINITE`."""
         if self.adapter is None:
             return ()
+        self.adapter.check_finite()
         files = self.adapter.parts()
         for file in files:
             if file.name and file.name not in self._put:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.partfiles import layouts
 from ..protocol.passes import PutAdapterPart
 from ..protocol.training import NO_PART, missing_parts
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
-_MAX_HEADER_BYTES: Final = 1 << 26  # of a safetensors file; the library itself takes 100 MB
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
     "use_dora",
@@ -203,31 +203,15 @@ def part_file(
 def read_tensors(path: Path) -> dict[str, Weights]:
     """Every tensor of a safetensors file, as float32. Raises `UNREADABLE`."""
     try:
-        data = path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{len(data)} bytes with a header of {length}")
-        header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(told, data[8 + length :]) for name, told in header.items()}
-        if not tensors:
+        found = layouts(path.read_bytes())
+        if not found:
             raise ValueError("it holds no tensors")
-        return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as problem:
+        return {
+            name: Weights(layout.shape, _as_float32(bytes(layout.data), layout.dtype))
+            for name, layout in found.items()
+        }
+    except (OSError, ValueError, OverflowError) as problem:
         raise error(Code.UNREADABLE, f"{path}: {problem}", "give a folder that PEFT wrote") from problem
-
-
-def _tensor(told: Mapping[str, Any], data: bytes) -> Weights:
-    shape = tuple(int(size) for size in told["shape"])
-    start, end = told["data_offsets"]
-    raw = data[start:end]
-    kind = told["dtype"]
-    if kind not in _WIDTHS or len(raw) != math.prod(shape) * _WIDTHS[kind]:
-        raise ValueError(f"{len(raw)} bytes of {kind} for a tensor of shape {shape}")
-    return Weights(shape, _as_float32(raw, kind))
-
-
-_WIDTHS: Final = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 
 
 def _as_float32(raw: bytes, kind: str) -> bytes:

@@ -16,9 +16,10 @@ from typing import Final, TypeAlias
 import trio
 
 from ...protocol.errors import Code, CorollaError, error
+from ...protocol.partfiles import check_gradients
 from ...protocol.steps import Hop
 from ...protocol.tensors import Encoding, is_finite
-from ...protocol.training import Dropout, Sequence, SpanBackward, SpanForward, missing_parts
+from ...protocol.training import NO_PART, Dropout, Sequence, SpanBackward, SpanForward, missing_parts
 from ..network.seam import Network
 from ..session.wiring import Precision
 from ..swarm.blame import HEAVY, LIGHT
@@ -223,7 +224,24 @@ class Swarm:
                 f"{leg.hop.peer} answered {request.KIND} of blocks {leg.start}:{leg.end} with"
                 f" {len(answer.hidden)} bytes, expected {batch.size_bytes} of finite numbers",
             )
+        if isinstance(request, SpanBackward):
+            self._check_parts(leg, request, answer)
         return answer
+
+    def _check_parts(self, leg: Leg, request: SpanBackward, answer: Answer) -> None:
+        """Raise `BAD_ANSWER` unless these may be the gradients of the request's parts."""
+        for block, (name, file) in enumerate(zip(request.parts, answer.parts, strict=True), leg.start):
+            try:
+                if name != NO_PART:
+                    check_gradients(self._parts.get(name), file)
+                elif file:
+                    raise ValueError(f"{len(file)} bytes of gradients of no part")
+            except ValueError as problem:
+                raise error(
+                    Code.BAD_ANSWER,
+                    f"{leg.hop.peer} answered {request.KIND} of blocks {leg.start}:{leg.end} wrongly: block"
+                    f" {block}: {problem}",
+                ) from problem
 
     async def _upload(self, batch: Batch, leg: Leg, problem: CorollaError) -> None:
         """Put the parts that a hop lacks. Raises as `put_parts`."""
@@ -233,15 +251,11 @@ class Swarm:
         await put_parts(self._network, batch.fingerprint, leg.hop, wanted, self._parts)
 
     def _note(self, leg: Leg, problem: CorollaError) -> None:
-        """Charge the guilty; raise what no other hop could answer better."""
+        """Charge the guilty. Of what is wrong with the request itself, the other hops will say the same."""
         if problem.code in _WRONG:
             self._charge(leg.hop.peer, HEAVY, problem.message)
         elif problem.code in _LOST:
             self._charge(leg.hop.peer, LIGHT, problem.message)
-        elif problem.code is Code.BAD_REQUEST or (
-            problem.code in (Code.BAD_SHAPE, Code.NOT_FINITE) and "what" not in problem.details
-        ):
-            raise problem
 
     def _back(self, batch: Batch, end: int) -> Callable[[Leg], _Request]:
         """Backward on a leg that reaches the end of its interval, else forward to the next."""

@@ -18,6 +18,7 @@ from corolla.model.dropout import kept
 from corolla.protocol.errors import Code, CorollaError
 from corolla.sdk.client import Daemon, Model
 from corolla.sdk.dropout import DropoutCount
+from corolla.sdk.parts import Weights, part_file
 from corolla.sdk.torch import DistributedModelForCausalLM
 from corolla.sdk.training import Trip
 
@@ -259,6 +260,75 @@ def test_a_lora_that_cannot_be_is_refused(setting: Setting, daemon: Daemon, opti
     config = SimpleNamespace(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **options})
     with pytest.raises(CorollaError, match=next(iter(options))):
         distributed(setting, daemon).add_adapter(config)
+
+
+def test_gradients_that_are_not_finite_are_refused_and_the_pass_is_kept(model: Model) -> None:
+    hidden = states(1, 3, 64)
+    with model.passing(hidden) as passed:
+        with pytest.raises(CorollaError, match="192 of 192 hidden values are NaN") as caught:
+            passed.backward(hidden * float("nan"))
+        assert caught.value.code is Code.NOT_FINITE
+        assert passed.backward(hidden).inputs.isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_changed(
+    setting: Setting, daemon: Daemon, tmp_path: Path
+) -> None:
+    peft_of(setting, tmp_path)
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path)
+    loss = model(IDS, labels=IDS).loss
+    with pytest.raises(CorollaError, match="NaN or infinite"):
+        (loss * float("nan")).backward()
+    assert all(parameter.grad is None for parameter in model.adapter_parameters())
+    loss = model(IDS, labels=IDS).loss  # and the run goes on
+    loss.backward()
+    with torch.no_grad():
+        model.adapter_parameters()[0].fill_(float("inf"))
+    with pytest.raises(
+        CorollaError, match=r"layers.0.self_attn.q_proj.lora_A.weight of the adapter"
+    ) as caught:
+        model(IDS)
+    assert caught.value.code is Code.NOT_FINITE
+
+
+def test_a_micro_batch_beyond_all_limits_is_refused_with_its_size(model: Model) -> None:
+    with pytest.raises(CorollaError, match="a micro-batch of 262400 tokens is 67174400 bytes") as caught:
+        model.forward(torch.zeros(256, 1025, 64))
+    assert caught.value.code is Code.LIMIT_EXCEEDED
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        (
+            {"self_attn.z_proj.lora_A": (2, 64), "self_attn.z_proj.lora_B": (64, 2)},
+            "no linear layer 'self_attn.z_proj'",
+        ),
+        (
+            {"self_attn.q_proj.lora_A": (2, 65), "self_attn.q_proj.lora_B": (64, 2)},
+            r"\(2, 65\), block 1 wants 64",
+        ),
+        ({"prompt": (4, 32)}, r"\(4, 32\), block 1 wants 64"),
+    ],
+    ids=["target", "shape", "prompt"],
+)
+def test_a_part_that_fits_no_block_is_refused_with_its_values(
+    model: Model, tensors: dict[str, tuple[int, int]], named: str
+) -> None:
+    made = part_file(
+        {name: Weights(shape, bytes(4 * shape[0] * shape[1])) for name, shape in tensors.items()}, {}
+    )
+    model.put_part(made.name, made.data)
+    trip = Trip((0, NUM_BLOCKS), parts=(b"", made.name, *[b""] * (NUM_BLOCKS - 2)))
+    with pytest.raises(CorollaError, match=named) as caught:
+        model.passing(states(1, 3, 64), trip)
+    assert caught.value.code is Code.BAD_SHAPE
+
+
+def test_a_part_with_a_wrong_hash_is_refused_with_both(model: Model) -> None:
+    with pytest.raises(CorollaError, match="4 bytes named 000000000000 have the sha256 3a6eb0790f39"):
+        model.put_part(bytes(32), b"data")
 
 
 class Masked(torch.nn.Module):
