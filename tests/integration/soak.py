@@ -1,0 +1,257 @@
+"""A swarm under constant disturbance, with programs that generate all the time: what the soak test runs.
+
+Every block has two replicas. Each disturbance strikes a machine whose blocks another one serves too, and is
+undone by the next look, as volunteers come back; so no text may ever be lost, and every one must be right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from corolla.protocol.errors import CorollaError
+
+from ..processes import DaemonProcess, LocalSwarm, wait_until
+from .fleet import is_alive
+
+REPLICAS = 2
+RETURN_DEADLINE_S = 300.0
+
+
+class Text(NamedTuple):
+    """A prompt, and the tokens that one plain process writes after it."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class Writer:
+    """A program that generates text after text until it is told to stop."""
+
+    client: DaemonProcess
+    model: str
+    texts: list[Text]
+    stopping: threading.Event
+    num_right: int = 0
+    num_tokens: int = 0
+    num_repairs: int = 0
+    longest_gap_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Write; what goes wrong is kept for the test."""
+        for text in itertools.cycle(self.texts):
+            if self.stopping.is_set():
+                return
+            try:
+                tokens = self._write(text)
+            except CorollaError as problem:
+                self.problems.append(f"lost: {problem}")
+                continue
+            if tokens == text.tokens:
+                self.num_right += 1
+            else:
+                self.problems.append(f"{tokens} after {text.prompt}, expected {text.tokens}")
+
+    def _write(self, text: Text) -> tuple[int, ...]:
+        tokens, last = [], time.monotonic()
+        with self.client.connect() as daemon:
+            for piece in daemon.model(self.model).generate(
+                tokens=[list(text.prompt)],
+                max_new_tokens=len(text.tokens),
+                ignore_eos=True,
+                encoding="float32",
+                stream=True,
+                events=True,
+            ):
+                if piece.event is not None:
+                    self.num_repairs += piece.event == "repaired"
+                    continue
+                tokens.append(piece.token)
+                now = time.monotonic()
+                self.longest_gap_s, last = max(self.longest_gap_s, now - last), now
+        self.num_tokens += len(tokens)
+        return tuple(tokens)
+
+
+@dataclass
+class Machine:
+    """One volunteer's daemon. undo: what brings it back after the last disturbance."""
+
+    daemon: DaemonProcess
+    span: tuple[int, int]
+    undo: Callable[[], None] | None = None
+
+
+class Disturber:
+    """Strikes one machine at a time, at random, and brings it back before the next strike at its blocks."""
+
+    def __init__(self, swarm: LocalSwarm, client: DaemonProcess, num_blocks: int, rng: Random) -> None:
+        self._swarm = swarm
+        self._client = client
+        self._num_blocks = num_blocks
+        self._rng = rng
+        self._names: Iterator[int] = itertools.count()
+        self.machines: list[Machine] = []
+        self.done: Counter[str] = Counter()
+
+    def serve(self, start: int, end: int) -> None:
+        """One more machine."""
+        name = f"m{next(self._names)}"
+        self.machines.append(Machine(self._swarm.serve(name, start, end), (start, end)))
+
+    def wait_whole(self) -> None:
+        """Bring back what was struck, and wait until every block is served as often as it should be."""
+        for machine in self.machines:
+            if machine.undo is not None:
+                machine.undo()
+                machine.undo = None
+        wait_until(lambda: min(self._replicas()) >= REPLICAS, "every block twice", RETURN_DEADLINE_S)
+
+    def strike(self) -> str:
+        """One disturbance; its name."""
+        actions = [self._kill, self._stop, self._pause, self._drain, self._join, self._rebalance]
+        action = self._rng.choice(actions)
+        action(self._rng.choice(self.machines))
+        name = action.__name__.lstrip("_")
+        self.done[name] += 1
+        return name
+
+    def _replicas(self) -> tuple[int, ...]:
+        with self._client.connect() as daemon:
+            models = daemon.swarm().models
+        return models[0].replicas if models else (0,)
+
+    def _kill(self, machine: Machine) -> None:
+        machine.daemon.kill()
+
+        def undo() -> None:
+            machine.daemon.start()
+            machine.daemon.wait_online()
+
+        machine.undo = undo
+
+    def _stop(self, machine: Machine) -> None:
+        pids = [machine.daemon.pid, *machine.daemon.worker_pids()]
+        for pid in pids:
+            _signal(pid, signal.SIGSTOP)
+
+        def undo() -> None:
+            for pid in pids:
+                _signal(pid, signal.SIGCONT)
+
+        machine.undo = undo
+
+    def _pause(self, machine: Machine) -> None:
+        with machine.daemon.connect() as daemon:
+            daemon.pause()
+        machine.undo = lambda: _resume(machine.daemon)
+
+    def _drain(self, machine: Machine) -> None:
+        with machine.daemon.connect() as daemon:
+            daemon.drain()
+        machine.undo = lambda: _resume(machine.daemon)
+
+    def _join(self, machine: Machine) -> None:
+        """A newcomer with these blocks; the machine that had them says goodbye."""
+        self.serve(*machine.span)
+        newcomer = self.machines[-1].daemon
+        newcomer.wait_online()
+        machine.daemon.signal(signal.SIGTERM)
+        self.machines.remove(machine)
+
+    def _rebalance(self, machine: Machine) -> None:
+        """Move to the first blocks and back; a machine of the first blocks moves to the last."""
+        width = machine.span[1] - machine.span[0]
+        to = (0, width) if machine.span[0] else (self._num_blocks - width, self._num_blocks)
+        with machine.daemon.connect() as daemon:
+            daemon.rebalance(to=to)
+
+        def undo() -> None:
+            machine.daemon.wait_online()
+            with machine.daemon.connect() as daemon:
+                daemon.rebalance(to=machine.span)
+            machine.daemon.wait_online()
+
+        machine.undo = undo
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a soak run showed. growth: resident bytes of each lasting process at the end over those before."""
+
+    num_texts: int
+    num_tokens: int
+    num_repairs: int
+    longest_gap_s: float
+    strikes: dict[str, int]
+    growth: dict[str, float]
+    problems: tuple[str, ...]
+
+
+def soak(
+    disturber: Disturber,
+    writers: list[Writer],
+    stopping: threading.Event,
+    num_strikes: int,
+    interval_s: float,
+) -> Figures:
+    """So many disturbances, one each interval, while all writers write."""
+    threads = [threading.Thread(target=writer.run) for writer in writers]
+    for thread in threads:
+        thread.start()
+    client = writers[0].client
+    before = after = 0
+    try:
+        for number in range(num_strikes):
+            wait_until(lambda: all(w.num_right or w.problems for w in writers), "a first text of each")
+            if number == num_strikes // 3:
+                before = resident_bytes(client.pid)
+            disturber.strike()
+            # The strike lasts; it is the pace of the test, and nothing is concluded from it.
+            stopping.wait(interval_s)
+            disturber.wait_whole()
+        after = resident_bytes(client.pid)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    return Figures(
+        num_texts=sum(writer.num_right for writer in writers),
+        num_tokens=sum(writer.num_tokens for writer in writers),
+        num_repairs=sum(writer.num_repairs for writer in writers),
+        longest_gap_s=max(writer.longest_gap_s for writer in writers),
+        strikes=dict(disturber.done),
+        growth={"client's daemon": after / before if before else 1.0},
+        problems=tuple(problem for writer in writers for problem in writer.problems),
+    )
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of one process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+def _resume(process: DaemonProcess) -> None:
+    if not is_alive(process):
+        return
+    with process.connect() as daemon:
+        daemon.resume()
+    process.wait_online()
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it was killed by a later strike
