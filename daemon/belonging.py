@@ -21,6 +21,7 @@ from .identity import Identity
 from .network.dialling import Reachability
 from .network.libp2p import open_network
 from .network.membership import Membership, Swarm, discover_swarm
+from .network.neighbours import Neighbours, listens_beyond
 from .network.registry import Registry
 from .network.relaying import RelayLimits
 from .network.roll import Roll, Standing
@@ -84,8 +85,8 @@ class Entry:
 class Terms:
     """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
 
-    standing, save_standing: what is kept of our membership, as `Roll` says.
-    admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
+    mdns: whether to look for members in the local network. standing, save_standing: what is kept of our
+    membership, as `Roll` says. admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
     traffic: counts and paces what we send.
     """
 
@@ -100,6 +101,7 @@ class Terms:
     admits: Callable[[str], None]
     on_charge: Callable[[str, float, str], None]
     traffic: Traffic
+    mdns: bool = False
     standing: Standing | None = None
     save_standing: Callable[[Standing], None] = lambda standing: None
     on_refused: Callable[[CorollaError], None] = lambda problem: None
@@ -146,6 +148,8 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
         await tasks.start(membership.run)
         await tasks.start(registry.run)
         await tasks.start(hops.run)
+        if terms.mdns and listens_beyond(terms.listen):
+            tasks.start_soon(Neighbours(network, entry.swarm.swarm_id, membership.hear_of).run)
         over = anyio.Event()
         try:
             yield Belonging(entry.swarm, network, membership, registry, routes, ledger, hops, over)

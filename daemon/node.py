@@ -255,6 +255,7 @@ class Node:
             session_grace_s=self.config.session_grace_s,
             reachability=Reachability(self.config.reachability),
             relay=RelayLimits(is_wanted=lambda: self.config.relay),
+            mdns=self.config.mdns,
             admits=self._admit,
             traffic=self.traffic,
             on_charge=lambda peer, weight, reason: self.events.emit(
