@@ -259,6 +259,7 @@ class WorkerTwin:
         self.number = number
         self.compute_s = compute_s
         self.spoil: Callable[[bytes], bytes] | None = None
+        self.max_parts = 1 << 16  # of adapters, held until it crashes
         self.restarts = 0
         self._serves = Ready(facts, start, end, DType.FLOAT32, None, "twin", 0, cache_tokens, 100.0, 1000.0)
         self._restart_s = restart_s
@@ -417,6 +418,8 @@ class WorkerTwin:
             case Sample():
                 return self._sample(request)
             case HoldPart():
+                if len(self._parts | {request.part}) > self.max_parts:
+                    raise error(Code.OUT_OF_MEMORY, f"a part beyond the {self.max_parts} that fit")
                 self._parts.add(request.part)
                 return Done(request.request)
             case Forward() | Backward():

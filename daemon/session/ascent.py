@@ -221,6 +221,7 @@ class Ascent(ABC):
         elif problem.code in (Code.PEER_LOST, Code.TIMEOUT):
             self._drop(member, f"is gone: {problem.message}", charge=LIGHT, avoid_peer=True)
         else:
+            self._search.note_refusal(problem)
             self._drop(member, f"takes no adapter: {problem.message}")
 
     def _link(self) -> None:

@@ -221,6 +221,7 @@ class SessionMachine(Ascent):
             self._put_parts(member, missing_parts(problem))
             return
         if member.standing is Standing.OPENING:
+            self._search.note_refusal(problem)
             self._drop(member, f"refused: {problem.message}")
             return
         about = None if failure.about is None else self._roster.neighbour(member, failure.about)

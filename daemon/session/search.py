@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ...protocol.errors import Code, CorollaError, Fault, error
+from ...protocol.errors import Code, CorollaError, Fault, error, error_from_wire
 from .deadlines import Settings
 from .events import FindRoute
 from .roster import Roster
@@ -51,6 +51,11 @@ class Search:
         self._num_asks = 0
         self._ask: _Ask | None = None
         self._waiting_since: float | None = None
+        self._refusal: CorollaError | None = None
+
+    def note_refusal(self, problem: CorollaError) -> None:
+        """A hop that was found does not take the session; if no other does, that is what the user wants to know."""
+        self._refusal = problem
 
     @property
     def hole(self) -> tuple[int, int] | None:
@@ -169,7 +174,7 @@ class Search:
 
     def _given_up(self, ask: _Ask, problem: CorollaError, *, is_ready: bool) -> CorollaError:
         if not is_ready:
-            return problem
+            return problem if self._refusal is None else _because(problem, self._refusal)
         start, end = ask.hole
         wait_s = self.wait_s(is_ready=True)
         return error(
@@ -179,3 +184,9 @@ class Search:
             start=start,
             end=end,
         )
+
+
+def _because(problem: CorollaError, refusal: CorollaError) -> CorollaError:
+    """The problem, with what a hop said before."""
+    told = problem.to_wire()
+    return error_from_wire({**told, "message": f"{problem.message}; the last one asked: {refusal.message}"})

@@ -215,6 +215,31 @@ async def test_a_worker_that_forgot_the_parts_gets_them_again() -> None:
         assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]], parts)[-1]
 
 
+def limit(member: Member, max_parts: int) -> None:
+    assert member.worker is not None
+    member.worker.max_parts = max_parts
+
+
+async def test_a_hop_without_memory_for_an_adapter_makes_room_for_another_and_is_not_charged() -> None:
+    async with program((0, NUM_BLOCKS), (0, NUM_BLOCKS)) as (user, swarm):
+        limit(swarm.members[1], 2)
+        parts = (FIRST, SECOND, THIRD, FIRST)
+        for _ in range(6):  # whichever is asked first
+            handle = (await user.open(Adapter(parts, PARTS))).handle
+            expected = whole_row(0, NUM_BLOCKS, PROMPT, parts)
+            assert await user.step(handle, NEW, b"".join(PROMPT)) == b"".join(expected)
+            await user.close(handle)
+        assert user.client.belonging.ledger.charged(trio.current_time()) == {}
+
+
+async def test_where_no_hop_has_memory_for_an_adapter_the_user_hears_why() -> None:
+    async with program((0, NUM_BLOCKS)) as (user, swarm):
+        limit(swarm.members[1], 2)
+        problem = await refused(user.open(Adapter((FIRST, SECOND, THIRD), PARTS)))
+        assert problem.code is Code.BLOCKS_UNSERVED
+        assert "a part beyond the 2 that fit" in problem.message
+
+
 async def test_an_adapter_for_more_blocks_is_refused_by_number() -> None:
     async with program((0, NUM_BLOCKS)) as (user, _):
         problem = await refused(user.open(Adapter((FIRST,) * 5, PARTS)))
