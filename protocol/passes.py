@@ -18,7 +18,8 @@ class ForwardPass:
     """`model.forward`: hidden states after blocks [start, end); end -1 is the last block.
 
     The payload is the inputs, `(num_tokens, hidden_size)`. parts: names of the adapter's parts, one for each
-    block, or nothing. keep: for a backward later. Answered by `Passed` with the outputs as payload.
+    block, or nothing; those that the daemon does not keep are `ADAPTER_MISSING` with the hex names in `missing`:
+    `adapter.put` them and ask again. keep: for a backward later. Answered by `Passed` with the outputs as payload.
     """
 
     model: str

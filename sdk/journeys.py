@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..protocol.errors import Code, error
-from ..protocol.training import Dropout, Sequence
+from ..protocol.errors import Code, CorollaError, error
+from ..protocol.training import Dropout, Sequence, missing_parts
 from .adapters import RemoteAdapter
 from .client import Model
 from .dropout import DropoutCount
-from .parts import Adapter
+from .parts import Adapter, PartFile
 from .training import Pass, Trip
 
 MICRO_BATCHES: Final = 4  # of one batch: as many as keep a few hops busy
@@ -79,8 +79,8 @@ class Journeys:
         files = () if self.adapter is None else self.adapter.parts()
         return Adapter(self._model.name, files) if any(file.name for file in files) else None
 
-    def parts(self, blocks: tuple[int, int]) -> tuple[bytes, ...]:
-        """Names of the adapter's parts as it is now, each given to the daemon once. Raises `NOT_FINITE`."""
+    def files(self, blocks: tuple[int, int]) -> tuple[PartFile, ...]:
+        """The adapter's parts for these blocks as it is now, each given to the daemon once. Raises `NOT_FINITE`."""
         if self.adapter is None:
             return ()
         self.adapter.check_finite()
@@ -89,12 +89,24 @@ class Journeys:
             if file.name and file.name not in self._put:
                 self._model.put_part(file.name, file.data)
         self._put = frozenset(file.name for file in files if file.name)
-        names = tuple(file.name for file in files[blocks[0] : blocks[1]])
-        return names if any(names) else ()
+        here = files[blocks[0] : blocks[1]]
+        return here if any(file.name for file in here) else ()
 
-    def passing(self, hidden: Tensor, sequences: Many[Sequence], trip: Trip) -> Pass:
-        """One micro-batch forward."""
-        return self._model.passing(hidden, replace(trip, encoding=self._encoding), sequences)
+    def passing(
+        self, hidden: Tensor, sequences: Many[Sequence], trip: Trip, files: tuple[PartFile, ...]
+    ) -> Pass:
+        """One micro-batch forward, with these parts; a daemon that no longer keeps them gets them again."""
+        trip = replace(trip, encoding=self._encoding, parts=tuple(file.name for file in files))
+        try:
+            return self._model.passing(hidden, trip, sequences)
+        except CorollaError as problem:
+            missing = missing_parts(problem)
+            if not missing:
+                raise
+        for file in files:
+            if file.name.hex() in missing:
+                self._model.put_part(file.name, file.data)
+        return self._model.passing(hidden, trip, sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +137,12 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, journeys: Journeys, batch: _Batch, *factors: Tensor) -> Tensor:
-        parts = journeys.parts(batch.blocks)
+        files = journeys.files(batch.blocks)
         states, real, cuts = hidden.detach(), batch.real, batch.cuts()
 
         def go(cut: slice) -> Pass:
-            trip = Trip(batch.blocks, parts=parts, dropout=batch.dropout_of(cut))
-            return journeys.passing(states[cut][real[cut]], list(chain(*batch.rows[cut])), trip)
+            trip = Trip(batch.blocks, dropout=batch.dropout_of(cut))
+            return journeys.passing(states[cut][real[cut]], list(chain(*batch.rows[cut])), trip, files)
 
         with ThreadPoolExecutor(MICRO_BATCHES) as pool:
             passes = list(pool.map(go, cuts))

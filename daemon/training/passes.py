@@ -46,7 +46,10 @@ _Request: TypeAlias = SpanForward | SpanBackward
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What stays the same on all hops. parts: one name for each block of [start, end), or nothing."""
+    """What stays the same on all hops.
+
+    parts: one name for each block of [start, end), or nothing. data: what these parts are, to be put where they lack.
+    """
 
     fingerprint: str
     hidden_size: int
@@ -56,6 +59,7 @@ class Batch:
     sequences: tuple[Sequence, ...]
     parts: tuple[bytes, ...] = ()
     dropout: Dropout | None = None
+    data: Mapping[bytes, bytes] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -88,7 +92,7 @@ class _Search:
 class Swarm:
     """How passes reach the hops of one model: the spans known, our load on each, the precision of the job.
 
-    parts: what adapters consist of, by name, to be uploaded where it is missing. used: is told of each peer that gave a
+    used: is told of each peer that gave a
     good answer. patience_s: how long to wait
     for blocks that nobody serves.
     """
@@ -98,7 +102,6 @@ class Swarm:
         network: Network,
         find_spans: FindSpans,
         charge: Charge,
-        parts: Mapping[bytes, bytes],
         *,
         used: Callable[[str], None],
         patience_s: float,
@@ -107,7 +110,6 @@ class Swarm:
         self._network = network
         self._find_spans = find_spans
         self._charge = charge
-        self._parts = parts
         self._used = used
         self._patience_s = patience_s
         self._rng = rng or Random()  # noqa: S311 - spreads load, guards nothing
@@ -225,30 +227,15 @@ class Swarm:
                 f" {len(answer.hidden)} bytes, expected {batch.size_bytes} of finite numbers",
             )
         if isinstance(request, SpanBackward):
-            self._check_parts(leg, request, answer)
+            _check_parts(leg, request, answer, batch.data)
         return answer
-
-    def _check_parts(self, leg: Leg, request: SpanBackward, answer: Answer) -> None:
-        """Raise `BAD_ANSWER` unless these may be the gradients of the request's parts."""
-        for block, (name, file) in enumerate(zip(request.parts, answer.parts, strict=True), leg.start):
-            try:
-                if name != NO_PART:
-                    check_gradients(self._parts.get(name), file)
-                elif file:
-                    raise ValueError(f"{len(file)} bytes of gradients of no part")
-            except ValueError as problem:
-                raise error(
-                    Code.BAD_ANSWER,
-                    f"{leg.hop.peer} answered {request.KIND} of blocks {leg.start}:{leg.end} wrongly: block"
-                    f" {block}: {problem}",
-                ) from problem
 
     async def _upload(self, batch: Batch, leg: Leg, problem: CorollaError) -> None:
         """Put the parts that a hop lacks. Raises as `put_parts`."""
         missing = missing_parts(problem)
         names = enumerate(batch.parts_of(leg.start, leg.end), leg.start)
         wanted = [(block, name) for block, name in names if name.hex() in missing]
-        await put_parts(self._network, batch.fingerprint, leg.hop, wanted, self._parts)
+        await put_parts(self._network, batch.fingerprint, leg.hop, wanted, batch.data)
 
     def _note(self, leg: Leg, problem: CorollaError) -> None:
         """Charge the guilty. Of what is wrong with the request itself, the other hops will say the same."""
@@ -290,6 +277,22 @@ class Swarm:
             batch.parts_of(leg.start, leg.end),
             batch.dropout,
         )
+
+
+def _check_parts(leg: Leg, request: SpanBackward, answer: Answer, data: Mapping[bytes, bytes]) -> None:
+    """Raise `BAD_ANSWER` unless these may be the gradients of the request's parts."""
+    for block, (name, file) in enumerate(zip(request.parts, answer.parts, strict=True), leg.start):
+        try:
+            if name != NO_PART:
+                check_gradients(data.get(name), file)
+            elif file:
+                raise ValueError(f"{len(file)} bytes of gradients of no part")
+        except ValueError as problem:
+            raise error(
+                Code.BAD_ANSWER,
+                f"{leg.hop.peer} answered {request.KIND} of blocks {leg.start}:{leg.end} wrongly: block"
+                f" {block}: {problem}",
+            ) from problem
 
 
 _LOST: Final = frozenset({Code.PEER_LOST, Code.TIMEOUT})

@@ -75,7 +75,7 @@ class Programs:
         }
 
     async def forward(self, ask: Ask) -> Reply:
-        """Raises `BAD_SHAPE`, `NOT_FINITE`, `BLOCKS_OUT_OF_RANGE`, `LIMIT_EXCEEDED`, `OUT_OF_MEMORY`, …."""
+        """Raises `BAD_SHAPE`, `NOT_FINITE`, `BLOCKS_OUT_OF_RANGE`, `LIMIT_EXCEEDED`, `ADAPTER_MISSING`, …."""
         wanted: ForwardPass = ask.arguments
         belonging = self._node.the_belonging()
         facts = await find_model(belonging, wanted.model, 0.0)
@@ -99,6 +99,7 @@ class Programs:
             wanted.sequences,
             wanted.parts,
             wanted.dropout,
+            self._parts.adapter(wanted.parts).data,
         )
         _check(ask.payload, batch, "inputs")
         swarm = self._swarm(belonging, facts)
@@ -180,7 +181,6 @@ class Programs:
             belonging.network,
             find_spans,
             charge,
-            self._parts,
             used=used,
             patience_s=self._node.config.replacement_wait_s,
         )

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 FACTORS = {"q.lora_A": ((1, 2), [1.0, 2.0]), "q.lora_B": ((2, 1), [3.0, 4.0])}
 PART = file_of(FACTORS)
 NAME = sha256(PART).digest()
-BATCH = Batch("model", 2, 0, 2, Encoding.FLOAT32, (Sequence(0, 3),), (NAME, b""))
+BATCH = Batch("model", 2, 0, 2, Encoding.FLOAT32, (Sequence(0, 3),), (NAME, b""), data={NAME: PART})
 HIDDEN = struct.pack("<6f", *range(6))
 Spoil = Callable[[Gradients], Gradients]
 
@@ -95,7 +95,6 @@ class Field:
     swarm: Swarm
     workers: dict[str, Worker]
     charges: list[tuple[str, float]]
-    parts: dict[bytes, bytes]
 
     async def back(self) -> tuple[bytes, tuple[bytes, ...]]:
         return await self.swarm.backward(BATCH, (Interval(0, 2, HIDDEN),), HIDDEN)
@@ -117,17 +116,15 @@ async def field_of(*workers: Worker) -> AsyncIterator[Field]:
             await trio.lowlevel.checkpoint()
             return spans
 
-        parts = {NAME: PART}
         swarm = Swarm(
             hub.network("client"),
             find_spans,
             lambda peer, weight, reason: charges.append((peer, weight)),
-            parts,
             used=lambda peer: None,
             patience_s=60.0,
             rng=Random(0),
         )
-        yield Field(swarm, named, charges, parts)
+        yield Field(swarm, named, charges)
 
 
 def gradients(hidden: bytes = HIDDEN, part: bytes = PART) -> Gradients:
@@ -204,14 +201,6 @@ async def test_an_adapter_for_another_model_is_told_once_every_hop_has_said_so()
 async def test_a_hop_that_wrongly_refuses_an_adapter_stops_nobody() -> None:
     async with field_of(Worker(refuses_parts=for_another_model()), Worker()) as field_:
         assert await field_.back() == (HIDDEN, (PART, b""))
-
-
-async def test_a_part_that_nobody_put_here_is_told_by_name() -> None:
-    async with field_of(Worker()) as field_:
-        field_.parts.clear()
-        with pytest.raises(CorollaError, match=f"part {NAME.hex()[:12]} of block 0") as caught:
-            await field_.back()
-        assert caught.value.code is Code.BAD_REQUEST
 
 
 async def test_parts_go_to_each_hop_once() -> None:

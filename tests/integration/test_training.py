@@ -326,6 +326,28 @@ def test_a_part_that_fits_no_block_is_refused_with_its_values(
     assert caught.value.code is Code.BAD_SHAPE
 
 
+def test_a_part_that_nobody_put_is_told_by_its_name(model: Model) -> None:
+    trip = Trip((0, 1), parts=(bytes(32),))
+    with pytest.raises(CorollaError, match="keeps 0 of the adapter's 1 parts") as caught:
+        model.passing(states(1, 3, 64), trip)
+    assert (caught.value.code, caught.value.details["missing"]) == (Code.ADAPTER_MISSING, [bytes(32).hex()])
+
+
+def test_a_daemon_that_dropped_the_parts_gets_them_again(
+    setting: Setting, daemon: Daemon, tmp_path: Path
+) -> None:
+    peft_of(setting, tmp_path)
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path)
+    first = model(IDS, labels=IDS).loss
+    daemon.remove_adapter("tiny")
+    second = model(IDS, labels=IDS).loss
+    assert second.item() == pytest.approx(first.item())
+    daemon.remove_adapter("tiny")
+    second.backward()  # what a pass needs is kept with it
+    assert all(parameter.grad.isfinite().all() for parameter in model.adapter_parameters())
+
+
 def test_a_part_with_a_wrong_hash_is_refused_with_both(model: Model) -> None:
     with pytest.raises(CorollaError, match="4 bytes named 000000000000 have the sha256 3a6eb0790f39"):
         model.put_part(bytes(32), b"data")
