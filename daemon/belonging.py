@@ -31,6 +31,7 @@ from .routes import Routes
 from .serving.peers import HopService
 from .serving.training import TrainingService
 from .swarm.blame import Ledger
+from .tally import Tally
 
 FAREWELL_S: Final = 2.0  # for withdrawing our records; who misses it sees them expire
 MAX_TOKEN_ADDRESSES: Final = 4
@@ -87,7 +88,7 @@ class Terms:
 
     mdns: whether to look for members in the local network. standing, save_standing: what is kept of our
     membership, as `Roll` says. admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
-    traffic: counts and paces what we send.
+    traffic: counts and paces what we send. tally: counts the rest.
     """
 
     identity: Identity
@@ -101,6 +102,7 @@ class Terms:
     admits: Callable[[str], None]
     on_charge: Callable[[str, float, str], None]
     traffic: Traffic
+    tally: Tally
     mdns: bool = False
     standing: Standing | None = None
     save_standing: Callable[[Standing], None] = lambda standing: None
@@ -141,9 +143,9 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
             save_seq=terms.save_seq,
         )
         ledger = Ledger(terms.on_charge)
-        hops = HopService(network, grace_s=terms.session_grace_s, admits=terms.admits)
+        hops = HopService(network, grace_s=terms.session_grace_s, admits=terms.admits, tally=terms.tally)
         membership.on_review(lambda: hops.part_with(roll.is_barred))
-        TrainingService(network, hops.worker_for)  # the network holds it
+        TrainingService(network, hops.worker_for, hops.note_training)  # the network holds it
         routes = Routes(network, membership, registry, ledger)
         await tasks.start(membership.run)
         await tasks.start(registry.run)

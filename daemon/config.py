@@ -51,6 +51,7 @@ class Config:
     when nobody has used this machine for so long; 0 is always. yield_gpu: lend no GPU that another program uses.
     models: names or beginnings of fingerprints that may be lent; empty is any. disk_bytes: for weights in
     cache_dir. low_priority: workers that serve others come after everything else on this machine.
+    metrics_port: of this machine alone, for Prometheus; 0 is none (the control socket has them too).
     """
 
     model: str = ""
@@ -77,6 +78,7 @@ class Config:
     models: tuple[str, ...] = ()
     disk_bytes: int = DISK_BYTES
     low_priority: bool = True
+    metrics_port: int = 0
     operators: tuple[str, ...] = ()
     replacement_wait_s: float = REPLACEMENT_WAIT_S
     session_grace_s: float = SESSION_GRACE_S
@@ -96,6 +98,8 @@ class Config:
         for name in _AMOUNTS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise _bad(name, getattr(self, name), "0 or more")
+        if not 0 <= self.metrics_port < 1 << 16:
+            raise _bad("metrics_port", self.metrics_port, "a port up to 65535, or 0 for none")
         if not self.device:
             raise _bad("device", [], "at least one, such as auto")
         if self.quantization and self.quantization not in list(Quantization):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Final
 
 import trio
@@ -10,29 +11,48 @@ import trio
 from ..protocol.errors import CorollaError
 from ..protocol.views import Contribution
 from .lending import Lending
-from .serving.peers import HopService
+from .network.traffic import Traffic
 from .store import Store
+from .tally import Tally
 
 COUNT_EVERY_S: Final = 5.0
 SAVE_EVERY_S: Final = 60.0  # so much is lost by a kill
 
 
 class Contributing:
-    """Counts while `run` runs; the sums of all runs lie in the store."""
+    """Counts while `run` runs; the sums of all runs lie in the store. tally, traffic: what this run did so far."""
 
-    def __init__(self, lending: Lending, store: Store, on_event: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        lending: Lending,
+        store: Store,
+        on_event: Callable[[str, str], None],
+        tally: Tally,
+        traffic: Traffic,
+    ) -> None:
         self._lending = lending
         self._store = store
         self._on_event = on_event
+        self._tally = tally
+        self._traffic = traffic
         before = store.load_contribution()
-        self._block_tokens = int(before.get("block_tokens", 0))
-        self._lending_s = before.get("lending_s", 0.0)
-        self._counted: tuple[HopService | None, int] = (None, 0)  # by whom, how far
+        self._before = Contribution(
+            int(before.get("block_tokens", 0)),
+            before.get("lending_s", 0.0),
+            int(before.get("training_tokens", 0)),
+            int(before.get("relayed_bytes", 0)),
+        )
+        self._lending_s = 0.0
 
     def so_far(self) -> Contribution:
         """In all runs."""
-        self._count_tokens()
-        return Contribution(self._block_tokens, self._lending_s)
+        before, tally = self._before, self._tally
+        return Contribution(
+            before.block_tokens + tally.block_tokens,
+            before.lending_s + self._lending_s,
+            before.training_tokens + tally.training_tokens,
+            before.relayed_bytes + self._traffic.relayed_bytes,
+        )
 
     async def run(self) -> None:
         """Count until cancelled."""
@@ -43,24 +63,13 @@ class Contributing:
             if self._lending.belonging is not None and self._lending.serving():
                 self._lending_s += now - counted_at
             counted_at = now
-            self._count_tokens()
             if now - saved_at >= SAVE_EVERY_S:
                 saved_at = now
                 self.save()
 
     def save(self) -> None:
         """Remember it now."""
-        sums = self.so_far()
         try:
-            self._store.save_contribution({"block_tokens": sums.block_tokens, "lending_s": sums.lending_s})
+            self._store.save_contribution(asdict(self.so_far()))
         except CorollaError as problem:
             self._on_event("store_failed", str(problem))
-
-    def _count_tokens(self) -> None:
-        belonging = self._lending.belonging
-        if belonging is None:
-            return
-        service, before = self._counted
-        done = belonging.hops.statistics().block_tokens
-        self._block_tokens += done - (before if service is belonging.hops else 0)
-        self._counted = (belonging.hops, done)

@@ -35,6 +35,7 @@ from ..protocol.limits import (
 )
 from ..protocol.messages import Message, encode, from_plain, to_plain
 from ..protocol.places import check_private, check_socket_path
+from .pages import BEGINS, Pages, serve_page
 from .store import unusable
 
 GROUP: Final = "corolla"  # its members may use the daemon
@@ -134,10 +135,16 @@ Handler = Callable[[Ask], Awaitable[Reply]]
 
 
 class ControlServer:
-    """Serves calls on a Unix socket. operators: uids that may manage besides root and our own."""
+    """Serves calls on a Unix socket. operators: uids that may manage besides root and our own.
 
-    def __init__(self, handlers: Mapping[str, Handler], operators: Collection[int] = ()) -> None:
+    pages: what is answered to who speaks HTTP instead; every local user may see them.
+    """
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], operators: Collection[int] = (), pages: Pages | None = None
+    ) -> None:
         self._handlers = handlers
+        self._pages = pages or {}
         self._operators = frozenset(operators)
         self._num_connections = 0
 
@@ -167,11 +174,15 @@ class ControlServer:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         caller = self.caller_of(stream.socket)
+        opening = await _opening(stream)
+        if opening == BEGINS:
+            await serve_page(stream, self._pages, opening)
+            return
         async with trio.open_nursery() as nursery:
             connection = Connection(stream, caller, nursery)
             nursery.start_soon(connection.write)
             try:
-                await self._hear(connection, stream)
+                await self._hear(connection, stream, opening)
             except CorollaError as problem:  # nothing that follows can be understood
                 _log.info("connection_refused", uid=caller.uid, problem=str(problem))
                 connection.post(Refused.of(0, problem))
@@ -179,11 +190,12 @@ class ControlServer:
                     await connection.wait_room(0)
             nursery.cancel_scope.cancel()
 
-    async def _hear(self, connection: Connection, stream: trio.SocketStream) -> None:
+    async def _hear(self, connection: Connection, stream: trio.SocketStream, opening: bytes) -> None:
         """Start what the program asks for, until it hangs up. Raises what is wrong with its words."""
         parser = _parser_for(connection.caller.right)
         calls: dict[int, trio.CancelScope] = {}
-        while data := await stream.receive_some(_READ_BYTES):
+        data = opening
+        while data:
             parser.feed(bytes(data))
             for frame in parser.frames():
                 match TO_DAEMON.decode(frame):
@@ -196,6 +208,7 @@ class ControlServer:
                     case Call() as call:
                         calls[call.id] = scope = trio.CancelScope()
                         connection.nursery.start_soon(self._answer, connection, call, scope, calls)
+            data = await stream.receive_some(_READ_BYTES)
 
     async def _answer(
         self,
@@ -245,6 +258,14 @@ class ControlServer:
         if uid in (0, os.getuid()) or uid in self._operators:
             return Caller(uid, Right.MANAGE)
         return Caller(uid, Right.USE if _is_in_group(uid, gid) else Right.SEE)
+
+
+async def _opening(stream: trio.SocketStream) -> bytes:
+    """As many bytes as tell who speaks; fewer if the program hangs up before."""
+    opening = b""
+    while len(opening) < len(BEGINS) and (data := await stream.receive_some(len(BEGINS) - len(opening))):
+        opening += data
+    return opening
 
 
 def _parser_for(right: Right) -> FrameParser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
@@ -23,12 +23,14 @@ class EventLog:
     def __init__(self) -> None:
         self._events: deque[DaemonEvent] = deque(maxlen=MAX_EVENTS)
         self._num_ever = 0
+        self.counts: Final[Counter[str]] = Counter()  # by kind
         self._more = trio.Event()
 
     def emit(self, kind: str, text: str, **detail: Any) -> None:
         """Something happened. kind: a stable word; text: one line for people; detail: plain values."""
         self._events.append(DaemonEvent(kind, time.time(), text, detail or None))
         self._num_ever += 1
+        self.counts[kind] += 1
         self._more.set()
         self._more = trio.Event()
         _log.info(kind, text=text, **{f"detail_{key}": value for key, value in detail.items()})

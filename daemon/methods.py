@@ -62,6 +62,7 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "swarm.join": methods.join,
         "swarm.leave": methods.leave,
         "rebalance": methods.rebalance,
+        "metrics": methods.metrics,
         "drain": methods.drain,
         "pause": methods.pause,
         "resume": methods.resume,
@@ -145,6 +146,7 @@ class Methods:
         node = self._node
 
         async def emit(piece: Piece) -> None:
+            node.tally.generated_tokens += piece.token >= 0
             await ask.item(piece)
 
         generation = Generation(
@@ -223,6 +225,10 @@ class Methods:
     async def rebalance(self, ask: Ask) -> Reply:
         arguments: Rebalance = ask.arguments
         return Reply(await self._node.rebalancing.rebalance(arguments))
+
+    async def metrics(self, ask: Ask) -> Reply:
+        await trio.lowlevel.checkpoint()
+        return Reply(self._node.metrics.text().decode())
 
     async def drain(self, ask: Ask) -> Reply:
         await trio.lowlevel.checkpoint()

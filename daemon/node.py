@@ -31,12 +31,14 @@ from .events import EventLog
 from .identity import load_identity
 from .inviting import Inviting
 from .lending import Lending
+from .metrics import CONTENT_TYPE, Metrics
 from .network.dialling import Reachability
 from .network.host import check_port
 from .network.relaying import RelayLimits
 from .network.roll import Standing
 from .network.tcp import listenable
 from .network.traffic import Traffic
+from .pages import Door, Pages
 from .pausing import Pausing
 from .profiles import Profiles
 from .rebalancing import Rebalancing
@@ -45,6 +47,7 @@ from .routes import no_swarm
 from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
+from .tally import Tally
 from .training.jobs import Jobs
 from .uplink import Uplink
 from .weights import Weights
@@ -77,6 +80,9 @@ class Node:
         self.store: Final = store
         self.events: Final = EventLog()
         self.traffic: Final = Traffic()
+        self.tally: Final = Tally()
+        self.metrics: Final = Metrics(self)
+        self.door: Final = Door(self._pages(), lambda: self.config.metrics_port, self.events.emit)
         self.jobs: Final = Jobs()
         self.profiles: Final = Profiles(store, __version__, self.events.emit)
         self.uplink: Final = Uplink(
@@ -145,7 +151,7 @@ class Node:
             self.environment.command,
         )
         self.rebalancing = Rebalancing(self.lending, nursery, self.events.emit)
-        self.contributing = Contributing(self.lending, self.store, self.events.emit)
+        self.contributing = Contributing(self.lending, self.store, self.events.emit, self.tally, self.traffic)
         self.pausing = Pausing(
             self.lending, self.store, nursery, self.events.emit, rules=lambda: rules_of(self.config)
         )
@@ -160,11 +166,12 @@ class Node:
         nursery.start_soon(self.contributing.run)
         nursery.start_soon(self.rebalancing.run)
         nursery.start_soon(self.uplink.run)
+        nursery.start_soon(self.door.run)
         nursery.start_soon(self.pausing.follow)
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
         self._nursery = nursery
-        self.control = ControlServer(self._methods(self), operators)
+        self.control = ControlServer(self._methods(self), operators, self._pages())
         nursery.start_soon(self._watch_reloads)
         await nursery.start(self.control.serve, listener)
         nursery.start_soon(self._manager.keep_informed, self._status_line)
@@ -258,6 +265,7 @@ class Node:
             mdns=self.config.mdns,
             admits=self._admit,
             traffic=self.traffic,
+            tally=self.tally,
             on_charge=lambda peer, weight, reason: self.events.emit(
                 "charged", f"{peer}: {reason}", peer=peer, weight=weight
             ),
@@ -437,6 +445,9 @@ class Node:
             owner=roll is not None and roll.is_owner,
             training=self.jobs.views(trio.current_time()),
         )
+
+    def _pages(self) -> Pages:
+        return {"/metrics": lambda: (CONTENT_TYPE, self.metrics.text())}
 
     def _status_line(self) -> str:
         """All of it in a line, for the service manager."""

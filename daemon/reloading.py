@@ -32,7 +32,17 @@ WORKER_KEYS: Final = frozenset(
     }
 )
 DAEMON_KEYS: Final = frozenset(
-    {"listen", "announce", "reachability", "state_dir", "socket", "cache_dir", "log_level", "log_format"}
+    {
+        "listen",
+        "announce",
+        "reachability",
+        "mdns",
+        "state_dir",
+        "socket",
+        "cache_dir",
+        "log_level",
+        "log_format",
+    }
 )  # sockets, folders and logs are opened once
 
 Sources = Callable[[Mapping[str, Any]], Config]
@@ -108,6 +118,7 @@ class Reloading:
         node.uplink.apply()
         node.pausing.stir()
         node.weights.stir()
+        node.door.stir()
         if node.belonging is not None:
             node.belonging.hops.keep_for(config.session_grace_s)
         node.lending.reconfigure(config)

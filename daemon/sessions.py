@@ -84,6 +84,7 @@ async def opened(
 
     async def tell(events: Events) -> None:
         async for event in events:
+            belonging.hops.tally.session_events[event.kind.value] += 1
             on_event(event)
 
     async def end_with_swarm(scope: trio.CancelScope) -> None:

@@ -323,10 +323,10 @@ class SetConfig:
 
 
 # What the methods return: status `Status`, swarm `SwarmView`, models a list of `ModelView`, peers a list of
-# `PeerView`, config a map of keys to values, generate `Generated`, session.open `SessionOpened`, model.pull
-# `Pulled`, swarm.create and swarm.join `Joined`, invite `Invited`, invites a list of `InviteView`, bans a list
-# of peer ids, rebalance a list of `Rebalanced`, config.set `settings.Applied`; events
-# sends items of `DaemonEvent`. Those of `views` are there. The others return None.
+# `PeerView`, metrics a text in Prometheus' format, config a map of keys to values, generate `Generated`,
+# session.open `SessionOpened`, model.pull `Pulled`, swarm.create and swarm.join `Joined`, invite `Invited`,
+# invites a list of `InviteView`, bans a list of peer ids, rebalance a list of `Rebalanced`, config.set
+# `settings.Applied`; events sends items of `DaemonEvent`. Those of `views` are there. The others return None.
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +347,7 @@ METHODS: Final[dict[str, Method]] = {
         Method("peers", Right.SEE, NoArguments),
         Method("events", Right.SEE, Follow),
         Method("config", Right.SEE, NoArguments),
+        Method("metrics", Right.SEE, NoArguments),
         Method("generate", Right.USE, Generate),
         Method("session.open", Right.USE, OpenModelSession),
         Method("session.step", Right.USE, SessionStep),

@@ -41,10 +41,13 @@ class Contribution:
     """What this daemon did for others, by its own count, in all its runs.
 
     block_tokens: tokens computed, times blocks. lending_s: seconds with a span online in a swarm.
+    training_tokens: that went back through our blocks. relayed_bytes: carried between others.
     """
 
     block_tokens: int = 0
     lending_s: float = 0.0
+    training_tokens: int = 0
+    relayed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,10 @@ class AsyncDaemon:
         """The daemon's configuration."""
         return dict(await self._call("config"))
 
+    async def metrics(self) -> str:
+        """The daemon in numbers, in Prometheus' text format."""
+        return str(await self._call("metrics"))
+
     async def set_config(self, key: str, value: Any) -> Applied:
         """Change one value of the configuration; kept over restarts. Tells what is in force at once."""
         return one(Applied, await self._call("config.set", SetConfig(key, value)))

@@ -130,6 +130,10 @@ class Daemon:
         """The daemon's configuration."""
         return dict(self._call("config"))
 
+    def metrics(self) -> str:
+        """The daemon in numbers, in Prometheus' text format."""
+        return str(self._call("metrics"))
+
     def set_config(self, key: str, value: Any) -> Applied:
         """Change one value of the configuration; kept over restarts. Tells what is in force at once."""
         return one(Applied, self._call("config.set", SetConfig(key, value)))

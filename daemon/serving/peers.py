@@ -35,6 +35,7 @@ from ...protocol.training import PutPart
 from ...protocol.work import Ready
 from ..network.conversation import Conversation
 from ..network.seam import Network, Stream
+from ..tally import Tally
 from .hop import HopSession
 from .port import WorkerPort
 from .served import Served
@@ -78,8 +79,8 @@ class HopService:
     """Serves `SESSION_PROTOCOL` and `PUSH_PROTOCOL` on a network, with this daemon's workers.
 
     history_bytes: for the histories of all sessions. admits: asked with the client's peer id before a
-    session is opened; it raises what the client is to be told (draining, paused). `run` has to run while
-    the service is used.
+    session is opened; it raises what the client is to be told (draining, paused). tally: counts what is done. `run`
+    has to run while the service is used.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class HopService:
         grace_s: float = SESSION_GRACE_S,
         history_bytes: int = HISTORY_BYTES,
         admits: Callable[[str], None] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._network = network
         self._workers: dict[int, WorkerPort] = {}
@@ -99,7 +101,7 @@ class HopService:
         self._admits = admits
         self._places: dict[_Key, _Place] = {}
         self._num_caches = 0  # so far: their names
-        self._block_tokens = 0  # computed for other members so far
+        self.tally: Final = tally or Tally()
         self._busy: dict[Served, None] = {}  # with steps under way, in the order in which they came
         self._changed = trio.lowlevel.ParkingLot()  # sessions came or went
         self._is_busy = trio.lowlevel.ParkingLot()
@@ -185,7 +187,7 @@ class HopService:
             num_steps=sum(place.served.num_under_way for place in places),
             history_bytes=sum(place.served.hop.history.size_bytes for place in places),
             history_promised_bytes=sum(place.history_bytes for place in places),
-            block_tokens=self._block_tokens,
+            block_tokens=self.tally.block_tokens,
         )
 
     def num_sessions(self, worker: int) -> int:
@@ -305,9 +307,16 @@ class HopService:
             if place.served.worker is worker:
                 place.served.worker_lost()
 
-    def _note_work(self, client: str, block_tokens: int) -> None:
+    def _note_work(self, client: str, num_tokens: int, num_blocks: int) -> None:
         if client != self._network.peer:
-            self._block_tokens += block_tokens
+            self.tally.steps += 1
+            self.tally.tokens += num_tokens
+            self.tally.block_tokens += num_tokens * num_blocks
+
+    def note_training(self, client: str, num_tokens: int) -> None:
+        """Tokens of a client went back through our blocks."""
+        if client != self._network.peer:
+            self.tally.training_tokens += num_tokens
 
     # receipts
 

@@ -56,7 +56,7 @@ class Served:
 
     cache_id: names it to the worker; ids that clients choose could meet there.
     on_busy: told when there are steps under way, so that `tick` is called until there are none.
-    on_work: told of each step that was computed: its new tokens times the session's blocks.
+    on_work: told of each step that was computed: its new tokens, the session's blocks.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Served:
         *,
         grace_s: float,
         on_busy: Callable[[Served], None],
-        on_work: Callable[[int], None] = lambda block_tokens: None,
+        on_work: Callable[[int, int], None] = lambda num_tokens, num_blocks: None,
     ) -> None:
         self.worker: Final = worker
         self.hop: Final = hop
@@ -300,7 +300,7 @@ class Served:
             self._fail(problem, step)
             return
         opened = self.hop.opened
-        self._on_work(sum(row.n for row in step.rows) * (opened.end - opened.start))
+        self._on_work(sum(row.n for row in step.rows), opened.end - opened.start)
         self.hop.sending(step)
         if message is None or await self._send(message):
             receipt = self.hop.sent(step)

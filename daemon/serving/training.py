@@ -45,11 +45,18 @@ FindWorker = Callable[[str, Asked], WorkerPort]
 class TrainingService:
     """Serves `TRAINING_PROTOCOL` on a network.
 
-    find_worker: given client and request, the worker that may compute it; it raises why there is none.
+    find_worker: given client and request, the worker that may compute it; it raises why there is none. on_work: told of
+    each client's tokens that went back.
     """
 
-    def __init__(self, network: Network, find_worker: FindWorker) -> None:
+    def __init__(
+        self,
+        network: Network,
+        find_worker: FindWorker,
+        on_work: Callable[[str, int], None] = lambda client, num_tokens: None,
+    ) -> None:
         self._find_worker = find_worker
+        self._on_work = on_work
         self._clients: Counter[str] = Counter()  # client → requests under way
         self._num_bytes = 0
         network.handle(TRAINING_PROTOCOL, self._serve)
@@ -101,6 +108,8 @@ class TrainingService:
         except BaseException:
             worker.abandon(pending)
             raise
+        if isinstance(asked, SpanBackward):
+            self._on_work(talk.stream.peer, sum(sequence.n for sequence in asked.sequences))
         sizes = answer.part_bytes if isinstance(answer, Gradients) else ()
         await talk.say(Computed(len(answer.payload), sizes))
         await send_chunks(talk, answer.payload)

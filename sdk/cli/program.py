@@ -30,6 +30,7 @@ COMMANDS: Final = (
     Command("See", "swarm", "see", "Who serves which blocks; `swarm create NAME [--invited]` founds one"),
     Command("See", "model", "models", "The models of the swarm: list, pull"),
     Command("See", "peers", "see", "The members of the swarm that the daemon knows"),
+    Command("See", "metrics", "metrics", "The daemon in numbers, as Prometheus reads them"),
     Command("See", "events", "see", "What happened, and with --follow what happens"),
     Command("Use", "generate", "use", "Write on after a prompt"),
     Command("Use", "chat", "use", "Talk with a model"),

@@ -63,7 +63,12 @@ def _contribution(view: Status) -> str:
     done = view.contribution
     if done is None:
         return "nothing yet"
-    return f"{done.block_tokens:,} block-tokens in {duration(done.lending_s)}"
+    parts = [f"{done.block_tokens:,} block-tokens in {duration(done.lending_s)}"]
+    if done.training_tokens:
+        parts.append(f"{done.training_tokens:,} training tokens")
+    if done.relayed_bytes:
+        parts.append(f"{num_bytes(done.relayed_bytes)} relayed")
+    return ", ".join(parts)
 
 
 def _training(job: TrainingView) -> str:

@@ -127,7 +127,15 @@ def invoke(*arguments: str, **environment: str) -> click.testing.Result:
 def test_each_flag_is_a_key_and_each_key_but_the_fine_ones_a_flag() -> None:
     flags = {parameter.name for parameter in program.main.params} - {"config", "version", "help"}
     assert flags <= set(KEYS)
-    fine = {"operators", "session_grace_s", "yield_gpu", "models", "disk_bytes", "low_priority"}
+    fine = {
+        "operators",
+        "session_grace_s",
+        "yield_gpu",
+        "models",
+        "disk_bytes",
+        "low_priority",
+        "metrics_port",
+    }
     assert set(KEYS) - flags == fine
 
 

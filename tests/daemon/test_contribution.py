@@ -11,7 +11,8 @@ import trio.testing
 
 from corolla.daemon.contribution import SAVE_EVERY_S, Contributing
 from corolla.daemon.lending import Lending
-from corolla.daemon.store import CONTRIBUTION_FILE, open_store
+from corolla.daemon.network.traffic import Traffic
+from corolla.daemon.store import CONTRIBUTION_FILE, Store, open_store
 from corolla.protocol.views import Contribution
 
 from .members import Member, knows, meadow, until
@@ -44,12 +45,17 @@ def told(kind: str, text: str) -> None:
     raise AssertionError(f"{kind}: {text}")
 
 
+def contributing(member: Member, store: Store, traffic: Traffic | None = None) -> Contributing:
+    tally = member.belonging.hops.tally
+    return Contributing(cast(Lending, Lender(member)), store, told, tally, traffic or Traffic())
+
+
 async def test_steps_for_others_count_and_survive_a_restart(tmp_path: Path) -> None:
     async with meadow() as swarm:
         server = await swarm.serve(0, 4)
         user = await swarm.client()
         with open_store(tmp_path) as store:
-            counting = Contributing(cast(Lending, Lender(server)), store, told)
+            counting = contributing(server, store)
             assert counting.so_far() == Contribution(0, 0.0)
             await compute(swarm, user, 6, nothing)
             assert counting.so_far().block_tokens == 6 * 4
@@ -59,7 +65,7 @@ async def test_steps_for_others_count_and_survive_a_restart(tmp_path: Path) -> N
                 nursery.cancel_scope.cancel()
             assert counting.so_far().lending_s == pytest.approx(SAVE_EVERY_S + 10, abs=10)
         with open_store(tmp_path) as store:
-            again = Contributing(cast(Lending, Lender(user)), store, told)
+            again = contributing(user, store)
             assert again.so_far().block_tokens == 24
             assert again.so_far().lending_s >= SAVE_EVERY_S
 
@@ -77,4 +83,22 @@ async def test_a_damaged_count_begins_anew(tmp_path: Path) -> None:
     async with meadow() as swarm:
         member = await swarm.client()
         with open_store(tmp_path) as store:
-            assert Contributing(cast(Lending, Lender(member)), store, told).so_far() == Contribution(0, 0.0)
+            assert contributing(member, store).so_far() == Contribution(0, 0.0)
+
+
+async def test_training_and_relaying_count_and_survive_a_restart(tmp_path: Path) -> None:
+    async with meadow() as swarm:
+        member, other = await swarm.client(), await swarm.client()
+        hops, traffic = member.belonging.hops, Traffic()
+        for run in (1, 2):
+            with open_store(tmp_path) as store:
+                counting = contributing(member if run == 1 else other, store, traffic)
+                if run == 1:
+                    hops.note_training(other.peer, 70)
+                    hops.note_training(member.peer, 5)  # its own is no contribution
+                    traffic.relayed(900)
+                counting.save()
+                assert counting.so_far().training_tokens == 70
+                assert (
+                    counting.so_far().relayed_bytes == 900 * run
+                )  # the traffic object lives on in this test

@@ -341,7 +341,7 @@ async def test_so_many_calls_at_once_and_no_more(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "noise", [b"GET / HTTP/1.1\r\n\r\n", encode(Return(1)), b"\x00\x00\x00\x01\x00\x00\x00\x00\xff"]
+    "noise", [b"POST / HTTP/1.1\r\n\r\n", encode(Return(1)), b"\x00\x00\x00\x01\x00\x00\x00\x00\xff"]
 )
 async def test_noise_ends_the_connection_with_the_reason(path: Path, noise: bytes) -> None:
     async with serving(path, {"status": say_nothing}) as connect:

@@ -65,6 +65,7 @@ class FakeDaemon:
             "swarm": lambda c, call: SwarmView("home", "ab", (MODEL,), ()),
             "peers": lambda c, call: [PeerView("12D3KooWother", ("/ip4/127.0.0.1/tcp/1",), True, rtt_s=0.01)],
             "config": lambda c, call: {"blocks": "auto"},
+            "metrics": lambda c, call: '# TYPE x gauge\nx{a="b c"} 2.5\ny_total 1.0\n',
             "config.set": lambda c, call: Applied(now=(call.arguments["key"],)),
             "swarm.create": lambda c, call: Joined(call.arguments["name"], "ab", "token-of-home"),
             "swarm.join": lambda c, call: Joined("home", "ab", call.arguments["token"]),

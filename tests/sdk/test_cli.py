@@ -16,6 +16,7 @@ import pytest
 from corolla.protocol.control import PRIVACY, Call, Item, Return
 from corolla.protocol.errors import Code, Exit, error
 from corolla.protocol.messages import from_plain, to_plain
+from corolla.protocol.settings import Applied
 from corolla.protocol.tensors import DType
 from corolla.protocol.views import DaemonEvent, SpanView, SwarmView
 from corolla.protocol.work import Sampling, TokenBias
@@ -267,3 +268,21 @@ def test_asking_for_status_imports_neither_rich_nor_an_event_loop(fake: FakeDaem
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_metrics_are_a_text_for_prometheus_and_a_map_for_programs(ctl: Ctl, fake: FakeDaemon) -> None:
+    said = ctl("metrics")
+    assert said.out == '# TYPE x gauge\nx{a="b c"} 2.5\ny_total 1.0\n'
+    values = json.loads(ctl("metrics", "--json").out)["metrics"]
+    assert values == {'x{a="b c"}': 2.5, "y_total": 1.0}
+
+
+def test_setting_a_value_says_when_it_counts(ctl: Ctl, fake: FakeDaemon) -> None:
+    fake.handlers["config.set"] = lambda c, call: Applied(workers=("threads",))
+    assert "workers move their sessions" in ctl("config", "set", "threads", "3").err
+    fake.handlers["config.set"] = lambda c, call: Applied(daemon=("listen",))
+    assert "started again" in ctl("config", "set", "listen", "[]").err
+    fake.handlers["config.set"] = lambda c, call: Applied(now=("hours",), overridden=True)
+    assert "wins" in ctl("config", "set", "hours", "1:00-2:00").err
+    answer = json.loads(ctl("config", "set", "hours", "1:00-2:00", "--json").out)
+    assert answer["applied"]["now"] == ["hours"]
