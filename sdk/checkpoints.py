@@ -122,7 +122,8 @@ class Checkpoints:
         """Set parameters, optimizer and schedule to the last checkpoint; step 0 and no notes if there is none.
 
         optimizer: made as for the run that was saved, over the same parameters; their values are replaced in
-        place. Raises `UNREADABLE`, and `BAD_SHAPE` for another run's parameters; then nothing was changed.
+        place. Masks of LoRA's dropout go on with `model.dropout.step = restored.step`. Raises `UNREADABLE`, and
+        `BAD_SHAPE` for another run's parameters; then nothing was changed.
         """
         steps = self.steps()
         if not steps:

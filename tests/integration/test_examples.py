@@ -14,7 +14,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from corolla.protocol.errors import Code, CorollaError, error  # noqa: E402
 from corolla.sdk.checkpoints import Checkpoints  # noqa: E402
-from examples import jargon, lora  # noqa: E402
+from examples import jargon, lora, soft_prompts  # noqa: E402
 
 from ..model.test_worker import save_byte_tokenizer  # noqa: E402
 from ..model.tiny import save_tiny  # noqa: E402
@@ -72,6 +72,29 @@ def test_lora_through_daemons_that_are_killed_learns_as_peft_does(model: Path, t
     assert start.keys() == learned.keys()
     assert any(not torch.equal(start[name], learned[name]) for name in start)
     assert Checkpoints(out / "checkpoints").steps() == [5]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("is_deep", [False, True], ids=["soft", "deep"])
+def test_soft_prompts_learn_through_daemons_as_in_peft(model: Path, tmp_path: Path, is_deep: bool) -> None:
+    text = tmp_path / "text"
+    hints = (("n", "a thing made of metal, kept by those who like to look at it for hours"),
+             ("v", "to do something at great length, and with more noise than is needed here"))  # fmt: skip
+    words = [f"word{n}\n {part}.\n\n    {n} {hint}\n\n" for n in range(12) for part, hint in hints]
+    text.write_text("".join(words))
+    sizes = ["--steps", "3", "--rows", "4", "--tokens", "60", "--held-out", "8", "--virtual-tokens", "3"]
+    out = tmp_path / "out"
+    options = ["--deep"] if is_deep else []
+    told = soft_prompts.main(
+        ["--model", str(model), "--text", str(text), "--out", str(out), *sizes, *options]
+    )
+    assert len(told["losses"]) == 3
+    start, learned = (load_file(out / name / "adapter_model.safetensors") for name in ("start", "adapter"))
+    assert start.keys() == learned.keys()
+    assert all(not torch.equal(start[name], learned[name]) for name in start)
+    if not is_deep:
+        assert told["largest_difference"] < TOLERANCE
+        assert told["accuracy"] == told["peft"]["accuracy"]
 
 
 def adapted(model: Path) -> Any:
