@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     "--relay/--no-relay", default=None, help="Whether to carry others' connections if we are public."
 )
 @click.option("--mdns/--no-mdns", default=None, help="Whether to look for members in the local network.")
+@click.option("--upnp/--no-upnp", default=None, help="Whether to ask the router to forward a port.")
 @click.option("--join", metavar="TOKEN", help="Enter this swarm: a token, or a member's multiaddress.")
 @click.option("--state-dir", metavar="DIR", help="Identity and memory: one daemon's own.")
 @click.option("--socket", metavar="PATH", help="The control socket.")

@@ -86,8 +86,9 @@ class Entry:
 class Terms:
     """What belonging needs of the daemon. relay: what we carry for others; None is nothing.
 
-    mdns: whether to look for members in the local network. standing, save_standing: what is kept of our
-    membership, as `Roll` says. admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
+    mdns, upnp: whether to look for members in the local network, and to ask the router for help.
+    standing, save_standing: what is kept of our membership, as `Roll` says.
+    admits, on_charge, on_refused: as `HopService`, `Ledger` and `Membership` say.
     traffic: counts and paces what we send. tally: counts the rest.
     """
 
@@ -104,6 +105,7 @@ class Terms:
     traffic: Traffic
     tally: Tally
     mdns: bool = False
+    upnp: bool = False
     standing: Standing | None = None
     save_standing: Callable[[Standing], None] = lambda standing: None
     on_refused: Callable[[CorollaError], None] = lambda problem: None
@@ -122,6 +124,7 @@ async def belong(terms: Terms, entry: Entry) -> AsyncIterator[Belonging]:
             reachability=terms.reachability,
             relay=terms.relay,
             traffic=terms.traffic,
+            upnp=terms.upnp,
             guard=_greetings_alone,
         ) as network,
         anyio.create_task_group() as tasks,

@@ -41,7 +41,7 @@ class Config:
     model: folder, hub id or GGUF file. blocks: `auto`, `START:END` or `none`. listen, announce: multiaddresses.
     reachability: `auto`, `public`, or `private` behind a NAT or firewall, where others come through relays.
     relay: whether to carry others' connections, within limits, if we are public. mdns: whether to look for
-    members in the local network, and be found there.
+    members in the local network, and be found there. upnp: whether to ask the router to forward a port.
     join: a token or multiaddress, taken up at start. device: one worker each. memory_bytes, cache_tokens,
     threads: of each worker. operators: users who may manage this daemon, besides root and its own.
     state_dir, socket, cache_dir: the user's own places if empty.
@@ -61,6 +61,7 @@ class Config:
     reachability: str = Reachability.AUTO
     relay: bool = True
     mdns: bool = True
+    upnp: bool = True
     join: str = ""
     device: tuple[str, ...] = ("auto",)
     dtype: str = ""

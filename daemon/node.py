@@ -263,6 +263,7 @@ class Node:
             reachability=Reachability(self.config.reachability),
             relay=RelayLimits(is_wanted=lambda: self.config.relay),
             mdns=self.config.mdns,
+            upnp=self.config.upnp,
             admits=self._admit,
             traffic=self.traffic,
             tally=self.tally,

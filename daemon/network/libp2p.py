@@ -66,13 +66,15 @@ async def open_network(
     reachability: Reachability = Reachability.AUTO,
     relay: RelayLimits | None = None,
     traffic: Traffic | None = None,
+    upnp: bool = False,
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running network. Leaving the block closes it in bounded time; the same port can be opened again.
 
     listen: multiaddresses; none of them makes a network that only dials. announce: addresses to tell others
     first, such as a forwarded port. kad_protocol: the swarm's own Kademlia protocol id; None while in no
     swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. relay: what we carry for others;
-    None is nothing. traffic: counts and paces what streams carry. Raises `PORT_TAKEN`, or `BAD_CONFIG` for an
+    None is nothing. traffic: counts and paces what streams carry. upnp: whether to ask
+    our router to forward a port. Raises `PORT_TAKEN`, or `BAD_CONFIG` for an
     address that this machine cannot listen on.
     """
     quieten()
@@ -89,6 +91,7 @@ async def open_network(
             reachability=reachability,
             relay=relay,
             traffic=traffic or Traffic(),
+            upnp=upnp,
         )
         network.restrict(guard)
         try:
@@ -120,6 +123,7 @@ class Libp2pNetwork:
         reachability: Reachability = Reachability.AUTO,
         relay: RelayLimits | None = None,
         traffic: Traffic,
+        upnp: bool = False,
     ) -> None:
         self._peer = identity.peer
         self._traffic = traffic
@@ -139,6 +143,7 @@ class Libp2pNetwork:
             announce=announce,
             reachability=reachability,
             relay=relay,
+            upnp=upnp,
         )
         self._swarm, self._host = make_host(
             identity,

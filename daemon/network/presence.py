@@ -1,7 +1,7 @@
 """How others come to us: what we know of it, what we do about it, and what we tell.
 
-It joins the parts that know or do: whereabouts, dial-backs, relays used and relaying offered. It owns who is told
-when an address changes. Which connections stand, the network says.
+It joins the parts that know or do: whereabouts, dial-backs, a router's forwarding, relays used and relaying
+offered. It owns who is told when an address changes. Which connections stand, the network says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import trio
 from ...protocol.punch import Doors
 from ...protocol.views import ReachView
 from .dialling import Reachability
+from .forwarding import Forwarding
 from .observations import Sighting
 from .reaching import Doorbell, Reaching, Ring
 from .relaying import RelayLimits, RelayService
@@ -38,7 +39,10 @@ class Means:
 
 
 class Presence:
-    """Of one network. announce: addresses to tell first. relay: what we carry for others; None is nothing."""
+    """Of one network. announce: addresses to tell first. relay: what we carry for others; None is nothing.
+
+    upnp: whether to ask our router for help.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Presence:
         announce: Sequence[str],
         reachability: Reachability,
         relay: RelayLimits | None,
+        upnp: bool = False,
     ) -> None:
         self._network = network
         self._is_relay_wanted = relay.is_wanted if relay is not None else lambda: False
@@ -67,6 +72,9 @@ class Presence:
         )
         bell = Doorbell(means.ring, means.came_in, self.whereabouts.world, self.whereabouts.sightings)
         self._reaching = Reaching(network, bell, self._judged)
+        self._forwarding = Forwarding(
+            self.whereabouts.port, lambda: upnp and self.whereabouts.wants_forwarding(), self._forwarded
+        )
 
     def serve(self) -> None:
         """Answer others from now on."""
@@ -80,6 +88,7 @@ class Presence:
         """Find out how we are reached, and keep reservations where we need them."""
         nursery.start_soon(self.relays.run)
         nursery.start_soon(self._reaching.run)
+        nursery.start_soon(self._forwarding.run)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener()` whenever `addresses` may be others than before."""
@@ -93,6 +102,7 @@ class Presence:
         """A connected peer tells where it sees us."""
         has_moved = self.whereabouts.seen_by(peer, sighting)
         self._reaching.stir()
+        self._forwarding.stir()
         if has_moved:
             self._tell()
 
@@ -118,6 +128,7 @@ class Presence:
             nat=seen.nat,
             observed=seen.addresses,
             proven=where.proven,
+            mapped=self._forwarding.addresses,
             relays=self.relays.uses(),
             offers_relay=relaying is not None and self._offers_relay(),
             num_reservations=relaying.num_reservations if relaying is not None else 0,
@@ -131,6 +142,10 @@ class Presence:
         self.whereabouts.judged(self._reaching.verdict)
         self.relays.stir()
         self._tell()
+
+    def _forwarded(self) -> None:
+        self.whereabouts.forwarded(self._forwarding.addresses)
+        self._reaching.stir()
 
     def _tell(self) -> None:
         for listener in tuple(self._listeners):

@@ -14,7 +14,7 @@ from multiaddr import Multiaddr
 from ...protocol.limits import MAX_ADDRESSES
 from ...protocol.punch import Doors
 from .dialling import Reach, Reachability, reach_of, split_peer
-from .observations import Seen, Sighting, combine
+from .observations import Seen, Sighting, combine, endpoint_of
 from .proofs import Verdict
 from .seam import PeerView
 
@@ -28,6 +28,7 @@ class Whereabouts:
         self._bound: tuple[Multiaddr, ...] = ()
         self._sightings: dict[str, Sighting] = {}  # by the peer that says so, while it is connected
         self._verdict = Verdict()
+        self._forwarded: tuple[str, ...] = ()
 
     def listens_on(self, bound: Sequence[Multiaddr]) -> None:
         """These are our listeners, with real ports."""
@@ -36,6 +37,22 @@ class Whereabouts:
     def judged(self, verdict: Verdict) -> None:
         """What came of others' dialling us back."""
         self._verdict = verdict
+
+    def forwarded(self, addresses: Sequence[str]) -> None:
+        """Where a router takes calls for us, as it says."""
+        self._forwarded = tuple(addresses)
+
+    def port(self) -> int | None:
+        """On which we listen for others of our network; None if for this machine's alone."""
+        endpoints = [endpoint_of(str(bound)) for bound in self._bound if str(bound).startswith("/ip4/")]
+        ports = [endpoint[1] for endpoint in endpoints if endpoint and not endpoint[0].startswith("127.")]
+        return ports[0] if ports else None
+
+    def wants_forwarding(self) -> bool:
+        """Whether a router's help could make us reachable: the world sees us, and nobody has dialled us back."""
+        is_seen = any(sighting.place for sighting in self._sightings.values())
+        has_public = any(a.startswith("/ip4/") and reach_of(a) is Reach.PUBLIC for a in self.direct())
+        return is_seen and not (self.is_configured or has_public or self._verdict.is_public)
 
     @property
     def is_configured(self) -> bool:
@@ -87,8 +104,8 @@ class Whereabouts:
         return dict(self._sightings)
 
     def world(self) -> tuple[str, ...]:
-        """The public addresses that we know without being told: announced ones, and of our interfaces."""
-        return tuple(address for address in self.direct() if reach_of(address) is Reach.PUBLIC)
+        """The public addresses that we know ourselves: announced ones, of our interfaces and from our router."""
+        return tuple(a for a in (*self.direct(), *self._forwarded) if reach_of(a) is Reach.PUBLIC)
 
     def direct(self) -> tuple[str, ...]:
         """Announced addresses, then ours: public ones, those in our network, those on this machine."""
