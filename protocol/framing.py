@@ -46,6 +46,11 @@ class FrameParser:
         self._max_payload_bytes = max_payload_bytes
         self._buffer = bytearray()
 
+    def widen(self, *, max_header_bytes: int, max_payload_bytes: int) -> None:
+        """Take larger frames from now on."""
+        self._max_header_bytes = max_header_bytes
+        self._max_payload_bytes = max_payload_bytes
+
     def feed(self, data: bytes) -> None:
         """Take bytes as they arrived, cut anywhere."""
         self._buffer += data

@@ -33,6 +33,43 @@ MAX_STREAMS: Final = 2048  # that the far side may have open on one connection: 
 MAX_UNACKNOWLEDGED: Final = 256  # streams we open without an answer: what go-yamux queues for its acceptor
 MAX_QUEUED_FRAMES: Final = 32_768  # a far side that asks and asks, and never reads, runs into it
 
+# One peer. A connection is read no faster than its peer may send; who would have to wait longer than
+# `MAX_PACE_S` floods, and is dropped. A stranger is who has not shown that it belongs to the swarm.
+MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
+MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
+MAX_CONNECTIONS_PER_ORIGIN: Final = 128  # of one /24, /48 or private address, made by them
+MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
+HANDSHAKE_TIMEOUT_S: Final = 10.0  # until a connection is secured, and until a stream has its protocol
+HANDSHAKES_PER_S: Final = 20.0  # of one origin: 4 ms of a core each
+HANDSHAKES_AT_ONCE: Final = 100
+STREAMS_PER_PEER: Final = 1024  # served at once, over all its connections
+STREAMS_PER_STRANGER: Final = 16  # a greeting, identify, ping, with room
+OPENS_PER_S: Final = 200.0  # streams: training opens one a request
+OPENS_AT_ONCE: Final = 2048
+FRAMES_PER_S: Final = 100_000.0  # of the muxer: a core handles some hundred thousand
+FRAMES_AT_ONCE: Final = 100_000
+BYTES_PER_S: Final = 1024.0 * MIB  # beyond any link between two machines, and a part of what a core can read
+BYTES_AT_ONCE: Final = 1024 * MIB
+STRANGER_OPENS_PER_S: Final = 5.0
+STRANGER_OPENS_AT_ONCE: Final = 50
+STRANGER_FRAMES_PER_S: Final = 500.0
+STRANGER_FRAMES_AT_ONCE: Final = 5000
+STRANGER_BYTES_PER_S: Final = 64.0 * KIB
+STRANGER_BYTES_AT_ONCE: Final = 2 * MIB  # some greetings at their longest
+STRANGER_UNREAD_BYTES: Final = MIB
+MAX_UNREAD_OF_ALL_BYTES: Final = 1024 * MIB  # of all connections; beyond, the peer that fills most is dropped
+MAX_PACE_S: Final = 3.0  # shorter than the silence after which the far side would give us up
+WRITE_STALL_S: Final = 60.0  # a peer that takes none of what we send for so long is dropped
+MAX_PEERS_REMEMBERED: Final = 4096  # what they used of their allowance, and who proved to be a stranger
+FIRST_WORD_BYTES: Final = 64 * KIB  # of a stream, before its request is admitted: the names of 1024 parts
+FIRST_WORD_S: Final = 10.0
+MESSAGE_TIMEOUT_S: Final = 120.0  # from its first byte to its last: 8 MiB over half a megabit
+SESSION_IDLE_S: Final = 6 * 3600.0  # nothing said on a session's stream; its client may open it again
+GREETINGS_PER_S: Final = 0.5  # of one peer: each may bring 64 signatures to be checked
+GREETINGS_AT_ONCE: Final = 20
+RECORDS_PER_S: Final = 100.0  # stored by one peer: a signature to be checked each
+RECORDS_AT_ONCE: Final = 1000
+
 # Sessions.
 MAX_ROWS: Final = 256  # independent sequences of one session: beams and samples, with room
 MAX_STEPS_IN_FLIGHT: Final = 4  # unacknowledged per session: enough to fill a pipeline, and backpressure

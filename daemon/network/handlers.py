@@ -41,6 +41,10 @@ class Handlers:
         """Whether the guard lets a peer use a protocol."""
         return self._guard is None or self._guard(peer, protocol)
 
+    def knows(self, peer: str) -> bool:
+        """Whether the guard would let a peer use anything: it is a member."""
+        return self.admits(peer, "")
+
     async def serve(self, stream: Stream) -> None:
         """Let the stream's handler have it. Raises nothing of the handler's."""
         handler = self._handlers.get(stream.protocol)

@@ -14,12 +14,13 @@ import os
 import socket
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Final, TypeAlias
 
 import structlog
 import trio
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
+from libp2p.abc import IMuxedConn, INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
@@ -43,17 +44,17 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import HANDSHAKE_TIMEOUT_S, MAX_CONNECTIONS_PER_PEER
 from ..identity import Identity
+from .allowance import Allowances
 from .dialling import Reach, reach_of
+from .lobby import Guest, Lobby, origin_of_socket
 from .multistream import answer
 from .noise import FastNoise, NoiseOnly
 from .seam import Guard
 from .tcp import TcpConnection, local_port, with_ends
 from .yamux import Yamux, YamuxOnly, YamuxStream
 
-MAX_CONNECTIONS_PER_PEER: Final = 8  # two peers that dial each other at once have two, and both may stay
-MAX_HANDSHAKES: Final = 64  # inbound connections that have not proved their identity yet
-HANDSHAKE_TIMEOUT_S: Final = 10.0
 _PORT_IN_USE: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)  # by an earlier connection to the same address
 _WILDCARDS: Final = {"ip4": "0.0.0.0", "ip6": "::"}  # noqa: S104 - where dials come from, as we listen
 _EVERYBODYS: Final = (str(IDENTIFY), str(IDENTIFY_PUSH), str(PING))
@@ -70,15 +71,16 @@ def make_host(
     connected: Connected,
     advertised: Callable[[], Sequence[str]],
     admits: Guard,
+    allowances: Allowances,
     max_connections: int,
 ) -> tuple[OurSwarm, BasicHost]:
     """A swarm that is not running yet, and the host upon it.
 
     reach: dials a peer for the library's own services. connected: called for each new connection.
     advertised: the addresses to tell others. admits: whether a peer may use a protocol; identify and ping
-    are everybody's.
+    are everybody's. allowances: what each peer may ask of us.
     """
-    swarm = OurSwarm(key_pair(identity), reach, max_connections=max_connections)
+    swarm = OurSwarm(key_pair(identity), reach, allowances, max_connections=max_connections)
     host = BasicHost(swarm, addrs_factory=lambda _: [Multiaddr(address) for address in advertised()])
     swarm.set_stream_handler(partial(_serve_stream, host, admits))
     swarm.register_notifee(_Notifee(connected))
@@ -132,7 +134,12 @@ class OurSwarm(Swarm):
     """The library's swarm with our dialling and a bounded inbound path."""
 
     def __init__(
-        self, keys: KeyPair, reach: Callable[[str], Awaitable[SwarmConn]], *, max_connections: int
+        self,
+        keys: KeyPair,
+        reach: Callable[[str], Awaitable[SwarmConn]],
+        allowances: Allowances,
+        *,
+        max_connections: int,
     ) -> None:
         peerstore = PeerStore()
         peer_id = ID.from_pubkey(keys.public_key)
@@ -140,7 +147,7 @@ class OurSwarm(Swarm):
         self._noise = FastNoise(keys)
         upgrader = TransportUpgrader({NOISE: self._noise}, {})
         upgrader.security_multistream = NoiseOnly(self._noise)
-        upgrader.muxer_multistream = YamuxOnly()
+        upgrader.muxer_multistream = YamuxOnly(partial(_bound, allowances))
         self._tcp = TCP()
         super().__init__(
             peer_id,
@@ -159,7 +166,8 @@ class OurSwarm(Swarm):
         )
         self.auto_connector = _NoAutoConnector(self, 0.0)
         self._reach = reach
-        self._num_handshakes = 0
+        self._lobby = Lobby()
+        self._scopes: dict[Guest, trio.CancelScope] = {}  # of those whose handshake is under way
         self._from_own_port: weakref.WeakSet[SwarmConn] = weakref.WeakSet()
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
@@ -235,20 +243,41 @@ class OurSwarm(Swarm):
 
     async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
         """Serve one inbound connection for as long as it lasts; its socket is closed when this returns."""
-        if self._num_handshakes >= MAX_HANDSHAKES:
-            _log.warning("handshake_refused", waiting=self._num_handshakes)
+        raw = TcpConnection(read_write_closer, is_initiator=False)
+        address = raw.get_remote_address()
+        origin = origin_of_socket(address[0]) if address else ""
+        refusal = self._lobby.refusal(origin, trio.current_time())
+        if refusal:
+            _log.debug("connection_refused", reason=refusal)
             return
-        self._num_handshakes += 1
+        guest, leaves = self._lobby.enter(origin)
+        if leaves is not None:
+            self._scopes[leaves].cancel()
         try:
-            raw = TcpConnection(read_write_closer, is_initiator=False)
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+            muxed = await self._handshake(guest, raw, maddr)
+            if isinstance(muxed, Yamux):
+                await muxed.event_closed.wait()
+        finally:
+            self._lobby.leave(guest)
+
+    async def _handshake(self, guest: Guest, raw: TcpConnection, maddr: Multiaddr) -> IMuxedConn | None:
+        """The connection that came of a handshake; None if none did."""
+        try:
+            with trio.CancelScope() as scope:
+                self._scopes[guest] = scope
+                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+                self._lobby.introduce(guest)
+                return muxed
+            _log.debug("handshake_gave_way", origin=guest.origin)
         except Exception as failure:  # whatever a stranger sends
             _log.debug("handshake_failed", reason=root_cause(failure))
-            return
         finally:
-            self._num_handshakes -= 1
-        if isinstance(muxed, Yamux):
-            await muxed.event_closed.wait()
+            del self._scopes[guest]
+        return None
+
+
+def _bound(allowances: Allowances, connection: Yamux) -> None:
+    connection.allowance = allowances.of(str(connection.peer_id))
 
 
 def _family(address: Multiaddr) -> str:
@@ -292,12 +321,14 @@ async def _serve_stream(host: BasicHost, admits: Guard, stream: INetStream) -> N
     try:
         if not isinstance(muxed, YamuxStream):
             raise MuxedStreamError(f"a stream of type {type(muxed).__name__}")
-        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-            protocol = TProtocol(await answer(muxed, serves))
-        handler = handlers[protocol]
-        if handler is not None:
-            stream.set_protocol(protocol)
-            await handler(stream)
+        allowance = muxed.muxed_conn.allowance
+        with allowance.stream() if allowance is not None else nullcontext():
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                protocol = TProtocol(await answer(muxed, serves))
+            handler = handlers[protocol]
+            if handler is not None:
+                stream.set_protocol(protocol)
+                await handler(stream)
     except Exception as failure:  # whatever a peer sends
         _log.debug("stream_failed", peer=peer, reason=root_cause(failure))
         await stream.reset()

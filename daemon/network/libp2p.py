@@ -24,10 +24,16 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES
+from ...protocol.limits import (
+    CONNECT_TIMEOUT_S,
+    MAX_ADDRESSES,
+    MAX_CONNECTIONS,
+    MAX_UNREAD_OF_ALL_BYTES,
+)
 from ...protocol.reach import RING_PROTOCOL
 from ...protocol.views import ReachView
 from ..identity import Identity
+from .allowance import Allowances, heaviest
 from .circuits import CircuitConnection
 from .dialling import AddressBook, Dials, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
@@ -47,7 +53,6 @@ from .traffic import Traffic
 from .yamux import Yamux, YamuxStream
 
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
-MAX_CONNECTIONS: Final = 1024  # of all peers; a file descriptor and three tasks each
 RENEW_AGAIN_S: Final = 5.0  # after a circuit could not be replaced; there is time, a fifth of its own
 CLOSE_TIMEOUT_S: Final = 3.0  # for farewells when the network closes; then everything is dropped
 
@@ -151,6 +156,7 @@ class Libp2pNetwork:
             connected=self._on_connected,
             advertised=self._presence.addresses,
             admits=self._handlers.admits,
+            allowances=Allowances(self._handlers.knows, on_bytes=self._weigh),
             max_connections=max_connections,
         )
         self._presence.serve()
@@ -432,6 +438,17 @@ class Libp2pNetwork:
             c.muxed_conn is muxed and c.direction is Direction.INBOUND and not _is_relayed(c)
             for c in self._connections.get(stream.peer, ())
         )
+
+    def _weigh(self) -> None:
+        """Part with the peer that fills most of our memory, if all together fill too much of it."""
+        unread = {
+            peer: sum(_yamux(connection).mux.unread_bytes for connection in connections)
+            for peer, connections in self._connections.items()
+        }
+        peer = heaviest(unread, MAX_UNREAD_OF_ALL_BYTES)
+        if peer is not None:
+            _log.warning("memory_full", dropped=peer, unread_bytes=unread[peer], of_all=sum(unread.values()))
+            self._nursery.start_soon(self.disconnect, peer)
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
         connections = self._connections.get(peer, [])

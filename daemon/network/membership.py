@@ -22,16 +22,23 @@ from ...protocol.errors import Code, CorollaError, error, error_from_wire
 from ...protocol.invitations import Charter
 from ...protocol.limits import (
     CONNECT_TIMEOUT_S,
+    GREETINGS_AT_ONCE,
+    GREETINGS_PER_S,
     HELLO_TIMEOUT_S,
     MAX_ADDRESSES,
     MAX_HELLO_BYTES,
     MAX_MEMBERS_TOLD,
     MAX_NAME_CHARS,
+    MAX_PEERS_REMEMBERED,
 )
 from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
 from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
+<<<<<<< HEAD
 from .acquaintances import FORGET_AFTER_S, REDIAL_FIRST_S, REDIAL_MAX_S, Acquaintances, of_peer, tell_of
+=======
+from .allowance import Paces, Rate
+>>>>>>> ca867ae (daemon/network/allowance, lobby: what one peer may send, open and hold; who floods, stalls or waits at the door harms nobody else)
 from .conversation import Conversation
 from .roll import Roll
 from .seam import Network, Stream
@@ -133,6 +140,7 @@ class Membership:
         self._members: dict[str, Member] = {}
         self._known = Acquaintances(self._rng, clock)
         self._strangers: dict[str, tuple[float, CorollaError]] = {}  # when it proved to be one, and why
+        self._greetings = Paces(Rate(GREETINGS_PER_S, GREETINGS_AT_ONCE))
         self._listeners: list[Callable[[str, bool], None]] = []
         self._reviewers: list[Callable[[], None]] = []
         self._on_refused = on_refused
@@ -310,6 +318,8 @@ class Membership:
     async def _answer(self, stream: Stream) -> None:
         """Serve one greeting."""
         conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
+        if self._greetings.take(stream.peer, 1, self._clock()) > 0:
+            raise error(Code.LIMIT_EXCEEDED, f"{stream.peer} greets too often")
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             hello = _as_hello(await conversation.hear(), stream.peer)
             if hello.problem is not None:
@@ -440,6 +450,8 @@ class Membership:
         now = self._clock()
         self._strangers = {p: s for p, s in self._strangers.items() if now - s[0] < FORGET_AFTER_S}
         self._strangers[peer] = (now, reason)
+        for forgotten in tuple(self._strangers)[:-MAX_PEERS_REMEMBERED]:
+            del self._strangers[forgotten]
         self._wake()
 
     def _tell(self, peer: str, connected: bool) -> None:

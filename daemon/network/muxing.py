@@ -140,7 +140,8 @@ class Mux:
     """One connection's streams.
 
     initiator: whether we dialled; our streams then have odd ids.
-    rtt_s: may be set as it becomes known; windows grow by it.
+    rtt_s: may be set as it becomes known; windows grow by it. max_unread_bytes: may be set; beyond, the stream
+    that is being filled is reset. num_frames, num_opened: what the far side sent so far, and opened.
     """
 
     def __init__(self, *, initiator: bool) -> None:
@@ -160,6 +161,9 @@ class Mux:
         self._queue: deque[tuple[int, bytes]] = deque()
         self._queued_bytes = 0
         self.rtt_s = 0.0
+        self.max_unread_bytes = MAX_UNREAD_BYTES
+        self.num_frames = 0
+        self.num_opened = 0
 
     # what is there
 
@@ -177,6 +181,11 @@ class Mux:
     def queued_bytes(self) -> int:
         """What waits to be sent."""
         return self._queued_bytes
+
+    @property
+    def unread_bytes(self) -> int:
+        """What has arrived and waits for readers."""
+        return self._unread_bytes
 
     @property
     def may_open(self) -> bool:
@@ -315,6 +324,7 @@ class Mux:
 
     def _take_header(self, header: tuple[int, int, int, int, int], events: list[Event]) -> None:
         version, kind, flags, stream_id, length = header
+        self.num_frames += 1
         if version != 0 or kind > _GO_AWAY:
             raise ViolationError(f"frame of version {version}, type {kind}")
         if kind == _PING:
@@ -370,7 +380,7 @@ class Mux:
         if stream is None:
             return
         if not stream.reset:
-            if self._unread_bytes + len(piece) > MAX_UNREAD_BYTES:
+            if self._unread_bytes + len(piece) > self.max_unread_bytes:
                 self.reset(stream)
                 events += (Readable(stream), Writable(stream))
             else:
@@ -392,6 +402,7 @@ class Mux:
         if stream_id <= self._highest_theirs:
             raise ViolationError(f"stream {stream_id} opened after stream {self._highest_theirs}")
         self._highest_theirs = stream_id
+        self.num_opened += 1
         if self._num_theirs >= MAX_STREAMS:
             self._check_queue()
             self._enqueue(stream_id, _frame(_WINDOW_UPDATE, _RST, stream_id, 0))

@@ -27,6 +27,8 @@ from ...protocol.limits import (
     MAX_RECORD_LIFETIME_S,
     MAX_RECORDS_PER_KEY,
     RECORD_LIFETIME_S,
+    RECORDS_AT_ONCE,
+    RECORDS_PER_S,
     REFRESH_EVERY_S,
     REGISTRY_TIMEOUT_S,
 )
@@ -52,6 +54,7 @@ from ...protocol.registry import (
     Stored,
 )
 from ...protocol.work import ModelFacts
+from .allowance import Paces, Rate
 from .announcements import Announcements, Offer
 from .conversation import Conversation
 from .membership import Membership
@@ -117,6 +120,7 @@ class Registry:
         self._swarm_id = membership.swarm.swarm_id
         self._shelf = Shelf(self._swarm_id)
         self._ours = Announcements(self._swarm_id, key, stored_seq=stored_seq, save_seq=save_seq, unix=unix)
+        self._paces = Paces(Rate(RECORDS_PER_S, RECORDS_AT_ONCE))  # of those whose records we check
         self._holders: dict[bytes, tuple[tuple[str, ...], float]] = {}
         self._interests: dict[str, _Interest] = {}
         self._models_looked_at: float | None = None
@@ -369,8 +373,13 @@ class Registry:
         if not isinstance(question, Store):
             return Declined(error(Code.UNSUPPORTED, f"{question.KIND} is no question").to_wire())
         refused = []
+        wait_s = self._paces.take(peer, len(question.entries), self._clock())
         for index, entry in enumerate(question.entries):
             try:
+                if wait_s > 0:
+                    raise error(
+                        Code.BUSY, f"more than {RECORDS_PER_S:g} records a second", "store them later"
+                    )
                 self._put(entry, owner=peer, origin=origin)
             except CorollaError as problem:
                 seq = problem.details.get("seq", 0)

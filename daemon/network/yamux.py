@@ -26,6 +26,8 @@ from libp2p.stream_muxer.exceptions import (
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from multiaddr import Multiaddr
 
+from ...protocol.limits import MAX_PACE_S, WRITE_STALL_S
+from .allowance import Allowance
 from .multistream import agree, answer
 from .muxing import (
     MAX_FRAME_BODY_BYTES,
@@ -181,6 +183,7 @@ class Yamux(IMuxedConn):
     """The streams of one connection. The library runs `start` in a task of its own.
 
     on_broken: called once, at the moment when the connection is known to be of no more use.
+    allowance: of the peer; None bounds it by the muxer's own limits alone.
     """
 
     def __init__(
@@ -195,6 +198,7 @@ class Yamux(IMuxedConn):
         self.peer_id = peer_id
         self.on_close = on_close
         self.on_broken: Callable[[], None] | None = None
+        self.allowance: Allowance | None = None
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self._initiator = secured_conn.is_initiator if is_initiator is None else is_initiator
@@ -211,6 +215,7 @@ class Yamux(IMuxedConn):
         self._pings: dict[int, float] = {}
         self._nonce = 0
         self._writing = False
+        self._writing_since = 0  # the tick in which the socket was given what it has not taken yet
 
     @property
     def is_initiator(self) -> bool:
@@ -309,9 +314,14 @@ class Yamux(IMuxedConn):
             while self._broken is None:
                 data = await self.secured_conn.read()
                 self._num_messages += 1
+                frames, opened = self.mux.num_frames, self.mux.num_opened
                 for event in self.mux.receive(data):
                     self._act(event)
                 self.wake_writer()
+                if self.allowance is not None:
+                    await self._keep_pace(
+                        len(data), self.mux.num_frames - frames, self.mux.num_opened - opened
+                    )
         except ViolationError as violation:
             _log.warning("violation", peer=str(self.peer_id), reason=str(violation))
             self.mux.go_away(GoAway.PROTOCOL_ERROR)
@@ -323,9 +333,24 @@ class Yamux(IMuxedConn):
         except Exception as failure:  # a dozen types of TCP, Noise and cryptography: all end the connection
             self._break(f"the connection ended: {_reason(failure)}")
 
+    async def _keep_pace(self, num_bytes: int, num_frames: int, num_opens: int) -> None:
+        """Read no more before the peer may send again; part with one that sends beyond all measure."""
+        allowance = self.allowance
+        if allowance is None:
+            return
+        self.mux.max_unread_bytes = allowance.unread_bytes
+        wait_s = allowance.take(num_bytes, num_frames, num_opens, trio.current_time())
+        if wait_s > MAX_PACE_S:
+            raise ViolationError(
+                f"{num_bytes} bytes in {num_frames} frames, which open {num_opens} streams, are a flood"
+            )
+        if wait_s > 0:
+            await trio.sleep(wait_s)
+
     async def _write(self) -> None:
         try:
             while self._broken is None:
+                self._writing_since = self.num_ticks
                 if self._fast is not None:
                     await self._fast.flush()
                 message = self.mux.next_message()
@@ -351,6 +376,8 @@ class Yamux(IMuxedConn):
             seen = self._num_messages
             if silent >= MAX_SILENT_TICKS:
                 self._break(f"the peer has been silent for {silent * TICK_S:.0f} s")
+            elif self._writing and self.num_ticks - self._writing_since > WRITE_STALL_S / TICK_S:
+                self._break(f"the peer took nothing of what was sent for {WRITE_STALL_S:.0f} s")
             elif silent or self.num_ticks % RTT_EVERY_TICKS == 0:
                 self._ping()
             self._reset_left()

@@ -202,7 +202,7 @@ class HopService:
     # the client's stream
 
     async def _serve_client(self, stream: Stream) -> None:
-        talk = Conversation(stream, SESSION)
+        talk = Conversation.begun_by(stream, SESSION)
         first = await _first_word(talk)
         if not isinstance(first, OpenSession):
             raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} did not begin a session stream with `open`")
@@ -213,6 +213,7 @@ class HopService:
             await stream.send(encode(Failure.of(first.session, 0, problem)))
             await stream.close()
             return
+        talk.trust()
         line = served.enter(stream)
         try:
             while served.is_on(line) and (message := await _next(talk)) is not None:
@@ -337,7 +338,7 @@ class HopService:
     # the push stream of an upstream hop
 
     async def _serve_push(self, stream: Stream) -> None:
-        talk = Conversation(stream, PUSH)
+        talk = Conversation.begun_by(stream, PUSH)
         message: Message | None = await _first_word(talk)
         served: Served | None = None
         sender = Hop(stream.peer, 0)
@@ -349,6 +350,8 @@ class HopService:
                         served.detached(stream)
                     sender = Hop(stream.peer, message.from_worker)
                     served, answer = await self._attach(stream, message, sender)
+                    if served is not None:
+                        talk.trust()
                 elif isinstance(message, Step):
                     if served is None or message.session != served.hop.opened.session:
                         raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} pushed what it did not attach")

@@ -67,13 +67,14 @@ class TrainingService:
         return self._clients.total()
 
     async def _serve(self, stream: Stream) -> None:
-        talk = Conversation(stream, TRAINING)
+        talk = Conversation.begun_by(stream, TRAINING)
         with trio.fail_after(CHUNK_TIMEOUT_S):
             asked = await talk.hear()
         if not isinstance(asked, (SpanForward, SpanBackward, PutPart)):
             raise error(Code.PROTOCOL_VIOLATION, f"{stream.peer} did not begin with a training request")
         try:
             with self._admitted(stream.peer, asked):
+                talk.trust()
                 await self._answer(talk, self._find_worker(stream.peer, asked), asked)
         except CorollaError as problem:
             await talk.say(Declined.of(problem))
