@@ -13,7 +13,7 @@ import pwd
 import socket
 import stat
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ from ..protocol.limits import (
     MAX_HEADER_BYTES,
     MAX_LOCAL_HEADER_BYTES,
     MAX_LOCAL_PAYLOAD_BYTES,
+    MAX_PROGRAMS,
+    MAX_PROGRAMS_PER_GUEST,
     MIB,
 )
 from ..protocol.messages import Message, encode, from_plain, to_plain
@@ -39,7 +41,6 @@ from .pages import BEGINS, Pages, serve_page
 from .store import unusable
 
 GROUP: Final = "corolla"  # its members may use the daemon
-MAX_CONNECTIONS: Final = 256
 MAX_UNSENT_BYTES: Final = 4 * MIB  # to a reader that is slower than its answers; then the answers wait
 LAST_WORD_S: Final = 1.0  # for telling a program why its connection ends
 _READ_BYTES: Final = 1 << 18
@@ -147,6 +148,7 @@ class ControlServer:
         self._pages = pages or {}
         self._operators = frozenset(operators)
         self._num_connections = 0
+        self._guests: Counter[int] = Counter()  # connections by uid, of those who may only see
 
     def allow(self, operators: Collection[int]) -> None:
         """Let these manage from now on; connections that stand keep their rights."""
@@ -161,8 +163,8 @@ class ControlServer:
     async def _serve_contained(self, stream: trio.SocketStream) -> None:
         self._num_connections += 1
         try:
-            if self._num_connections > MAX_CONNECTIONS:
-                problem = error(Code.BUSY, f"{MAX_CONNECTIONS} programs are connected", "close some of them")
+            if self._num_connections > MAX_PROGRAMS:
+                problem = error(Code.BUSY, f"{MAX_PROGRAMS} programs are connected", "close some of them")
                 await stream.send_all(encode(Refused.of(0, problem)))
             else:
                 await self._serve(stream)
@@ -174,6 +176,21 @@ class ControlServer:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         caller = self.caller_of(stream.socket)
+        if caller.right is not Right.SEE:
+            await self._attend(stream, caller)
+            return
+        if self._guests[caller.uid] >= MAX_PROGRAMS_PER_GUEST:
+            said = f"{self._guests[caller.uid]} programs of uid {caller.uid} are connected"
+            await stream.send_all(encode(Refused.of(0, error(Code.BUSY, said, "close some of them"))))
+            return
+        self._guests[caller.uid] += 1
+        try:
+            await self._attend(stream, caller)
+        finally:
+            self._guests[caller.uid] -= 1
+            self._guests += Counter()  # forgets the zeros
+
+    async def _attend(self, stream: trio.SocketStream, caller: Caller) -> None:
         opening = await _opening(stream)
         if opening == BEGINS:
             await serve_page(stream, self._pages, opening)

@@ -59,6 +59,7 @@ STRANGER_BYTES_AT_ONCE: Final = 2 * MIB  # some greetings at their longest
 STRANGER_UNREAD_BYTES: Final = MIB
 MAX_UNREAD_OF_ALL_BYTES: Final = 1024 * MIB  # of all connections; beyond, the peer that fills most is dropped
 MAX_PACE_S: Final = 3.0  # shorter than the silence after which the far side would give us up
+SILENCE_S: Final = 7.5  # a peer that sends nothing, not even answers to pings, is given up
 WRITE_STALL_S: Final = 60.0  # a peer that takes none of what we send for so long is dropped
 MAX_PEERS_REMEMBERED: Final = 4096  # what they used of their allowance, and who proved to be a stranger
 FIRST_WORD_BYTES: Final = 64 * KIB  # of a stream, before its request is admitted: the names of 1024 parts
@@ -75,6 +76,10 @@ MAX_ROWS: Final = 256  # independent sequences of one session: beams and samples
 MAX_STEPS_IN_FLIGHT: Final = 4  # unacknowledged per session: enough to fill a pipeline, and backpressure
 MAX_STEP_TOKENS: Final = 512  # of all rows together; longer inputs travel as several steps and so pipeline
 MAX_POSITION: Final = 1 << 24  # longer than any context known
+MAX_SESSIONS: Final = 256  # of all clients, on all workers of one daemon
+MAX_SESSIONS_PER_CLIENT: Final = 64
+HISTORY_BYTES: Final = 2048 * MIB  # of all sessions together; half of it at most for one client
+MIN_HISTORY_BYTES: Final = 256 * KIB  # of a session that finds the rest promised: the latest positions
 SESSION_ID_BYTES: Final = 16
 MAX_HOPS: Final = 128
 MAX_BLOCKS: Final = 1024
@@ -82,6 +87,9 @@ MAX_BLOCKS: Final = 1024
 # Training.
 MAX_SEQUENCES: Final = 256  # of one micro-batch
 MAX_TRAINING_BYTES: Final = 64 * MIB  # hidden states of one micro-batch: 2048 tokens of hidden size 8192
+MAX_TRAINING_REQUESTS: Final = 64  # of all clients; they wait in the worker's queue
+MAX_TRAINING_REQUESTS_PER_CLIENT: Final = 16  # several micro-batches in flight, and the parts of an adapter
+MAX_TRAINING_REQUEST_BYTES: Final = 1024 * MIB  # of all requests together, as announced
 MAX_PART_BYTES: Final = 64 * MIB  # of one block's adapter: rank 64 on all linears of hidden size 8192
 TRAINING_CHUNK_BYTES: Final = 1 * MIB  # as much as a reader has to hold before it may look
 
@@ -114,6 +122,10 @@ MAX_MANIFESTS_PER_MODEL: Final = 16  # enough to outlive their peers; the rest w
 MAX_STORED_RECORDS: Final = 32768  # in one daemon: a swarm of ten thousand peers, read whole
 SEQ_MEMORY_S: Final = 600.0  # past expiry; longer than twice the clock skew, so nothing can be replayed
 MAX_KEYS_PER_FIND: Final = 136  # of a model of 1024 blocks, 8 blocks to a key, and a few more
+REGISTRY_IDLE_S: Final = 30.0  # of a stream on which nothing is asked
+MAX_KAD_BYTES: Final = 64 * KIB  # a FIND_NODE and the asker's signed addresses, with room
+MAX_KAD_QUESTIONS: Final = 64  # on one stream
+KAD_TIMEOUT_S: Final = 10.0  # between two questions on one stream
 REGISTRY_TIMEOUT_S: Final = 3.0  # one question to a holder: a dictionary look-up and a round trip
 
 # Membership.
@@ -153,4 +165,6 @@ MAX_DIAL_BACKS_PER_MINUTE: Final = 30  # for all others: more peers than that as
 DIAL_BACK_AGAIN_S: Final = 5.0  # before the same peer is served again
 
 # Control socket.
+MAX_PROGRAMS: Final = 256  # connected at once
+MAX_PROGRAMS_PER_GUEST: Final = 32  # of one user who may only see: others find room
 MAX_CALLS_PER_CONNECTION: Final = 256

@@ -57,6 +57,13 @@ def reach_of(address: str) -> Reach:
     return Reach.PUBLIC
 
 
+def network_of(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
+    """The /24 or /48 of an address of the world: likely one owner's. None for any other address."""
+    if not ip.is_global:
+        return None
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
+
+
 def order(addresses: Sequence[str], failed_at: Mapping[str, float], now: float) -> tuple[str, ...]:
     """The addresses, best first: those that failed lately last, nearer ones first, otherwise as given.
 

@@ -26,13 +26,12 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
+from ...protocol.limits import KAD_TIMEOUT_S, MAX_KAD_BYTES, MAX_KAD_QUESTIONS
+
 REFRESH_EVERY_S: Final = 600.0
 SETTLE_S: Final = 0.5  # connections come in bunches; one look round serves all of them
 LOOKUP_TIMEOUT_S: Final = 10.0
-REQUEST_TIMEOUT_S: Final = 10.0  # between two questions on one stream
-MAX_REQUEST_BYTES: Final = 64 * 1024  # a FIND_NODE and the asker's signed addresses, with room
 MAX_KEY_BYTES: Final = 64
-MAX_REQUESTS: Final = 64  # on one stream
 MAX_ADDRESSES_TOLD: Final = 8
 
 _log = structlog.get_logger("corolla.kademlia")
@@ -98,13 +97,11 @@ class SwarmRouting:
         if not self._may_enter(str(peer)):
             await stream.reset()
             return
-        for _ in range(MAX_REQUESTS):
+        for _ in range(MAX_KAD_QUESTIONS):
             try:
-                with trio.fail_after(REQUEST_TIMEOUT_S):
+                with trio.fail_after(KAD_TIMEOUT_S):
                     request = Message()
-                    request.ParseFromString(
-                        await read_varint_prefixed_bytes_limited(stream, MAX_REQUEST_BYTES)
-                    )
+                    request.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_KAD_BYTES))
                     if request.type != Message.MessageType.FIND_NODE or not request.key[:MAX_KEY_BYTES]:
                         break
                     if maybe_consume_signed_record(request, self._host, peer):

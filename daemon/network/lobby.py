@@ -18,6 +18,7 @@ from ...protocol.limits import (
     MAX_HANDSHAKES,
 )
 from .allowance import Paces, Rate
+from .dialling import network_of
 
 
 @dataclass(eq=False, slots=True)
@@ -86,21 +87,14 @@ class Lobby:
         return next(guest for guest in self._waiting if crowds[guest.origin] == largest)
 
 
-def public_network(address: str) -> str | None:
-    """The /24 or /48 of an IP address; None unless it is one of the world's."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return None
-    if not ip.is_global:
-        return None
-    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
-
-
 def origin_of_socket(address: str) -> str:
     """Where a connection from an IP address comes from; "" for this machine."""
     try:
-        is_here = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        is_here = False
-    return "" if is_here else public_network(address) or address
+        return address
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback:
+        return ""
+    return network_of(ip) or address

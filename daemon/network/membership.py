@@ -34,11 +34,8 @@ from ...protocol.limits import (
 from ...protocol.messages import Message
 from ...protocol.records import swarm_id_of
 from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
-<<<<<<< HEAD
 from .acquaintances import FORGET_AFTER_S, REDIAL_FIRST_S, REDIAL_MAX_S, Acquaintances, of_peer, tell_of
-=======
 from .allowance import Paces, Rate
->>>>>>> ca867ae (daemon/network/allowance, lobby: what one peer may send, open and hold; who floods, stalls or waits at the door harms nobody else)
 from .conversation import Conversation
 from .roll import Roll
 from .seam import Network, Stream

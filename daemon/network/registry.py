@@ -30,6 +30,7 @@ from ...protocol.limits import (
     RECORDS_AT_ONCE,
     RECORDS_PER_S,
     REFRESH_EVERY_S,
+    REGISTRY_IDLE_S,
     REGISTRY_TIMEOUT_S,
 )
 from ...protocol.messages import Message
@@ -69,7 +70,6 @@ READ_HOLDERS: Final = 4  # whose union a reader takes: some may be behind, or li
 MAX_PAGES: Final = MAX_RECORDS_PER_KEY // 8  # of one holder's answer
 EXPIRE_EVERY_S: Final = 2.0  # readers skip what has expired anyway; this tells those who wait
 PAUSE_AFTER_FAILURE_S: Final = 2.0
-IDLE_TIMEOUT_S: Final = 30.0  # of a stream on which nothing is asked
 MAX_SENDING: Final = 16  # holders spoken to at once
 
 _log = structlog.get_logger("corolla.registry")
@@ -350,7 +350,7 @@ class Registry:
         conversation = Conversation(stream, REGISTRY, max_payload_bytes=0)
         views = [view for view in self._network.peers() if view.peer == stream.peer]
         origin = origin_of(stream.peer, views[0].addresses if views else ())
-        with anyio.move_on_after(IDLE_TIMEOUT_S) as scope:
+        with anyio.move_on_after(REGISTRY_IDLE_S) as scope:
             while True:
                 try:
                     question = await conversation.hear()
@@ -361,7 +361,7 @@ class Registry:
                     continue
                 if question is None:
                     break
-                scope.deadline = anyio.current_time() + IDLE_TIMEOUT_S
+                scope.deadline = anyio.current_time() + REGISTRY_IDLE_S
                 await conversation.say(await self._answer(question, stream.peer, origin))
             await stream.close()
             return

@@ -34,6 +34,7 @@ from ...protocol.records import (
     verify,
 )
 from ...protocol.registry import KEY_BYTES, Entry, Found
+from .dialling import network_of
 
 _R = TypeVar("_R", SpanRecord, ManifestRecord)
 
@@ -272,8 +273,5 @@ def origin_of(peer: str, addresses: Sequence[str]) -> str:
             ip = ipaddress.ip_address(parts[2])
         except ValueError:
             continue
-        if ip.is_global:
-            bits = 24 if ip.version == 4 else 48
-            return str(ipaddress.ip_network((ip, bits), strict=False))
-        return peer
+        return network_of(ip) or peer
     return peer

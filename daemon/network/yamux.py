@@ -26,7 +26,7 @@ from libp2p.stream_muxer.exceptions import (
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from multiaddr import Multiaddr
 
-from ...protocol.limits import MAX_PACE_S, WRITE_STALL_S
+from ...protocol.limits import MAX_PACE_S, SILENCE_S, WRITE_STALL_S
 from .allowance import Allowance
 from .multistream import agree, answer
 from .muxing import (
@@ -53,7 +53,7 @@ MAX_QUEUED_BYTES: Final = 256 * 1024
 # A silent peer is asked for a sign of life at the first silent tick and given up at the fifth, which is at
 # most 9 s after it stopped. Ticks are counted, not seconds, so that a stall of our own accuses nobody.
 TICK_S: Final = 1.5
-MAX_SILENT_TICKS: Final = 5
+MAX_SILENT_TICKS: Final = round(SILENCE_S / TICK_S)
 RTT_EVERY_TICKS: Final = 10  # a ping although there is traffic, to know the round trip
 WRITES_PER_TURN: Final = 16  # small sends that need not wait still let others run now and then
 FLUSH_TIMEOUT_S: Final = 1.0  # for what is queued, when a connection is closed

@@ -16,7 +16,14 @@ import trio
 from anyio.abc import TaskStatus
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import KIB, MIB, OPEN_TIMEOUT_S, SESSION_GRACE_S
+from ...protocol.limits import (
+    HISTORY_BYTES,
+    MAX_SESSIONS,
+    MAX_SESSIONS_PER_CLIENT,
+    MIN_HISTORY_BYTES,
+    OPEN_TIMEOUT_S,
+    SESSION_GRACE_S,
+)
 from ...protocol.messages import Message, encode
 from ...protocol.steps import (
     PUSH,
@@ -41,10 +48,6 @@ from .port import WorkerPort
 from .served import Served
 from .training import Asked
 
-MAX_SESSIONS: Final = 256  # of all clients, on all workers of this daemon
-MAX_SESSIONS_PER_CLIENT: Final = 64
-HISTORY_BYTES: Final = 2048 * MIB  # of all sessions together; half of it at most for one client
-MIN_HISTORY_BYTES: Final = 256 * KIB  # of a session that finds the rest promised: the latest positions
 FIRST_WORD_TIMEOUT_S: Final = OPEN_TIMEOUT_S  # of a stream that was opened to us
 # For our own link of the epoch, which the client sends as it sends the other's; the other gives up soon after.
 ATTACH_WAIT_S: Final = 0.6 * OPEN_TIMEOUT_S

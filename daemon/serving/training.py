@@ -15,7 +15,14 @@ from typing import Final, TypeAlias, cast
 import trio
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.limits import MIB, OPEN_TIMEOUT_S, TRAINING_CHUNK_BYTES, WORKING_EVERY_S
+from ...protocol.limits import (
+    MAX_TRAINING_REQUEST_BYTES,
+    MAX_TRAINING_REQUESTS,
+    MAX_TRAINING_REQUESTS_PER_CLIENT,
+    OPEN_TIMEOUT_S,
+    TRAINING_CHUNK_BYTES,
+    WORKING_EVERY_S,
+)
 from ...protocol.messages import Message
 from ...protocol.training import (
     TRAINING,
@@ -33,9 +40,6 @@ from ..network.conversation import Conversation
 from ..network.seam import Network, Stream
 from .port import Pending, WorkerPort
 
-MAX_REQUESTS: Final = 64  # of all clients; they wait in the worker's queue
-MAX_REQUESTS_PER_CLIENT: Final = 16  # several micro-batches in flight, and the parts of an adapter
-MAX_REQUEST_BYTES: Final = 1024 * MIB  # of all requests together, as announced
 CHUNK_TIMEOUT_S: Final = OPEN_TIMEOUT_S  # silence of a client amid its tensors
 
 Asked: TypeAlias = SpanForward | SpanBackward | PutPart
@@ -84,8 +88,8 @@ class TrainingService:
     def _admitted(self, client: str, asked: Asked) -> Iterator[None]:
         """Count a request while it lasts. Raises `BUSY`."""
         mine = self._clients[client]
-        too_many = self.num_requests >= MAX_REQUESTS or mine >= MAX_REQUESTS_PER_CLIENT
-        if too_many or self._num_bytes + asked.size_bytes > MAX_REQUEST_BYTES:
+        too_many = self.num_requests >= MAX_TRAINING_REQUESTS or mine >= MAX_TRAINING_REQUESTS_PER_CLIENT
+        if too_many or self._num_bytes + asked.size_bytes > MAX_TRAINING_REQUEST_BYTES:
             raise error(
                 Code.BUSY,
                 f"{self.num_requests} training requests of {self._num_bytes} bytes are under way here,"

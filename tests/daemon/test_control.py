@@ -9,7 +9,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +377,7 @@ async def test_a_slow_reader_holds_up_its_own_answers_and_gets_them_all(path: Pa
 
 
 async def test_too_many_programs_are_told_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 1)
     async with serving(path, {"status": say_nothing}) as connect:
         first = await connect()
         assert await first.ask("status") == Return(1)
@@ -385,6 +385,38 @@ async def test_too_many_programs_are_told_so(path: Path, monkeypatch: pytest.Mon
         assert isinstance(answer, Refused)
         assert answer.problem().code is Code.BUSY
         assert await first.ask("status") == Return(1)
+
+
+async def test_one_user_who_may_only_see_leaves_room_for_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PROGRAMS_PER_GUEST", 2)
+    server = ControlServer({"status": say_nothing})
+    uids = [7, 7, 7, 8]
+    server.caller_of = lambda connection: Caller(uids.pop(0) if uids else 7, Right.SEE)  # type: ignore[method-assign]
+    with listen(path) as listener:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, listener)
+
+            async with AsyncExitStack() as programs:
+
+                async def answer() -> tuple[Program, Message]:
+                    program = Program(await trio.open_unix_socket(str(path)))
+                    await programs.enter_async_context(program.stream)
+                    return program, await program.ask("status")
+
+                first, said = await answer()
+                assert said == Return(1)
+                assert (await answer())[1] == Return(1)
+                refused = (await answer())[1]
+                assert isinstance(refused, Refused)
+                assert refused.problem().code is Code.BUSY
+                assert "uid 7" in refused.problem().message
+                assert (await answer())[1] == Return(1)
+                await first.stream.aclose()
+                while (await answer())[1] != Return(1):  # until the server has heard of the end
+                    await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
 
 
 # whose socket it is

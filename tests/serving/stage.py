@@ -15,8 +15,9 @@ from anyio.abc import TaskGroup
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.seam import Network
-from corolla.daemon.serving.peers import HISTORY_BYTES, HopService
+from corolla.daemon.serving.peers import HopService
 from corolla.daemon.serving.twin import HIDDEN_SIZE, WorkerTwin, embedding, twin_facts, whole_row
+from corolla.protocol.limits import HISTORY_BYTES
 from corolla.protocol.messages import Message
 from corolla.protocol.steps import (
     NEW_ROW,

@@ -11,11 +11,15 @@ import trio.testing
 
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.serving.hop import HopSession
-from corolla.daemon.serving.peers import MAX_SESSIONS_PER_CLIENT, MIN_HISTORY_BYTES
 from corolla.daemon.serving.served import MAX_UNDER_WAY
 from corolla.daemon.serving.twin import not_finite
 from corolla.protocol.errors import Code
-from corolla.protocol.limits import SESSION_GRACE_S, WORKING_EVERY_S
+from corolla.protocol.limits import (
+    MAX_SESSIONS_PER_CLIENT,
+    MIN_HISTORY_BYTES,
+    SESSION_GRACE_S,
+    WORKING_EVERY_S,
+)
 from corolla.protocol.messages import Message
 from corolla.protocol.steps import (
     NEW_ROW,

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 from anyio.abc import TaskGroup
 
+from corolla.daemon.network import membership as membership_module
 from corolla.daemon.network.acquaintances import FORGET_AFTER_S, MAX_KNOWN
 from corolla.daemon.network.membership import (
     GOSSIP_EVERY_S,
@@ -25,8 +26,9 @@ from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, 
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.framing import encode_frame
-from corolla.protocol.limits import HELLO_TIMEOUT_S, MAX_HELLO_BYTES
-from corolla.protocol.registry import HELLO_PROTOCOL, PeerAddresses
+from corolla.protocol.limits import GREETINGS_AT_ONCE, HELLO_TIMEOUT_S, MAX_HELLO_BYTES
+from corolla.protocol.messages import encode
+from corolla.protocol.registry import HELLO_PROTOCOL, Hello, PeerAddresses
 
 pytestmark = pytest.mark.anyio
 ROSES = found_swarm("roses", bytes(32), b"1")
@@ -189,6 +191,35 @@ async def test_nonsense_instead_of_a_greeting_harms_nobody(data: bytes) -> None:
         bob = await g.join("bob", "ada")
         await bob.wait_joined(timeout_s=5)
         assert names(ada) == {"bob"}
+
+
+async def test_who_greets_without_end_is_no_longer_heard_and_others_are() -> None:
+    async with garden() as g:
+        ada = await g.join("ada")
+        bob = await g.join("bob", "ada")
+        await bob.wait_joined(timeout_s=5)
+        refused = 0
+        for _ in range(GREETINGS_AT_ONCE + 5):
+            stream = await g.hub.find("bob").open("ada", HELLO_PROTOCOL, timeout_s=5)  # type: ignore[union-attr]
+            try:
+                await stream.send(encode(Hello(ROSES.swarm_id, ROSES.name, "1")))
+                await stream.receive()
+                await stream.close()
+            except CorollaError:
+                refused += 1
+        assert refused >= 4
+        cyd = await g.join("cyd", "ada")
+        await cyd.wait_joined(timeout_s=5)
+        assert names(ada) == {"bob", "cyd"}
+
+
+async def test_strangers_are_remembered_in_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership_module, "MAX_PEERS_REMEMBERED", 3)
+    async with garden() as g:
+        ada = await g.join("ada")
+        for number in range(6):
+            await g.join(f"eve{number}", "ada", swarm=TULIPS)
+        await until(lambda: set(ada._strangers) == {"eve3", "eve4", "eve5"})
 
 
 async def test_before_membership_only_greetings_are_served() -> None:

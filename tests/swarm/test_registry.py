@@ -15,6 +15,7 @@ import trio.testing
 from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from corolla.daemon.network import registry as registry_module
 from corolla.daemon.network.announcements import Offer
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.membership import Membership, found_swarm
@@ -328,6 +329,26 @@ async def test_forged_replayed_and_foreign_records_are_refused() -> None:
         problem = await refused(ada, bob, ada.entry(ada.record(seq=4)))
         assert problem.code is Code.BAD_RECORD
         assert problem.details["seq"] == 5
+
+
+async def test_who_stores_without_end_is_told_to_store_later_and_others_are_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "RECORDS_PER_S", 1.0)
+    monkeypatch.setattr(registry_module, "RECORDS_AT_ONCE", 100)
+    async with garden() as g:
+        ada, bob, eve = await g.grow(3)
+        refused_codes = set()
+        for seq in range(1, 5):
+            answer = await eve.ask(
+                bob, Store(tuple(eve.entry(eve.record(worker=w, seq=seq)) for w in range(40)))
+            )
+            assert isinstance(answer, Stored)
+            refused_codes |= {refusal.problem().code for refusal in answer.refused}
+        assert refused_codes == {Code.BUSY}
+        assert bob.sees().keys() == {(eve.peer, worker) for worker in range(40)}
+        answer = await ada.ask(bob, Store((ada.entry(ada.record()),)))
+        assert answer == Stored()
 
 
 async def test_a_wrong_clock_is_refused_and_said() -> None:
