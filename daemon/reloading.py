@@ -37,6 +37,7 @@ DAEMON_KEYS: Final = frozenset(
         "announce",
         "reachability",
         "mdns",
+        "upnp",
         "state_dir",
         "socket",
         "cache_dir",

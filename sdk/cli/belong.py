@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from ...protocol.control import PRIVACY
 from ..client import Daemon
 from ..output import Output
 from .options import asking
+
+RELAYING: Final = (
+    "if others can dial this machine, it relays members' connections, within limits: "
+    "`daemonctl config set relay false` turns that off"
+)
 
 
 @click.command()
@@ -21,6 +28,7 @@ def join(daemon: Daemon, output: Output, token: str) -> None:
         output.envelope(swarm=joined)
     else:
         output.say(f"joined swarm {joined.name} ({joined.swarm_id[:16]}); remembered over restarts")
+        output.say(RELAYING)
 
 
 @click.command()

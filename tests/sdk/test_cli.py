@@ -173,6 +173,10 @@ def test_privacy_is_told_at_the_first_generate_and_at_each_join(ctl: Ctl, fake: 
     assert PRIVACY in ctl("join", "abc").err
 
 
+def test_joining_names_the_switch_of_relaying(ctl: Ctl, fake: FakeDaemon) -> None:
+    assert "config set relay false" in ctl("join", "abc").err
+
+
 def test_several_models_want_a_choice(ctl: Ctl, fake: FakeDaemon) -> None:
     other = MODEL.__class__("large", "ef" * 32, "LlamaForCausalLM", 4, 8, None, None, (1, 1, 1, 1))
     fake.handlers["models"] = lambda connection, call: [MODEL, other]
