@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import pytest
 import structlog.testing
@@ -21,15 +22,18 @@ from trio._core import _run
 
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.serving.peers import HopService
+from corolla.daemon.serving.training import TrainingService
 from corolla.daemon.serving.twin import HIDDEN_SIZE, WorkerTwin, not_finite, twin_facts, whole_row
 from corolla.daemon.session.client import Session, open_session
 from corolla.daemon.session.deadlines import Settings
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.session.wiring import Route, RouteRequest
 from corolla.daemon.swarm.blame import HEAVY
+from corolla.daemon.training.parts import put_parts
 from corolla.protocol.errors import Code, error
 from corolla.protocol.steps import NEW_ROW, Hop, Reply, Row
 from corolla.protocol.tensors import Encoding
+from corolla.protocol.training import NO_PART
 
 from .paths import Offer, random_route
 from .rows import random_rows
@@ -80,9 +84,10 @@ class Story:
 
 
 class Reference:
-    """What the whole model answers, by the one rule of rows."""
+    """What the whole model answers with an adapter's parts, by the one rule of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: tuple[bytes, ...]) -> None:
+        self._parts = parts
         self._inputs: list[list[bytes]] = []
 
     @property
@@ -96,7 +101,7 @@ class Reference:
             kept = [] if row.parent == NEW_ROW else self._inputs[row.parent][: row.position]
             table.append(kept + tokens[: row.n])
             tokens = tokens[row.n :]
-            outputs = whole_row(0, NUM_BLOCKS, table[-1])[row.position :]
+            outputs = whole_row(0, NUM_BLOCKS, table[-1], self._parts)[row.position :]
             answer += outputs if reply is Reply.ALL else outputs[-1:] if reply is Reply.LAST else []
         self._inputs = table
         return b"".join(answer)
@@ -115,13 +120,20 @@ class Swarm:
         self._nursery = nursery
         self._network = hub.network(CLIENT)
         self.session: Session | None = None
+        chance = random.Random(f"adapter {seed}")  # of its own: the other choices stay those of the seed
+        data = [chance.randbytes(chance.randint(1, 200_000)) for _ in range(NUM_BLOCKS)]
+        self.data = {sha256(part).digest(): part for part in data}
+        names = tuple(name if chance.random() < 0.7 else NO_PART for name in self.data)
+        self.parts = names if chance.random() < 0.5 and any(names) else ()
 
     # peers
 
     async def start(self, name: str, start: int, end: int, compute_s: float) -> None:
         """A daemon comes up, or comes back."""
         life = trio.CancelScope()
-        service = HopService(self._hub.network(name))
+        network = self._hub.network(name)
+        service = HopService(network)
+        TrainingService(network, service.worker_for)  # the network holds it
         worker = WorkerTwin(0, FACTS, start, end, compute_s=compute_s)
         service.add_worker(worker)
         await self._nursery.start(self._live, service, worker, life)  # type: ignore[arg-type]
@@ -157,6 +169,11 @@ class Swarm:
         if peer not in allowed:
             raise AssertionError(f"{peer} is innocent, and charged: {reason}")
 
+    async def bring(self, hop: Hop, parts: tuple[tuple[int, bytes], ...]) -> None:
+        """Put parts of the adapter on a hop."""
+        self.tell(f"parts of {len(parts)} blocks for {hop.peer}")
+        await put_parts(self._network, FACTS.fingerprint, hop, parts, self.data)
+
     def tell(self, line: str) -> None:
         """Another line of the story."""
         self.story.lines.append(f"{trio.current_time():10.4f} {line}")
@@ -166,10 +183,13 @@ class Swarm:
     async def use(self, num_steps: int) -> None:
         """Take random steps and compare every answer; then close, and see that nothing is left."""
         id_ = self.rng.randbytes(16)
-        terms = Terms(id_, FACTS.fingerprint, 0, NUM_BLOCKS, Encoding.FLOAT32, TOKEN_BYTES, 8, MAX_TOKENS)
+        encoding = Encoding.FLOAT32
+        terms = Terms(id_, FACTS.fingerprint, 0, NUM_BLOCKS, encoding, TOKEN_BYTES, 8, MAX_TOKENS, self.parts)
         settings = Settings(part_tokens=self.rng.choice((2, 5, 512)), open_wait_s=60.0)
-        reference = Reference()
-        async with open_session(self._network, self, terms, settings, charge=self.charge) as self.session:
+        reference = Reference(self.parts)
+        async with open_session(
+            self._network, self, terms, settings, charge=self.charge, bring=self.bring
+        ) as self.session:
             self.tell("open")
             for index in range(num_steps):
                 rows = random_rows(self.rng, reference.lengths, MAX_TOKENS, first=index == 0)

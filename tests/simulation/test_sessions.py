@@ -80,6 +80,12 @@ def test_a_schedule_of_whole_daemons_replays_exactly() -> None:
     assert first.num_repairs > 0
 
 
+def test_replacements_get_the_parts_of_the_adapter_amid_a_session() -> None:
+    told = play_daemons(5).lines
+    opened = next(place for place, line in enumerate(told) if line.endswith(" open"))
+    assert any("parts of" in line for line in told[opened:])
+
+
 def test_the_default_schedules_repair_replay_wait_and_charge() -> None:
     told = [line for seed in range(200) for line in play_machine(seed).lines]
     for what in ("Replay(", "repaired", "Charge(", "Where(", "link_failed", "not_finite"):
