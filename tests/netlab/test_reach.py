@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
+
 from ..model.tiny import save_tiny
 from ..processes import DaemonProcess, wait_until
 from .lab import PORT, Lab, Nat, why_not
@@ -130,6 +132,19 @@ def test_behind_a_nat_that_lets_callers_in_no_relay_is_used(
 
     assert tokens == expected(model[1], 24)
     assert not is_relayed(client, peer_of(home))
+
+
+def test_in_one_network_members_find_each_other_without_an_address(lab: tuple[Lab, LabSwarm]) -> None:
+    """The token's addresses are dead, as after everybody's router gave out new ones."""
+    net, swarm = lab
+    founder = swarm.found_on(net.host("one"), "one", "--blocks", "none")
+    token = decode_token(swarm.token)
+    dead = (f"/ip4/11.0.9.9/tcp/{PORT}/p2p/{peer_of(founder)}",)
+    other = swarm.on(net.host("two"), "two", "--blocks", "none")
+    other.wait_ready()
+    with other.connect() as asked:
+        asked.join(encode_token(SwarmToken(token.swarm_id, token.name, dead)))
+    assert other.status().num_peers == 1
 
 
 @pytest.mark.long
