@@ -19,8 +19,9 @@ from ..protocol.invitations import SwarmToken, encode_token
 from ..protocol.registry import HELLO_PROTOCOL
 from .identity import Identity
 from .network.dialling import Reachability
+from .network.greeting import Swarm, discover_swarm
 from .network.libp2p import open_network
-from .network.membership import Membership, Swarm, discover_swarm
+from .network.membership import Membership
 from .network.neighbours import Neighbours, listens_beyond
 from .network.registry import Registry
 from .network.relaying import RelayLimits

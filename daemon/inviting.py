@@ -30,7 +30,7 @@ from ..protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
 from .belonging import MAX_TOKEN_ADDRESSES, Belonging, Entry
 from .control import Ask, Handler, Reply
 from .identity import Identity
-from .network.membership import Swarm, found_swarm
+from .network.greeting import Swarm, found_swarm
 from .network.roll import Roll, Standing, decode_standing, encode_standing
 from .store import Store
 

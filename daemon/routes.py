@@ -17,7 +17,8 @@ from ..protocol import views
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import CONNECT_TIMEOUT_S
 from ..protocol.work import ModelFacts
-from .network.membership import PROTOCOL_MAJORS, Membership
+from .network.greeting import PROTOCOL_MAJORS
+from .network.membership import Membership
 from .network.registry import Registry, Seen
 from .network.seam import Network
 from .session.wiring import Route, RouteHop, RouteRequest

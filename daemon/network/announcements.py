@@ -18,7 +18,7 @@ from ...protocol.records import ManifestRecord, Record, SpanRecord, SpanState, k
 from ...protocol.registry import Entry
 from ...protocol.tensors import DType, Encoding
 from ...protocol.work import ModelFacts
-from .membership import PROTOCOL_MAJORS
+from .greeting import PROTOCOL_MAJORS
 
 MAX_SEQ_LEAD_MS: Final = 86_400_000  # another's word on our own `seq` is believed up to a day ahead
 

@@ -9,8 +9,7 @@ the idea of gossip: each greeting carries a small random sample of whom the othe
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,74 +18,29 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from ...protocol.errors import Code, CorollaError, error, error_from_wire
-from ...protocol.invitations import Charter
 from ...protocol.limits import (
     CONNECT_TIMEOUT_S,
     GREETINGS_AT_ONCE,
     GREETINGS_PER_S,
     HELLO_TIMEOUT_S,
     MAX_ADDRESSES,
-    MAX_HELLO_BYTES,
     MAX_MEMBERS_TOLD,
     MAX_NAME_CHARS,
     MAX_PEERS_REMEMBERED,
 )
-from ...protocol.messages import Message
-from ...protocol.records import swarm_id_of
-from ...protocol.registry import HELLO, HELLO_PROTOCOL, Hello, PeerAddresses
+from ...protocol.registry import HELLO_PROTOCOL, Hello, PeerAddresses
 from .acquaintances import FORGET_AFTER_S, REDIAL_FIRST_S, REDIAL_MAX_S, Acquaintances, of_peer, tell_of
 from .allowance import Paces, Rate
-from .conversation import Conversation
+from .greeting import PROTOCOL_MAJORS, Swarm, as_hello, converse, greet_with
 from .roll import Roll
 from .seam import Network, Stream
 
-PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
 GOSSIP_EVERY_S: Final = 30.0
 FAREWELL_S: Final = 2.0  # for one put out to hear why
 MAX_REASON_CHARS: Final = 500  # of a refusal, which a stranger wrote
 PATIENCE_S: Final = 2.0  # how long the dialled side waits for the dialler to greet before greeting itself
 
 _log = structlog.get_logger("corolla.membership")
-
-
-@dataclass(frozen=True, slots=True)
-class Swarm:
-    """Which swarm. The id never changes; the name is for people."""
-
-    swarm_id: str
-    name: str
-
-
-def found_swarm(name: str, founder_key: bytes, nonce: bytes) -> Swarm:
-    """A new swarm. founder_key: raw public key, 32 bytes; nonce: random, so that names may be used again."""
-    return Swarm(swarm_id_of(name, founder_key, nonce), name)
-
-
-async def discover_swarm(
-    network: Network, address: str, *, charter: Charter | None = None, timeout_s: float = HELLO_TIMEOUT_S
-) -> Swarm:
-    """The swarm of the member at a multiaddress, asked before joining it.
-
-    charter: of the invited swarm whose membership we have; another one is entered by a token alone.
-    Raises `PEER_LOST` (unreachable), `TIMEOUT`, `NO_SWARM` (it has none itself), `NOT_INVITED`, or `UNSUPPORTED`.
-    """
-    peer = await network.connect(address, timeout_s=timeout_s)
-    asking = Hello("", "", "", PROTOCOL_MAJORS)
-    async with _greeting(network, peer, asking, timeout_s=timeout_s) as hello:
-        pass
-    if not hello.swarm_id:
-        raise error(
-            Code.NO_SWARM,
-            f"the daemon at {address} is not in a swarm itself",
-            "run `daemonctl swarm create NAME` there, or join a member of a swarm",
-        )
-    if hello.charter is not None and hello.charter != charter:
-        raise error(
-            Code.NOT_INVITED,
-            f"{hello.charter.name}, the swarm of the daemon at {address}, is entered by invitation alone",
-            "ask its owner for a token (daemonctl invite), and give that in place of the address",
-        )
-    return Swarm(hello.swarm_id, hello.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +244,9 @@ class Membership:
             await self._network.disconnect(peer)
 
     async def _greet(self, peer: str) -> None:
-        """Say hello and hear it. Raises `WRONG_SWARM`, `NOT_INVITED`, and as `_greeting`."""
+        """Say hello and hear it. Raises `WRONG_SWARM`, `NOT_INVITED`, and as `greet_with`."""
         ours = self._hello(peer)
-        async with _greeting(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
+        async with greet_with(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
             if hello.problem is not None:
                 raise self._hear_refusal(peer, hello)
             try:
@@ -314,11 +268,11 @@ class Membership:
 
     async def _answer(self, stream: Stream) -> None:
         """Serve one greeting."""
-        conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
+        conversation = converse(stream)
         if self._greetings.take(stream.peer, 1, self._clock()) > 0:
             raise error(Code.LIMIT_EXCEEDED, f"{stream.peer} greets too often")
         with anyio.move_on_after(HELLO_TIMEOUT_S):
-            hello = _as_hello(await conversation.hear(), stream.peer)
+            hello = as_hello(await conversation.hear(), stream.peer)
             if hello.problem is not None:
                 self._hear_refusal(stream.peer, hello)
                 await conversation.say(self._hello(stream.peer))
@@ -357,7 +311,7 @@ class Membership:
         with anyio.move_on_after(FAREWELL_S):
             try:
                 ours = self._hello(peer, problem)
-                async with _greeting(self._network, peer, ours, timeout_s=FAREWELL_S):
+                async with greet_with(self._network, peer, ours, timeout_s=FAREWELL_S):
                     pass
             except CorollaError as failure:
                 _log.info("left_untold", peer=peer, problem=str(failure))
@@ -544,25 +498,3 @@ class Membership:
         else:
             entry.problem = None
         self._wake()
-
-
-@asynccontextmanager
-async def _greeting(network: Network, peer: str, hello: Hello, *, timeout_s: float) -> AsyncIterator[Hello]:
-    """Say hello on a new stream and give the other's; the far side hears the end when the block is left.
-
-    Raises `PEER_LOST`, `TIMEOUT`, `UNSUPPORTED`, …
-    """
-    stream = await network.open(peer, HELLO_PROTOCOL, timeout_s=timeout_s)
-    conversation = Conversation(stream, HELLO, max_header_bytes=MAX_HELLO_BYTES, max_payload_bytes=0)
-    try:
-        yield _as_hello(await conversation.ask(hello, timeout_s=timeout_s), peer)
-    except BaseException:
-        stream.reset()
-        raise
-    await stream.close()
-
-
-def _as_hello(message: Message | None, peer: str) -> Hello:
-    if not isinstance(message, Hello):
-        raise error(Code.PROTOCOL_VIOLATION, f"{peer} did not greet")
-    return message

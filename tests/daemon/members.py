@@ -18,7 +18,8 @@ from anyio.abc import TaskStatus
 from corolla.daemon.belonging import Belonging
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.announcements import Offer
-from corolla.daemon.network.membership import Membership, found_swarm
+from corolla.daemon.network.greeting import found_swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.registry import Registry
 from corolla.daemon.routes import Routes

@@ -29,9 +29,10 @@ from corolla.daemon.identity import Identity, new_identity
 from corolla.daemon.network.announcements import Announcements, Offer
 from corolla.daemon.network.circuits import HOP_PROTOCOL, STOP_PROTOCOL
 from corolla.daemon.network.dialling import split_peer
+from corolla.daemon.network.greeting import Swarm
 from corolla.daemon.network.host import key_pair
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership, Swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.multistream import agree
 from corolla.daemon.network.muxing import Mux
 from corolla.daemon.network.noise import FastNoise, NoiseOnly

@@ -14,8 +14,9 @@ import trio
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network import tcp as tcp_module
 from corolla.daemon.network.dialling import Reach, Reachability, order, reach_of, split_peer
+from corolla.daemon.network.greeting import discover_swarm, found_swarm
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership, discover_swarm, found_swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.relaying import RelayLimits
 from corolla.daemon.network.seam import Stream
 from corolla.daemon.network.tcp import listenable

@@ -13,8 +13,9 @@ from zeroconf import ServiceInfo
 
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network import neighbours as neighbours_module
+from corolla.daemon.network.greeting import Swarm, found_swarm
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership, Swarm, found_swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.neighbours import (
     MAX_NEIGHBOURS,
     SERVICE,

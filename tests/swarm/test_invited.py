@@ -11,7 +11,8 @@ from anyio import create_task_group
 from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla.daemon.network.membership import Membership, Swarm
+from corolla.daemon.network.greeting import Swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.roll import Roll, Standing
 from corolla.daemon.network.seam import Stream

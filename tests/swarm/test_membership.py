@@ -15,13 +15,8 @@ from anyio.abc import TaskGroup
 
 from corolla.daemon.network import membership as membership_module
 from corolla.daemon.network.acquaintances import FORGET_AFTER_S, MAX_KNOWN
-from corolla.daemon.network.membership import (
-    GOSSIP_EVERY_S,
-    Membership,
-    Swarm,
-    discover_swarm,
-    found_swarm,
-)
+from corolla.daemon.network.greeting import Swarm, discover_swarm, found_swarm
+from corolla.daemon.network.membership import GOSSIP_EVERY_S, Membership
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, uniform_delay
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from corolla.daemon.network import registry as registry_module
 from corolla.daemon.network.announcements import Offer
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.membership import Membership, found_swarm
+from corolla.daemon.network.greeting import found_swarm
+from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, uniform_delay
 from corolla.daemon.network.registry import SMALL_SWARM, Registry
 from corolla.daemon.network.seam import Stream
