@@ -38,7 +38,7 @@ QUESTION: Final = "Definition: {definition}\nPart of speech:"
 
 @dataclass(frozen=True)
 class Examples:
-    """Questions of one length, padded on the left, and their classes. ids, mask: (num, tokens); labels: (num,)."""
+    """Questions, padded on the right, and their classes. ids, mask: (num, tokens); labels: (num,)."""
 
     ids: Tensor
     mask: Tensor
@@ -61,7 +61,9 @@ class Learned:
 def scores(model: Any, examples: Examples, answers: Tensor) -> Tensor:
     """(num, classes): logits of the classes' words after each question."""
     out = model(input_ids=examples.ids, attention_mask=examples.mask, use_cache=False)
-    last: Tensor = out.logits[:, -1]
+    ends = examples.mask.sum(1) - 1  # the last token of each question
+    logits = out.logits[:, -examples.ids.shape[1] :]  # PEFT gives those of the virtual tokens too
+    last: Tensor = logits[torch.arange(len(ends)), ends]
     return last[:, answers]
 
 
@@ -120,8 +122,8 @@ def questions(tokenizer: Any, options: argparse.Namespace) -> tuple[Examples, Ex
     ids = torch.zeros(wanted, options.tokens, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(tokens):
-        ids[row, -len(text) :] = torch.tensor(text)
-        mask[row, -len(text) :] = 1
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
     whole = Examples(ids, mask, torch.tensor([picked[place][1] for place in order]))
     cut = options.steps * options.rows
     return whole.part(0, cut), whole.part(cut, wanted)

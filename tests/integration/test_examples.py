@@ -82,7 +82,7 @@ def test_soft_prompts_learn_through_daemons_as_in_peft(model: Path, tmp_path: Pa
              ("v", "to do something at great length, and with more noise than is needed here"))  # fmt: skip
     words = [f"word{n}\n {part}.\n\n    {n} {hint}\n\n" for n in range(12) for part, hint in hints]
     text.write_text("".join(words))
-    sizes = ["--steps", "3", "--rows", "4", "--tokens", "60", "--held-out", "8", "--virtual-tokens", "3"]
+    sizes = ["--steps", "3", "--rows", "4", "--tokens", "96", "--held-out", "8", "--virtual-tokens", "3"]
     out = tmp_path / "out"
     options = ["--deep"] if is_deep else []
     told = soft_prompts.main(
