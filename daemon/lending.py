@@ -87,6 +87,7 @@ class Lending:
         self._num_pulls = 0
         self._uses_gpu = False
         self._leaving: set[int] = set()  # workers that are being emptied
+        self._beside: set[int] = set()  # numbers of workers that load while those they replace still serve
         self._came_from: dict[int, Configure] = {}  # of workers that moved: what to go back to
         self._load_began: dict[int, float] = {}
         self._load_s: dict[int, float] = {}
@@ -257,7 +258,11 @@ class Lending:
                 self.start()
 
     async def move(self, worker: Worker, start: int, end: int) -> None:
-        """Serve [start, end) instead, by a worker with another number: it is claimed while the old one empties."""
+        """Serve [start, end) instead, by a worker with another number.
+
+        It is claimed at once. If the old one would be missed, and there is memory for both, the new one serves
+        before the old one is emptied and ends.
+        """
         belonging, ready = self._belonging, worker.ready
         if belonging is None or ready is None or worker.number in self._leaving:
             return
@@ -270,15 +275,45 @@ class Lending:
             "moving", f"worker {worker.number} moves to blocks {start}:{end} of {ready.facts.name}"
         )
         belonging.registry.announce(self._offer(number, self._served[number], SpanState.LOADING))
+        configure = replace(worker.configure, start=start, end=end)
+        is_missed = belonging.hops.num_sessions(worker.number) or not self._others_serve(worker)
+        is_made = bool(is_missed) and await self._make_beside(number, configure)
+        if worker not in self._spans:  # paused, or ended otherwise, meanwhile
+            return
         await self._empty(worker, MOVE_DEADLINE_S)
         self._end(worker)
         await worker.wait_stopped()  # its memory is needed
+        if is_made:
+            return
         if self.is_paused or self._is_draining:
             belonging.registry.withdraw(number)
-            del self._served[number]
+            self._served.pop(number, None)
             return
         self._came_from[number] = replace(worker.configure, start=ready.start, end=ready.end)
-        self._start_span(number, replace(worker.configure, start=start, end=end))
+        self._start_span(number, configure)
+
+    async def _make_beside(self, number: int, configure: Configure) -> bool:
+        """Start a span while another that it replaces still serves; whether that was possible.
+
+        An owner's limit of memory would be passed by two at once. Otherwise the worker itself finds out, before it
+        loads, whether its span fits into what the device has free.
+        """
+        if configure.memory_bytes:
+            return False
+        self._beside.add(number)
+        claimed = self._served[number]
+        self._start_span(number, configure)
+        (fresh,) = (worker for worker in self._spans if worker.number == number)
+        try:
+            await self._loaded(fresh)
+        except CorollaError:
+            self._end(fresh)
+            await fresh.wait_stopped()
+            self._served[number] = claimed
+            return False
+        finally:
+            self._beside.discard(number)
+        return True
 
     async def _empty(self, worker: Worker, deadline_s: float) -> None:
         """Announce a span as draining and have its sessions go, as soon as others can take them over."""
@@ -456,6 +491,8 @@ class Lending:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
             if self._profiles is not None:
                 self._profiles.note(worker.ready, self._load_s[worker.number])
+        if worker.number in self._beside and worker.state is WorkerState.FAILED:
+            return  # there is no memory for both: `move` goes on without it
         if worker.problem is not None and worker.state is WorkerState.FAILED:
             self._on_event("worker_failed", f"worker {worker.number}: {worker.problem}")
             before = self._came_from.pop(worker.number, None)

@@ -112,7 +112,7 @@ async def test_moving_claims_the_new_place_gives_up_the_old_and_ends_its_worker(
             await until(lambda: [worker.number for worker, _ in lends.serving()] == [1])
             ((new, _),) = lends.serving()
             assert (new.configure.start, new.configure.end) == (1, 3)
-            assert old.state.value == "stopped"
+            await old.wait_stopped()
             assert told.count("moving") == 1
             await until(become(other, (SpanState.ONLINE, 0, 4)))  # as the fake says
 
@@ -139,6 +139,43 @@ async def test_a_worker_that_cannot_serve_there_serves_again_where_it_was(
             ((back, _),) = lends.serving()
             assert (back.configure.start, back.configure.end) == (0, 4)
             assert "worker_failed" in told
+
+
+async def test_a_span_that_would_be_missed_serves_until_the_new_one_does() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours) as (lends, _, told):
+            ((old, _),) = lends.serving()
+            seen: list[tuple[str, str]] = []
+            empty = lends._empty
+
+            async def note(worker: Worker, deadline_s: float) -> None:
+                seen.extend((worker.state.value, other.state.value) for other in lends._spans)
+                await empty(worker, deadline_s)
+
+            lends._empty = note  # type: ignore[method-assign]
+            await lends.move(old, 1, 3)
+            assert seen == [("online", "online")] * 2  # both, when the old one begins to be emptied
+            assert [worker.number for worker in lends._spans] == [1]
+            assert "worker_failed" not in told
+
+
+async def test_an_owners_limit_of_memory_lets_the_old_span_end_first() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lender(ours, memory_bytes=10**9) as (lends, _, _told):
+            ((old, _),) = lends.serving()
+            numbers: list[list[int]] = []
+            empty = lends._empty
+
+            async def note(worker: Worker, deadline_s: float) -> None:
+                numbers.append([other.number for other in lends._spans])
+                await empty(worker, deadline_s)
+
+            lends._empty = note  # type: ignore[method-assign]
+            await lends.move(old, 1, 3)
+            assert numbers == [[0]]
+            await until(lambda: [worker.number for worker, _ in lends.serving()] == [1])
 
 
 async def test_blocks_that_do_not_exist_and_unclear_requests_are_refused() -> None:
