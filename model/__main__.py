@@ -120,6 +120,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
         loaded.room,
         num_host_pages=loaded.num_host_pages,
         grouping=loaded.grouping,
+        depends_on_length=loaded.span is not None and loaded.span.depends_on_length,
     )
     connection.send(loaded.ready())
     return engine

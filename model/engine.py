@@ -48,7 +48,7 @@ from .failures import explain
 from .generation import Generations
 from .groups import Grouping
 from .pages import PageCopy, PageMove
-from .sessions import Begun, Session, Sessions, end, undo
+from .sessions import Begun, Session, Sessions, undo
 from .training import Room, Trainer
 
 logger = logging.getLogger(__name__)
@@ -126,15 +126,21 @@ class Engine:
         *,
         num_host_pages: int = 0,
         grouping: Grouping | None = None,
+        depends_on_length: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_pages, num_host_pages, grouping: of the span's cache, on the device and in host memory."""
+        """num_pages, num_host_pages, grouping: of the span's cache, on the device and in host memory.
+
+        depends_on_length: see `Sessions`.
+        """
         self._span = span
         self._clock = clock
         self._generations = generations
         self._send = send
         blocks = (span.start, span.end) if span else (0, 0)
-        self._sessions = Sessions(blocks, num_pages, num_host_pages, self._move_pages, grouping)
+        self._sessions = Sessions(
+            blocks, num_pages, num_host_pages, self._move_pages, grouping, depends_on_length=depends_on_length
+        )
         self._scheduler = Scheduler(policy or Policy())
         self._asked: dict[int, Compute] = {}  # steps that wait, by request
         self._steps: dict[int, _Step] = {}  # those of them that have begun
@@ -235,13 +241,13 @@ class Engine:
         if ask.parts:
             worn = _Worn(ask.parts, self._training().adapters.pin((ask.start, ask.end), ask.parts))
         try:
-            self._sessions.open(ask, self._clock())
+            session = self._sessions.open(ask, self._clock())
         except CorollaError:
             self._take_off(worn)
             raise
         if worn is not None:
             self._worn[ask.session] = worn
-        self._send(Done(ask.request))
+        self._send(Done(ask.request, held=sum(session.pages.lengths)))
 
     @_handle.register
     def _compute(self, ask: Compute) -> None:
@@ -456,7 +462,7 @@ class Engine:
         if part.is_last:
             request = part.job.request
             del self._steps[request], self._asked[request]
-            end(step.begun, self._clock())
+            self._sessions.end(step.begun, self._clock())
             self._send(Done(request, b"".join(step.answer)))
             self._decoding.leave(part.job.session, self._clock())
 

@@ -291,7 +291,7 @@ class Rotary:
         if "layer_type" in inspect.signature(type(module).forward).parameters:
             self._layer_types = tuple(config.layer_types)
         names = types.values() if isinstance(types, dict) else (types,)
-        self._is_length_dependent = any(kind in name for name in names for kind in _LENGTH_DEPENDENT)
+        self.is_length_dependent = any(kind in name for name in names for kind in _LENGTH_DEPENDENT)
         self._pristine = {
             name: value
             for name, value in {**module._buffers, **vars(module)}.items()
@@ -321,7 +321,7 @@ class Rotary:
     def _embed(self, hidden: Tensor, placement: Placement, options: dict[str, str]) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (1, num_tokens, rotary_dim) each."""
         positions = placement.positions[None]
-        if not self._is_length_dependent:
+        if not self.is_length_dependent:
             cosines, sines = self._module(hidden, positions, **options)
             return cosines, sines
         parts = []

@@ -37,6 +37,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self._holders = [0] * num_pages
+        self._shared: set[int] = set()  # never written again, while anybody holds them
         self._num_free = num_pages
         # Free runs [start, end), sorted; neighbours are always merged.
         self._starts = [0]
@@ -46,6 +47,18 @@ class PagePool:
     def num_free(self) -> int:
         """Pages that nobody holds."""
         return self._num_free
+
+    def holders(self, page: int) -> int:
+        """How many tables hold a page."""
+        return self._holders[page]
+
+    def share(self, pages: tuple[int, ...]) -> None:
+        """From now on these pages, which are held, belong to nobody alone: who writes on in one has to copy it."""
+        self._shared.update(pages)
+
+    def is_shared(self, page: int) -> bool:
+        """Whether a page must not be written in place."""
+        return page in self._shared
 
     def require(self, count: int) -> None:
         """Raise `BUSY` unless `count` pages are free."""
@@ -88,6 +101,7 @@ class PagePool:
                 continue
             self._holders[page] -= 1
             if self._holders[page] == 0:
+                self._shared.discard(page)
                 self._free(page)
 
     def _run_index(self, page: int) -> int:
@@ -261,6 +275,19 @@ class SessionPages:
         )
         return Applied(tuple(copies), segments)
 
+    def adopt(self, step_id: int, pages: tuple[tuple[int, ...], ...]) -> None:
+        """Begin with one row of full pages that others hold too, as if step `step_id` had written them.
+
+        pages: of each group of blocks.
+        """
+        for group, table in zip(self._groups, pages, strict=True):
+            group.adopt(step_id, table)
+
+    def first_row(self, index: int) -> tuple[int, ...] | None:
+        """The full page at this place of the first row, in each group of blocks; None if one has let go of it."""
+        pages = tuple(group.page_of_first_row(index) for group in self._groups)
+        return None if GONE in pages else pages
+
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """Set the rows back to how they stood after `base_step`, cut to `lengths`; forget later tables.
 
@@ -322,7 +349,7 @@ class _GroupPages:
             self._check(index, row)
         page_tokens = self._pool.page_tokens
         kept = [self._kept(row) for row in rows]
-        writers = _in_place_writers(rows, kept, page_tokens)
+        writers = _in_place_writers(rows, kept, self._pool)
         growths = []
         for index, row in enumerate(rows):
             partial = row.n > 0 and row.position % page_tokens != 0
@@ -341,6 +368,20 @@ class _GroupPages:
         self._live = table
         self._remember(step_id)
         return [row.pages for row in table]
+
+    def adopt(self, step_id: int, pages: tuple[int, ...]) -> None:
+        self._pool.hold(pages)
+        self._pool.share(pages)
+        length = len(pages) * self._pool.page_tokens
+        self._live = (_CachedRow(pages, length, length),)
+        self._remember(step_id)
+
+    def page_of_first_row(self, index: int) -> int:
+        """`GONE` where it is not full, or not held any more."""
+        row = self._live[0] if self._live else None
+        if row is None or (index + 1) * self._pool.page_tokens > row.length:
+            return GONE
+        return row.pages[index]
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         base = self._snapshots.get(base_step) if base_step else None
@@ -484,19 +525,20 @@ def _moved(table: tuple[_CachedRow, ...], places: dict[int, int]) -> tuple[_Cach
     return tuple(replace(row, pages=tuple(places[page] for page in row.pages)) for row in table)
 
 
-def _in_place_writers(rows: tuple[Row, ...], kept: list[tuple[int, ...]], page_tokens: int) -> frozenset[int]:
+def _in_place_writers(rows: tuple[Row, ...], kept: list[tuple[int, ...]], pool: PagePool) -> frozenset[int]:
     """The rows of a step that may write into the partly filled page they keep.
 
     Several live rows may keep one page. One of them may write into it, from its position on, if no other
-    keeps more of that page than lies before this position; the rest write into copies.
+    keeps more of that page than lies before this position; the rest write into copies. So does everyone whose
+    page is shared with other sessions.
     """
     holders = Counter(page for pages in kept for page in pages)
     writers: dict[int, int] = {}  # page → the row that writes into it
     for index, row in enumerate(rows):
-        if not row.n or row.position % page_tokens == 0:
+        if not row.n or row.position % pool.page_tokens == 0:
             continue
         page = kept[index][-1]
-        if page in writers:
+        if page in writers or pool.is_shared(page):
             continue
         if holders[page] == 1 or all(
             other.position <= row.position for other, pages in zip(rows, kept, strict=True) if page in pages

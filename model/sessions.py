@@ -13,12 +13,13 @@ from enum import Enum, auto
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_STEP_TOKENS
-from ..protocol.steps import NEW_ROW
+from ..protocol.steps import NEW_ROW, PREFIX_STEP
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, OpenCache, Restore
 from .groups import Grouping
 from .pages import ROLLBACK_TOKENS, Applied, PageMove, PagePool, SessionPages
 from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, View, make_room
+from .prefixes import Prefixes
 
 
 class Place(Enum):
@@ -34,7 +35,8 @@ class Session:
     """One session on this worker. last_step: the step after which the live rows stand; 0 is none.
 
     num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds; since:
-    when it came to where it is. waits_since: for pages. is_amid: a step of it has begun, and not ended.
+    when it came to where it is. waits_since: for pages. is_amid: a step of it has begun, and not ended. names: of the
+    pages that its one row begins with; the first num_named of them are known by these.
     """
 
     id: bytes
@@ -50,6 +52,8 @@ class Session:
     since: float = 0.0
     waits_since: float | None = None
     is_amid: bool = False
+    names: tuple[bytes, ...] = ()
+    num_named: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +77,25 @@ class Sessions:
         num_host_pages: int = 0,
         carry: Callable[[tuple[PageMove, ...]], None] = lambda moves: None,
         grouping: Grouping | None = None,
+        *,
+        depends_on_length: bool = False,
     ) -> None:
         """blocks: the worker's span; with no blocks or no pages nothing can be opened.
+
+        depends_on_length: what the blocks compute of a token follows the length that its session was opened for.
 
         carry: copies pages between device and host memory, at once, before they are written again.
         """
         self._grouping = grouping or Grouping.whole(tuple(range(*blocks)))
         self._carry = carry
+        self._depends_on_length = depends_on_length
         self._blocks = blocks
         self._pool = PagePool(max(num_pages, 1))
         self._host = PagePool(max(num_host_pages, 1))
         self._num_pages = num_pages
         self._num_host_pages = num_host_pages
         self._expected = Expectation()
+        self._prefixes = Prefixes(self._pool)
         self._open: dict[bytes, Session] = {}
 
     @property
@@ -94,7 +104,7 @@ class Sessions:
         return self._tokens(self._pool.num_free if self._num_pages else 0)
 
     def open(self, ask: OpenCache, now_s: float) -> Session:
-        """Admit a session, instead of any of the same id.
+        """Admit a session, instead of any of the same id, with what is kept of its prefix.
 
         Raises `BLOCKS_OUT_OF_RANGE`, `TOO_LONG` if the device alone could never hold it, and `BUSY`.
         """
@@ -111,6 +121,8 @@ class Sessions:
         pages = SessionPages(self._pool, ask.max_rows, ask.max_tokens, self._grouping.windows)
         session = Session(ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, now_s)
         self._open[ask.session] = session
+        if ask.prefix and ask.max_rows == 1:
+            self._begin_with_prefix(session, ask)
         return session
 
     def get(self, session: bytes) -> Session:
@@ -145,6 +157,12 @@ class Sessions:
         except CorollaError:
             session.waits_since = None
             raise
+
+    def end(self, step: Begun, now_s: float) -> None:
+        """A step is through: its session may be parked again."""
+        step.session.is_amid = False
+        step.session.used_at = now_s
+        self._name_pages(step.session)
 
     def restore(self, ask: Restore) -> tuple[int, ...]:
         """Set the rows back as asked; the tokens that each row of the base still has."""
@@ -183,6 +201,29 @@ class Sessions:
         session.num_peak = max(session.num_peak, pages.num_pages)
         return Begun(session, ask, applied, step_before, lengths_before)
 
+    def _begin_with_prefix(self, session: Session, ask: OpenCache) -> None:
+        session.names = ask.prefix
+        if self._depends_on_length:
+            session.names = tuple(name + ask.max_tokens.to_bytes(8) for name in ask.prefix)
+        found = self._prefixes.longest(session.names, ask.max_tokens // self._pool.page_tokens)
+        if found:
+            session.pages.adopt(PREFIX_STEP, found)
+            session.last_step = PREFIX_STEP
+            session.num_named = len(found[0])
+            session.used_at = session.since = session.opened_at
+
+    def _name_pages(self, session: Session) -> None:
+        """Keep the pages of a session's prefix that are full now under their names."""
+        fresh: dict[bytes, tuple[int, ...]] = {}
+        for place in range(session.num_named, len(session.names)):
+            pages = session.pages.first_row(place)
+            if pages is None:
+                break
+            fresh[session.names[place]] = pages
+        if fresh:
+            session.num_named += len(fresh)
+            self._prefixes.keep(session.names[: session.num_named], fresh)
+
     def _finds_room(
         self, session: Session, num_wanted: int, now_s: float, working: Collection[bytes]
     ) -> bool:
@@ -201,6 +242,8 @@ class Sessions:
         waiting = [other.waits_since for other in self._open.values() if other.waits_since is not None]
         if any(other < since and now_s - other >= patience_s for other in waiting):
             return False  # behind whoever waits too long already
+        if num_wanted > self._pool.num_free:
+            self._prefixes.give_back(num_wanted - self._pool.num_free)
         room = make_room(self._view(now_s, working), session.id, num_wanted, now_s - since)
         if room is None:
             return False
@@ -209,7 +252,11 @@ class Sessions:
             self._come_to_nothing(self._open[evicted], Place.GONE)
         for parked in room.park:
             self._move(self._open[parked], Place.HOST, now_s)
-        return True
+        if (
+            num_wanted > self._pool.num_free
+        ):  # pages that they shared, with sessions or with what is kept of prefixes
+            self._prefixes.give_back(num_wanted - self._pool.num_free)
+        return num_wanted <= self._pool.num_free
 
     def _move(self, session: Session, place: Place, now_s: float) -> None:
         to_host = place is Place.HOST
@@ -272,12 +319,6 @@ class Sessions:
                 free_tokens=self._tokens(max(0, num_left)),
                 wait_s=round(wait_s, 1),
             )
-
-
-def end(step: Begun, now_s: float) -> None:
-    """A step is through: its session may be parked again."""
-    step.session.is_amid = False
-    step.session.used_at = now_s
 
 
 def undo(step: Begun) -> None:

@@ -101,6 +101,11 @@ class Span:
         return span
 
     @property
+    def depends_on_length(self) -> bool:
+        """Whether what is computed of a token follows the length that its row was opened for."""
+        return self._rotary is not None and self._rotary.is_length_dependent
+
+    @property
     def modules(self) -> Mapping[int, nn.Module]:
         """Block → its module, to look at."""
         return self._blocks

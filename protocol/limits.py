@@ -81,6 +81,9 @@ MAX_SESSIONS_PER_CLIENT: Final = 64
 HISTORY_BYTES: Final = 2048 * MIB  # of all sessions together; half of it at most for one client
 MIN_HISTORY_BYTES: Final = 256 * KIB  # of a session that finds the rest promised: the latest positions
 SESSION_ID_BYTES: Final = 16
+PREFIX_PAGE_TOKENS: Final = 64  # a prefix is named page by page: as large as the pages of a worker's cache
+PREFIX_NAME_BYTES: Final = 16
+MAX_PREFIX_PAGES: Final = 4096  # 262,144 tokens; their names take a third of a header
 MAX_HOPS: Final = 128
 MAX_BLOCKS: Final = 1024
 

@@ -22,7 +22,15 @@ from enum import StrEnum
 from typing import ClassVar, Final, NamedTuple
 
 from .errors import Code, CorollaError, error, error_from_wire
-from .limits import MAX_BLOCKS, MAX_NAME_CHARS, MAX_POSITION, MAX_ROWS, SESSION_ID_BYTES
+from .limits import (
+    MAX_BLOCKS,
+    MAX_NAME_CHARS,
+    MAX_POSITION,
+    MAX_PREFIX_PAGES,
+    MAX_ROWS,
+    PREFIX_NAME_BYTES,
+    SESSION_ID_BYTES,
+)
 from .messages import Message, Plain, Vocabulary, check_length, check_range
 from .tensors import Encoding
 from .training import check_parts
@@ -30,6 +38,7 @@ from .training import check_parts
 SESSION_PROTOCOL: Final = "/corolla/session/1"
 PUSH_PROTOCOL: Final = "/corolla/push/1"
 
+PREFIX_STEP: Final = 1  # after which the rows of a session stand that begins with a prefix: see `OpenSession`
 NEW_ROW: Final = -1  # `Row.parent` of a row that continues nothing
 
 
@@ -76,6 +85,13 @@ def check_rows(rows: tuple[Row, ...]) -> None:
             raise ValueError(f"a new row at position {row.position}, expected 0")
 
 
+def check_prefix(names: tuple[bytes, ...]) -> None:
+    """Raise ValueError unless these may be the names of a prefix's pages."""
+    check_range("number of prefix pages", len(names), 0, MAX_PREFIX_PAGES)
+    if any(len(name) != PREFIX_NAME_BYTES for name in names):
+        raise ValueError(f"names of a prefix's pages that have not {PREFIX_NAME_BYTES} bytes each")
+
+
 def _check_session(session: bytes) -> None:
     if len(session) != SESSION_ID_BYTES:
         raise ValueError(f"session id of {len(session)} bytes, expected {SESSION_ID_BYTES}")
@@ -101,6 +117,12 @@ class OpenSession(Message):
     parts: of an adapter (see `training`), one name for each block, or nothing. A worker that lacks some answers
     `ADAPTER_MISSING` with the hex names in `missing`; the client puts them there (`training.PutPart`) and opens the
     session again, and nobody is charged. Those in use stay for as long as the session does.
+
+    prefix: names for the full pages (`PREFIX_PAGE_TOKENS`) that its one row will begin with, in order; each stands for
+    everything before its end, and for whatever else decides what a hop computes. The client chooses them so that
+    nobody else can guess them. A hop that still holds pages of this client under these names says how many tokens
+    in `Opened`. The client may then link with `base_step = PREFIX_STEP` and as many tokens, or fewer, as if they had
+    been that step; or begin with nothing, from step 0.
     """
 
     KIND: ClassVar[str] = "open"
@@ -113,9 +135,11 @@ class OpenSession(Message):
     max_rows: int
     max_tokens: int  # of one row
     parts: tuple[bytes, ...] = ()
+    prefix: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         _check_session(self.session)
+        check_prefix(self.prefix)
         check_length("fingerprint", self.fingerprint, MAX_NAME_CHARS)
         check_range("start", self.start, 0, MAX_BLOCKS - 1)
         check_range("end", self.end, self.start + 1, MAX_BLOCKS)
@@ -245,12 +269,17 @@ class Attached(Message):
 
 @dataclass(frozen=True, slots=True)
 class Opened(Message):
-    """The session exists on this hop."""
+    """The session exists on this hop.
+
+    epoch: of the last link, when a session is resumed. queue: requests waiting in this worker. prefix_tokens: how
+    much of `OpenSession.prefix` the hop holds, in its cache and in its history.
+    """
 
     KIND: ClassVar[str] = "opened"
     session: bytes
-    epoch: int = 0  # of the last link, when a session is resumed
-    queue: int = 0  # requests waiting in this worker
+    epoch: int = 0
+    queue: int = 0
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from .errors import CorollaError, error_from_wire
 from .limits import MAX_BLOCKS, MAX_POSITION, MAX_ROWS
 from .messages import Message, Plain, Vocabulary, check_range
-from .steps import Reply, Row, check_rows
+from .steps import Reply, Row, check_prefix, check_rows
 from .tensors import DType, Encoding
 from .training import Dropout, Sequence, check_micro_batch
 
@@ -98,6 +98,10 @@ class OpenCache(Message):
     `BUSY`, with `free_tokens`, `wanted_tokens` and an estimate `wait_s` in its details, if what sessions are
     expected to come to hold leaves too little for it; `TOO_LONG` if max_tokens for each of max_rows could never
     be had; `ADAPTER_MISSING` with the hex names in `missing`. A session of this id that is open is closed first.
+
+    prefix: names of the pages that its one row begins with, as in `steps.OpenSession`, made the daemon's own. Those
+    that the worker holds are the session's rows after step `PREFIX_STEP`; `Done.held` tells how many tokens these are.
+    It keeps the others under their names once they are computed.
     """
 
     KIND: ClassVar[str] = "open"
@@ -109,8 +113,10 @@ class OpenCache(Message):
     max_rows: int
     max_tokens: int
     parts: tuple[bytes, ...] = ()  # of an adapter, one name for each block, or nothing
+    prefix: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
+        check_prefix(self.prefix)
         check_range("max_rows", self.max_rows, 1, MAX_ROWS)
         check_range("max_tokens", self.max_tokens, 1, MAX_POSITION)
 
@@ -421,11 +427,12 @@ class Beat(Message):
 
 @dataclass(frozen=True, slots=True)
 class Done(Message):
-    """A request succeeded."""
+    """A request succeeded. held: tokens that a session begins with (`OpenCache`)."""
 
     KIND: ClassVar[str] = "done"
     request: int
     payload: bytes = b""
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

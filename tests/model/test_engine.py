@@ -74,7 +74,8 @@ class SummingBlocks:
             of, into = (self._slots, self._host) if to_host else (self._host, self._slots)
             at, to = source * PAGE_TOKENS, target * PAGE_TOKENS
             into[to : to + PAGE_TOKENS] = of[at : at + PAGE_TOKENS]
-            of[at : at + PAGE_TOKENS] = float("nan")
+            if not to_host:  # others may share what stays on the device
+                of[at : at + PAGE_TOKENS] = float("nan")
             self.num_moved += 1
 
     @property

@@ -21,7 +21,7 @@ from corolla.model.parking import (
     View,
     make_room,
 )
-from corolla.model.sessions import Begun, Place, Sessions, end, undo
+from corolla.model.sessions import Begun, Place, Sessions, undo
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
@@ -209,7 +209,7 @@ class SessionsAgainstLists(RuleBasedStateMachine):
             text.append(self.next_token)
             self.next_token += 1
         self.steps[ask.session] = ask.step_id
-        end(begun, self.now_s)
+        self.sessions.end(begun, self.now_s)
 
     @rule(name=st.sampled_from(NAMES))
     def reopen(self, name: bytes) -> None:
