@@ -33,6 +33,7 @@ from .serving.port import WorkerPort
 from .session.client import Session
 from .session.events import SessionEvent
 from .session.machine import Statistics
+from .session.prefix import Prefix, prefix_of, root
 from .sessions import DEFAULT_ENCODING, Wanted, find_model, opened
 from .training.parts import Adapter
 
@@ -63,8 +64,11 @@ class Generation:
         adapter: Adapter | None = None,
         *,
         replacement_wait_s: float,
+        secret: bytes = b"",
     ) -> None:
+        """secret: of the user, by which hops know again what they computed for him; empty is nobody's."""
         self._belonging = belonging
+        self._secret = secret
         self._lender = lender
         self._request = request
         self._emit = emit
@@ -90,6 +94,7 @@ class Generation:
             seconds=trio.current_time() - began,
             num_repairs=statistics.num_repairs if statistics is not None else 0,
             repair_s=statistics.repair_s if statistics is not None else 0.0,
+            num_prefix_tokens=statistics.prefix_tokens if statistics is not None else 0,
         )
 
     async def _run(self) -> Statistics | None:
@@ -113,16 +118,31 @@ class Generation:
                 encoding=self._encoding,
                 wait_s=request.wait_s,
                 adapter=self._adapter,
+                prefix=self._prefix(facts, begun, going),
             )
             wait_s = self._replacement_wait_s
             async with opened(
                 self._belonging, facts, wanted, replacement_wait_s=wait_s, on_event=self._tell
             ) as session:
-                rows, payload = _prefill(begun, going, self._encoding.token_bytes(facts.hidden_size))
+                token_bytes, known = (
+                    self._encoding.token_bytes(facts.hidden_size),
+                    session.statistics().prefix_tokens,
+                )
+                rows, payload = _prefill(begun, going, token_bytes, known)
                 await self._generate(session, ends, going, await session.step(rows, payload, Reply.LAST))
                 return session.statistics()
         finally:
             ends.end()
+
+    def _prefix(self, facts: ModelFacts, begun: Begun, going: tuple[int, ...]) -> Prefix:
+        """What the text begins with, as hops may know it from an earlier one; several texts have none."""
+        if len(going) != 1 or not self._secret:
+            return Prefix()
+        row, token_bytes = going[0], self._encoding.token_bytes(facts.hidden_size)
+        parts = self._adapter.of(facts, 0, facts.num_blocks)
+        start = root(self._secret, facts.fingerprint, self._encoding, parts)
+        tokens, inputs = _of_row(begun, row, token_bytes)
+        return prefix_of(self._secret, start, tokens, inputs, token_bytes)
 
     def _note_prompts(self, begun: Begun, max_tokens: int) -> tuple[int, ...]:
         """Take up the rows; those that have tokens to come."""
@@ -277,12 +297,18 @@ def event_piece(event: str, text: str, **detail: object) -> Piece:
     return Piece(0, -1, "", event=event, detail={"text": text, **detail})
 
 
-def _prefill(begun: Begun, going: tuple[int, ...], token_bytes: int) -> tuple[tuple[Row, ...], bytes]:
-    """The first step: the rows that go on, and their part of the embeddings."""
-    parts, at = [], 0
-    for tokens in begun.tokens:
-        end = at + len(tokens.ids) * token_bytes
-        parts.append(begun.payload[at:end])
-        at = end
-    rows = tuple(Row(NEW_ROW, 0, len(begun.tokens[row].ids)) for row in going)
-    return rows, b"".join(parts[row] for row in going)
+def _of_row(begun: Begun, row: int, token_bytes: int) -> tuple[tuple[int, ...], bytes]:
+    """A row's tokens, and its part of the embeddings."""
+    at = sum(len(tokens.ids) for tokens in begun.tokens[:row]) * token_bytes
+    tokens = begun.tokens[row].ids
+    return tokens, begun.payload[at : at + len(tokens) * token_bytes]
+
+
+def _prefill(
+    begun: Begun, going: tuple[int, ...], token_bytes: int, known: int = 0
+) -> tuple[tuple[Row, ...], bytes]:
+    """The first step: the rows that go on, and their part of the embeddings. known: tokens of a single row that its
+    session began with."""
+    found = [_of_row(begun, row, token_bytes) for row in going]
+    rows = tuple(Row(0 if known else NEW_ROW, known, len(tokens) - known) for tokens, _ in found)
+    return rows, b"".join(inputs[known * token_bytes :] for _, inputs in found)

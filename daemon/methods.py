@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping
 from contextlib import aclosing
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import trio
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 def handlers(node: Node) -> Mapping[str, Handler]:
     """The table of handlers; its names are those of `protocol.control.METHODS`."""
     parts = PartShelf()
-    methods = Methods(node, parts)
+    methods = Methods(node, parts, secrets.token_bytes(32))
     return {
         "status": methods.status,
         "swarm": methods.swarm,
@@ -73,11 +75,15 @@ def handlers(node: Node) -> Mapping[str, Handler]:
 
 
 class Methods:
-    """Handlers that need the node. parts: of adapters that programs put here."""
+    """Handlers that need the node.
 
-    def __init__(self, node: Node, parts: PartShelf) -> None:
+    parts: of adapters that programs put here. secret: keys the names under which hops keep what users began with.
+    """
+
+    def __init__(self, node: Node, parts: PartShelf, secret: bytes) -> None:
         self._node = node
         self._parts = parts
+        self._secret = secret
 
     async def status(self, ask: Ask) -> Reply:
         await trio.lowlevel.checkpoint()
@@ -157,11 +163,16 @@ class Methods:
             ask.post,
             self._parts.adapter(arguments.parts),
             replacement_wait_s=node.config.replacement_wait_s,
+            secret=self._secret_of(ask.caller.uid),
         )
         with node.session_open():
             if (words := node.first_text_words()) is not None:
                 ask.post(event_piece("notice", words))
             return Reply(await generation.run())
+
+    def _secret_of(self, uid: int) -> bytes:
+        """What keys the names of a user's prefixes: users share nothing, and a restarted daemon begins anew."""
+        return blake2b(str(uid).encode(), key=self._secret, digest_size=32).digest()
 
     async def open_session(self, ask: Ask) -> Reply:
         node = self._node

@@ -25,6 +25,7 @@ from .control import Ask, Connection, Reply
 from .session.client import Events, Session, open_session
 from .session.deadlines import Settings
 from .session.events import SessionEvent
+from .session.prefix import Prefix
 from .session.roster import Terms
 from .training.parts import Adapter, put_parts
 
@@ -35,7 +36,7 @@ DEFAULT_ENCODING: Final = Encoding.FLOAT32  # the one in which every promise of 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a user asks of a session. end -1 is the last block."""
+    """What a user asks of a session. end -1 is the last block. prefix: what its one row will begin with."""
 
     model: str
     start: int = 0
@@ -45,6 +46,7 @@ class Wanted:
     encoding: Encoding | None = None
     wait_s: float = 0.0
     adapter: Adapter = field(default_factory=Adapter)
+    prefix: Prefix = field(default_factory=Prefix)
 
 
 async def find_model(belonging: Belonging, name: str, wait_s: float) -> ModelFacts:
@@ -144,6 +146,7 @@ def _terms(facts: ModelFacts, wanted: Wanted) -> Terms:
         max_rows=wanted.max_rows,
         max_tokens=wanted.max_tokens,
         parts=wanted.adapter.of(facts, wanted.start, end),
+        prefix=wanted.prefix,
     )
 
 

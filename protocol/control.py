@@ -160,7 +160,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The whole answer: each row's text and tokens, and how it went."""
+    """The whole answer: each row's text and tokens, and how it went.
+
+    num_prefix_tokens: of the prompt, that the swarm still knew from an earlier one and did not compute again.
+    """
 
     texts: tuple[str, ...]
     tokens: tuple[TokenRow, ...]
@@ -168,6 +171,7 @@ class Generated:
     seconds: float
     num_repairs: int = 0
     repair_s: float = 0.0
+    num_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import MAX_STEPS_IN_FLIGHT, WORKING_EVERY_S
 from ...protocol.messages import Message
 from ...protocol.steps import (
+    NEW_ROW,
+    PREFIX_STEP,
     At,
     Hop,
     Linked,
@@ -90,6 +92,11 @@ class HopSession:
         return self.opened.max_rows * self.opened.max_tokens * self._token_bytes
 
     # the wiring
+
+    def adopt(self, num_tokens: int, sent: bytes) -> None:
+        """Begin with a prefix that the worker holds. sent: its hidden states, or nothing where none are kept."""
+        if sent:
+            self.history.apply(PREFIX_STEP, 0, (Row(NEW_ROW, 0, num_tokens),), sent)
 
     def link(self, message: LinkHop) -> int:
         """Take a new place in the wiring, with the rows as they stood after `base_step`.

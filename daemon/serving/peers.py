@@ -45,6 +45,7 @@ from ..network.seam import Network, Stream
 from ..tally import Tally
 from .hop import HopSession
 from .port import WorkerPort
+from .prefixes import SentPrefixes, SessionPrefix
 from .served import Served
 from .training import Asked
 
@@ -103,6 +104,7 @@ class HopService:
         self._history_bytes = history_bytes
         self._admits = admits
         self._places: dict[_Key, _Place] = {}
+        self._prefixes = SentPrefixes()
         self._num_caches = 0  # so far: their names
         self.tally: Final = tally or Tally()
         self._busy: dict[Served, None] = {}  # with steps under way, in the order in which they came
@@ -251,6 +253,7 @@ class HopService:
             self._workers[message.worker],
             HopSession(key[0], message, token_bytes, budget),
             self._num_caches.to_bytes(len(message.session)),
+            SessionPrefix(self._prefixes, key[0], message, keeps=not is_last),
             grace_s=self._grace_s,
             on_busy=self._add_busy,
             on_work=partial(self._note_work, key[0]),

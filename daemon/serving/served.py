@@ -24,6 +24,7 @@ from ..network.seam import Network, Stream
 from .hop import HopSession, Verdict
 from .line import Line
 from .port import Pending, WorkerPort
+from .prefixes import SessionPrefix
 from .push import Push
 
 # More steps wait in their stream, and then nothing else on it is heard: so a replay on the client's stream, on
@@ -65,6 +66,7 @@ class Served:
         worker: WorkerPort,
         hop: HopSession,
         cache_id: bytes,
+        prefix: SessionPrefix,
         *,
         grace_s: float,
         on_busy: Callable[[Served], None],
@@ -76,6 +78,8 @@ class Served:
         self.wired = trio.lowlevel.ParkingLot()  # who waits for a new link
         self._network = network
         self._cache_id = cache_id
+        self._prefix = prefix
+        self._prefix_tokens = 0  # that the session may begin with
         self._grace_s = grace_s
         self._on_busy = on_busy
         self._on_work = on_work
@@ -103,7 +107,9 @@ class Served:
                 return
             self._nursery = nursery
             try:
-                await self._cache_answer(self._open_cache())
+                opened = cast(Done, await self._cache_answer(self._open_cache()))
+                self._prefix_tokens, sent = self._prefix.beginning(opened.held)
+                self.hop.adopt(self._prefix_tokens, sent)
             except CorollaError as problem:
                 self._problem = problem
                 return
@@ -168,7 +174,8 @@ class Served:
         self._grace.cancel()
         self._line = Line(stream)
         self._start(self._line.run)
-        self.say(Opened(self.hop.opened.session, self.hop.epoch, self.worker.queue))
+        session, queue = self.hop.opened.session, self.worker.queue
+        self.say(Opened(session, self.hop.epoch, queue, self._prefix_tokens))
         return self._line
 
     def is_on(self, line: Line) -> bool:
@@ -299,6 +306,7 @@ class Served:
         except CorollaError as problem:
             self._fail(problem, step)
             return
+        self._prefix.note(self.hop.history)
         opened = self.hop.opened
         self._on_work(sum(row.n for row in step.rows), opened.end - opened.start)
         self.hop.sending(step)
@@ -426,7 +434,17 @@ class Served:
     def _open_cache(self) -> Pending:
         o = self.hop.opened
         return self.worker.submit(
-            OpenCache(0, self._cache_id, o.start, o.end, o.encoding, o.max_rows, o.max_tokens, o.parts)
+            OpenCache(
+                0,
+                self._cache_id,
+                o.start,
+                o.end,
+                o.encoding,
+                o.max_rows,
+                o.max_tokens,
+                o.parts,
+                self._prefix.names,
+            )
         )
 
     async def _cache_answer(self, asked: Pending) -> Done | Restored:

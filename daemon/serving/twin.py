@@ -17,7 +17,8 @@ from typing import Final
 import trio
 
 from ...protocol.errors import Code, CorollaError, error
-from ...protocol.steps import NEW_ROW, Reply, Row, check_payload
+from ...protocol.limits import PREFIX_PAGE_TOKENS
+from ...protocol.steps import NEW_ROW, PREFIX_STEP, Reply, Row, check_payload
 from ...protocol.tensors import DType, Encoding
 from ...protocol.training import NO_PART
 from ...protocol.work import (
@@ -103,13 +104,20 @@ def _through(
 class _Cache:
     """One session's rows, by the one rule of rows, with the tables after recent steps."""
 
-    def __init__(self, ask: OpenCache, hidden_size: int) -> None:
+    def __init__(self, ask: OpenCache, hidden_size: int, prefixes: dict[bytes, tuple[Chain, ...]]) -> None:
+        """prefixes: rows by the names of their pages, of all sessions."""
         self.ask = ask
+        self._prefixes = prefixes
         self.promised_tokens = ask.max_rows * ask.max_tokens
         self._token_bytes = ask.encoding.token_bytes(hidden_size)
         self._rows: Table = ()
         self._tables: dict[int, Table] = {}
         self._is_evicted = False
+        names = ask.prefix[: ask.max_tokens // PREFIX_PAGE_TOKENS] if ask.max_rows == 1 else ()
+        known = next((place for place, name in enumerate(names) if name not in prefixes), len(names))
+        if known:
+            self._rows = (prefixes[names[known - 1]],)
+            self._tables = {PREFIX_STEP: self._rows}
 
     def evict(self) -> None:
         """Make room for others: nothing is left, and the next step is told so."""
@@ -139,7 +147,15 @@ class _Cache:
         self._rows = tuple(table)
         kept = {step: rows for step, rows in self._tables.items() if ask.committed <= step <= ask.step_id}
         self._tables = {**kept, ask.step_id: self._rows}
+        if self.ask.max_rows == 1:
+            self._keep_prefix()
         return _answered(outputs, ask.reply)
+
+    def _keep_prefix(self) -> None:
+        for page, name in enumerate(self.ask.prefix, 1):
+            length = page * PREFIX_PAGE_TOKENS
+            if length <= self.lengths[0]:
+                self._prefixes.setdefault(name, tuple(chain[:length] for chain in self._rows[0]))
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """As `work.Restore` says."""
@@ -271,6 +287,7 @@ class WorkerTwin:
         self._queue: deque[tuple[Request, Pending]] = deque()
         self._caches: dict[bytes, _Cache] = {}
         self._texts: dict[int, _Text] = {}
+        self._prefixes: dict[bytes, tuple[Chain, ...]] = {}  # rows by the names of their pages
         self._parts: set[bytes] = set()  # names of adapter parts held
         self._lost: list[Callable[[], None]] = []
         self._changed = trio.Event()
@@ -350,6 +367,7 @@ class WorkerTwin:
         queue, self._queue = self._queue, deque()
         self._caches.clear()
         self._texts.clear()
+        self._prefixes.clear()
         self._parts.clear()
         for _, pending in queue:
             pending.fail(error(Code.WORKER_LOST, f"worker {self.number} crashed"))
@@ -405,8 +423,7 @@ class WorkerTwin:
     def _answer(self, request: Request) -> Answer:
         match request:
             case OpenCache():
-                self._open(request)
-                return Done(request.request)
+                return Done(request.request, held=self._open(request))
             case Compute():
                 output = self._cache(request.session).compute(request)
                 return Done(request.request, self.spoil(output) if self.spoil is not None else output)
@@ -425,14 +442,14 @@ class WorkerTwin:
             case Forward() | Backward():
                 raise error(Code.UNSUPPORTED, "a twin does not train")
 
-    def _open(self, ask: OpenCache) -> None:
+    def _open(self, ask: OpenCache) -> int:
         if not self._serves.start <= ask.start < ask.end <= self._serves.end:
             raise error(Code.BLOCKS_OUT_OF_RANGE, f"blocks {ask.start}:{ask.end} of a twin")
         self._caches.pop(ask.session, None)
         missing = sorted({part.hex() for part in ask.parts if part != NO_PART and part not in self._parts})
         if missing:
             raise error(Code.ADAPTER_MISSING, f"a twin without {len(missing)} parts", missing=missing)
-        cache = _Cache(ask, self._serves.facts.hidden_size)
+        cache = _Cache(ask, self._serves.facts.hidden_size, self._prefixes)
         free_tokens = self._serves.cache_tokens - sum(c.promised_tokens for c in self._caches.values())
         if cache.promised_tokens > free_tokens:
             never = cache.promised_tokens > self._serves.cache_tokens
@@ -443,6 +460,7 @@ class WorkerTwin:
                 free_tokens=free_tokens,
             )
         self._caches[ask.session] = cache
+        return sum(cache.lengths)
 
     def _cache(self, session: bytes) -> _Cache:
         if session not in self._caches:

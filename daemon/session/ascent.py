@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from ...protocol.errors import Code, CorollaError, Fault, error
+from ...protocol.limits import PREFIX_PAGE_TOKENS
 from ...protocol.messages import Message
 from ...protocol.steps import CloseSession, Linked, Opened, Replayed
 from ..swarm.blame import HEAVY, LIGHT
@@ -95,6 +96,7 @@ class Ascent(ABC):
         self._num_repairs = 0
         self._repair_s = 0.0
         self._num_steps = 0
+        self._prefix_tokens = 0
 
     # up the stairs: routing
 
@@ -188,6 +190,7 @@ class Ascent(ABC):
     def _on_opened(self, member: Member, message: Opened) -> None:
         if member.standing is Standing.OPENING:
             member.standing = Standing.OPEN
+            member.prefix_tokens = message.prefix_tokens
             member.resumes = False
             self._advance()
 
@@ -235,6 +238,8 @@ class Ascent(ABC):
                 )
             )
             return
+        if not self._epoch:
+            self._begin_with_prefix()
         self._phase = Phase.LINKING
         self._epoch += 1
         for upstream, downstream in self._roster.bridge():
@@ -250,6 +255,15 @@ class Ascent(ABC):
             member.linked = False
         for wire, link in letters.links(self._terms, self._roster, self._epoch, base, lengths):
             self._do(Send(wire, (link,)))
+
+    def _begin_with_prefix(self) -> None:
+        """What all hops hold of the prefix need not be computed; who lost it by the link has it replayed."""
+        prefix = self._terms.prefix
+        shared = min([prefix.num_tokens, *(member.prefix_tokens for member in self._roster)])
+        shared -= shared % PREFIX_PAGE_TOKENS
+        if shared > 0:
+            self._prefix_tokens = shared
+            self._pipeline.begin_with(prefix.inputs[: shared * self._terms.token_bytes])
 
     def _on_linked(self, member: Member, message: Linked) -> None:
         lengths = self._pipeline.lengths

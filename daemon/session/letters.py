@@ -25,6 +25,7 @@ def opening(terms: Terms, place: RouteHop) -> OpenSession:
         terms.max_rows,
         terms.max_tokens,
         terms.parts_of(place.start, place.end),
+        terms.prefix.names,
     )
 
 

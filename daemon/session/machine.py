@@ -64,7 +64,8 @@ STEADY_S: Final = 30.0  # a wiring that lasted so long was good; what failed bef
 class Statistics:
     """How a session went so far. repair_s: seconds in which it could not compute.
 
-    num_bridges: links of the present route whose steps pass through the client.
+    num_bridges: links of the present route whose steps pass through the client. prefix_tokens: that its row began
+    with, computed for an earlier session.
     """
 
     num_steps: int
@@ -74,6 +75,7 @@ class Statistics:
     hops: tuple[RouteHop, ...]
     history_bytes: int
     num_bridges: int = 0
+    prefix_tokens: int = 0
 
 
 class SessionMachine(Ascent):
@@ -97,7 +99,14 @@ class SessionMachine(Ascent):
         size = self._pipeline.history.size_bytes
         bridges = sum(map(self._roster.is_bridged, range(len(hops))))
         return Statistics(
-            self._num_steps, self._num_repairs, self._repair_s, self._epoch, hops, size, bridges
+            self._num_steps,
+            self._num_repairs,
+            self._repair_s,
+            self._epoch,
+            hops,
+            size,
+            bridges,
+            self._prefix_tokens,
         )
 
     def handle(self, event: Event, now_s: float) -> list[Action]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...protocol.errors import Code, error
 from ...protocol.limits import MAX_ROWS, MAX_STEPS_IN_FLIGHT
-from ...protocol.steps import NEW_ROW, Hop, Reply, Row, check_payload, check_rows
+from ...protocol.steps import NEW_ROW, PREFIX_STEP, Hop, Reply, Row, check_payload, check_rows
 from .history import History
 from .parts import cut, max_part_tokens, num_tokens, part_reply, reply_tokens, wanted
 
@@ -112,6 +112,16 @@ class Pipeline:
             self._next_id += 1
             offset += size
             request.num_parts += 1
+
+    def begin_with(self, inputs: bytes) -> None:
+        """Before the first step: one row of tokens that every hop holds already, as if they had been step 1."""
+        num = len(inputs) // self._token_bytes
+        if self._next_id != PREFIX_STEP or not num:
+            return
+        self.history.apply(PREFIX_STEP, 0, (Row(NEW_ROW, 0, num),), inputs)
+        self.committed = PREFIX_STEP
+        self.lengths = (num,)
+        self._next_id = PREFIX_STEP + 1
 
     def take(self, now_s: float) -> list[Part]:
         """The parts to send now. They count as sent."""

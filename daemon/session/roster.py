@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Final
 
 from ...protocol.errors import Code, error
 from ...protocol.steps import Hop, Stage
 from ...protocol.tensors import Encoding
+from .prefix import Prefix
 from .replays import Holding
 from .wiring import Precision, Route, RouteHop, RouteRequest, covers, gaps
+
+_NO_PREFIX: Final = Prefix()
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a session is, from its first to its last moment. parts: of an adapter, one for each block, or nothing."""
+    """What a session is, from its first to its last moment.
+
+    parts: of an adapter, one for each block, or nothing. prefix: what its one row will begin with.
+    """
 
     session: bytes
     fingerprint: str
@@ -30,6 +37,7 @@ class Terms:
     max_rows: int
     max_tokens: int
     parts: tuple[bytes, ...] = ()
+    prefix: Prefix = _NO_PREFIX
 
     def parts_of(self, start: int, end: int) -> tuple[bytes, ...]:
         """The adapter's parts for some of the blocks; nothing if it leaves them all alone."""
@@ -52,7 +60,8 @@ class Member:
 
     resumes: the stream broke, and is being opened again for a session that the hop should still have.
     resumed_at, struck_at: what was committed when it last had a second chance of that kind; -1 is never.
-    num_puts: how often it lacked parts of the adapter since it was last linked.
+    num_puts: how often it lacked parts of the adapter since it was last linked. prefix_tokens: of the session's
+    prefix, that it said it holds.
     """
 
     place: RouteHop
@@ -66,6 +75,7 @@ class Member:
     resumed_at: int = -1
     struck_at: int = -1
     num_puts: int = 0
+    prefix_tokens: int = 0
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import trio.testing
 
 from corolla.daemon.generation import MAX_RESTARTS, Generation
 from corolla.daemon.serving.twin import not_finite
+from corolla.daemon.training.parts import Adapter
 from corolla.protocol.control import Generate, Generated, Piece
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.work import ChatMessage, Sampling, TokenRow
@@ -35,6 +36,8 @@ class User:
         self.client = client
         self.ends = EndsTwin()
         self.pieces: list[Piece] = []
+        self.secret = b"a user's"
+        self.adapter = Adapter()
         self.after: Callable[[int], None] = lambda count: None
 
     async def generate(self, *prompts: str, **options: Any) -> Generated:
@@ -45,7 +48,9 @@ class User:
             Generate(prompts=prompts, **options),
             self._take,
             self.pieces.append,
+            self.adapter,
             replacement_wait_s=20.0,
+            secret=self.secret,
         )
         return await generation.run()
 

@@ -1,0 +1,96 @@
+"""What a hop sent of prefixes, kept for as long as its worker may keep their pages. Pure.
+
+A session that begins with pages that were computed for another has not sent their hidden states, yet a hop behind it
+may die and need them. So they are kept under the names of the pages, made the client's own: no two clients can
+name the same page, whatever they say. Where either side has given a page up, the prefix ends before it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Final
+
+from ...protocol.limits import MIB, PREFIX_NAME_BYTES, PREFIX_PAGE_TOKENS
+from ...protocol.steps import OpenSession
+from ..session.history import History
+
+PREFIX_BYTES: Final = 256 * MIB  # of all clients: 4,096 tokens of hidden size 8192 in float32 are half of it
+
+
+class SentPrefixes:
+    """Hidden states by the names of their pages; those used longest ago go first."""
+
+    def __init__(self, budget_bytes: int = PREFIX_BYTES) -> None:
+        self._budget_bytes = budget_bytes
+        self._pages: OrderedDict[bytes, bytes] = OrderedDict()
+        self.size_bytes = 0
+
+    def keep(self, name: bytes, data: bytes) -> None:
+        """Remember what was sent of a page."""
+        self.size_bytes += len(data) - len(self._pages.pop(name, b""))
+        self._pages[name] = data
+        while self.size_bytes > self._budget_bytes:
+            _, gone = self._pages.popitem(last=False)
+            self.size_bytes -= len(gone)
+
+    def longest(self, names: Sequence[bytes]) -> list[bytes]:
+        """What was sent of the first of these pages, as far as it is here. They count as used."""
+        found: list[bytes] = []
+        for name in names:
+            if name not in self._pages:
+                break
+            found.append(self._pages[name])
+        for name in reversed(names[: len(found)]):
+            self._pages.move_to_end(name)
+        return found
+
+
+class SessionPrefix:
+    """A session's prefix on this hop. names: of its pages, this client's own; empty if it has none.
+
+    keeps: whether what is sent has to be kept; the last hop of all sends nothing on.
+    """
+
+    def __init__(self, sent: SentPrefixes, client: str, opened: OpenSession, *, keeps: bool) -> None:
+        self.names = _own_names(client, opened) if opened.max_rows == 1 else ()
+        self._sent = sent
+        self._keeps = keeps
+        self._num_kept = 0  # pages of this session
+
+    def beginning(self, held_tokens: int) -> tuple[int, bytes]:
+        """With how many tokens the session may begin, and what was sent of them. held_tokens: by the worker."""
+        num_pages = min(held_tokens // PREFIX_PAGE_TOKENS, len(self.names))
+        if not self._keeps:
+            return num_pages * PREFIX_PAGE_TOKENS, b""
+        found = self._sent.longest(self.names[:num_pages])
+        self._num_kept = len(found)
+        return len(found) * PREFIX_PAGE_TOKENS, b"".join(found)
+
+    def note(self, history: History) -> None:
+        """Keep what was sent of pages that are full now."""
+        if not self._keeps or len(history.lengths) != 1:
+            return
+        (length,), (first,) = history.lengths, history.first_positions()
+        while self._num_kept < len(self.names):
+            start = self._num_kept * PREFIX_PAGE_TOKENS
+            end = start + PREFIX_PAGE_TOKENS
+            if end > length or start < first:
+                return
+            parts = history.read((start,), (end,), PREFIX_PAGE_TOKENS)
+            self._sent.keep(self.names[self._num_kept], b"".join(part.payload for part in parts))
+            self._num_kept += 1
+
+
+def _own_names(client: str, opened: OpenSession) -> tuple[bytes, ...]:
+    """Names that no other client can say, for pages of just these blocks, computed and sent just so."""
+    scope = [
+        client,
+        opened.fingerprint,
+        opened.encoding.value,
+        str((opened.worker, opened.start, opened.end)),
+    ]
+    scope += [part.hex() for part in opened.parts]
+    key = blake2b("\n".join(scope).encode()).digest()
+    return tuple(blake2b(name, digest_size=PREFIX_NAME_BYTES, key=key).digest() for name in opened.prefix)

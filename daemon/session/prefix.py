@@ -1,0 +1,53 @@
+"""How a client names what a session begins with, so that hops may know it again. Pure.
+
+A prefix is cut into pages, and each page's name is a hash of its tokens and of the name before: it stands for all
+of the text up to its end. The first name of the chain stands for whatever else decides what a hop computes, and a
+secret of the user keys every hash: nobody can ask for a text that he has not got, and two users who begin alike share
+nothing.
+
+Source: the chain of hashes is that of vLLM's automatic prefix caching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from ...protocol.limits import MAX_PREFIX_PAGES, PREFIX_NAME_BYTES, PREFIX_PAGE_TOKENS
+from ...protocol.tensors import Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """names: of the pages, in order. inputs: of the first block, for all tokens of these pages, in wire encoding."""
+
+    names: tuple[bytes, ...] = ()
+    inputs: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its pages."""
+        return len(self.names) * PREFIX_PAGE_TOKENS
+
+
+def root(secret: bytes, fingerprint: str, encoding: Encoding, parts: Sequence[bytes]) -> bytes:
+    """The name before the first page. secret: of the user, 64 bytes at most; parts: names of an adapter's."""
+    said = "\n".join((fingerprint, encoding.value, *(part.hex() for part in parts)))
+    return blake2b(said.encode(), digest_size=PREFIX_NAME_BYTES, key=secret).digest()
+
+
+def prefix_of(secret: bytes, start: bytes, tokens: Sequence[int], inputs: bytes, token_bytes: int) -> Prefix:
+    """The full pages of a prompt, of which at least the last token is left to compute.
+
+    start: from `root`. inputs: hidden states of all tokens, of token_bytes each.
+    """
+    num_pages = min((len(tokens) - 1) // PREFIX_PAGE_TOKENS, MAX_PREFIX_PAGES)
+    names = []
+    name = start
+    for page in range(num_pages):
+        first = page * PREFIX_PAGE_TOKENS
+        text = b"".join(token.to_bytes(8) for token in tokens[first : first + PREFIX_PAGE_TOKENS])
+        name = blake2b(name + text, digest_size=PREFIX_NAME_BYTES, key=secret).digest()
+        names.append(name)
+    return Prefix(tuple(names), inputs[: num_pages * PREFIX_PAGE_TOKENS * token_bytes])

@@ -1,0 +1,124 @@
+"""Texts that begin alike: what the swarm knows already is not computed again, and nobody but the user gains by it."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import pytest
+import trio.testing
+
+from corolla.daemon.training.parts import Adapter
+
+from .members import NUM_BLOCKS, whole_text
+from .test_generation import User, user
+
+pytestmark = pytest.mark.anyio
+PREFIX = "Once upon a time there was a corolla of seven petals. " * 4  # 216 tokens: three pages, and some
+KNOWN = 192
+FIRST, SECOND = PREFIX + "It grew", PREFIX + "They met at dawn"
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Time passes as soon as everybody waits for it."""
+    return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
+
+
+def computed(someone: User) -> int:
+    """Tokens times blocks that all members computed so far."""
+    return sum(member.belonging.hops.statistics().block_tokens for member in someone.swarm.members)
+
+
+async def text_of(someone: User, prompt: str, known: int, **options: Any) -> None:
+    """Write on after a prompt, of which so many tokens are known, and check all of it."""
+    someone.pieces.clear()
+    before = computed(someone)
+    answer = await someone.generate(prompt, **options)
+    assert someone.tokens() == whole_text(prompt.encode(), 6)
+    assert answer.num_prefix_tokens == known
+    assert computed(someone) - before == (len(prompt) - known + 5) * NUM_BLOCKS
+
+
+async def test_a_second_text_with_the_same_beginning_computes_only_the_rest() -> None:
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        await text_of(someone, FIRST, known=0)
+        await text_of(someone, SECOND, known=KNOWN)
+        await text_of(someone, FIRST, known=KNOWN)
+        await text_of(someone, "short", known=0)
+
+
+async def test_at_least_one_token_is_computed() -> None:
+    prompt = PREFIX[:192]
+    async with user((0, NUM_BLOCKS)) as someone:
+        await text_of(someone, prompt, known=0)
+        await text_of(someone, prompt, known=128)
+
+
+async def test_what_differs_anywhere_before_is_not_known() -> None:
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        await text_of(someone, FIRST, known=0)
+        await text_of(someone, FIRST[:100] + "X" + FIRST[101:], known=64)
+        await text_of(someone, "X" + FIRST[1:], known=0)
+
+
+async def test_another_user_another_client_and_an_adapter_share_nothing() -> None:
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        await text_of(someone, FIRST, known=0)
+        someone.secret = b"another user's"
+        await text_of(someone, FIRST, known=0)
+        someone.secret = b""
+        await text_of(someone, FIRST, known=0)
+        someone.secret = b"a user's"
+        first = someone.client
+        someone.client = await someone.swarm.client()
+        await text_of(someone, FIRST, known=0)
+        someone.client = first
+        await text_of(someone, FIRST, known=KNOWN)
+        name = sha256(b"weights").digest()
+        someone.adapter = Adapter((name,) * NUM_BLOCKS, {name: b"weights"})
+        assert (await someone.generate(FIRST)).num_prefix_tokens == 0
+        assert (await someone.generate(FIRST)).num_prefix_tokens == KNOWN
+
+
+async def test_a_hop_that_knows_nothing_of_it_brings_it_to_nothing() -> None:
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        await text_of(someone, FIRST, known=0)
+        worker = someone.swarm.members[2].worker
+        assert worker is not None
+        worker.crash()
+        await trio.sleep(5.0)  # it is restarted
+        await text_of(someone, SECOND, known=0)
+        await text_of(someone, FIRST, known=KNOWN)
+
+
+@pytest.mark.parametrize("killed", [(0,), (1,), (0, 1)], ids=str)
+async def test_kills_amid_a_text_that_began_from_a_prefix_change_no_token(killed: tuple[int, ...]) -> None:
+    spans = ((0, 2), (2, NUM_BLOCKS))
+    async with user(*spans, *spans) as someone:
+        swarm, spares = someone.swarm, someone.swarm.members[3:]
+        for spare in spares:
+            spare.belonging.hops.drain(0)
+        await someone.generate(FIRST)
+
+        def kill() -> None:
+            """Each is replaced by one that knows nothing; the hop above, or the client, sends the prefix too."""
+            for which in killed:
+                swarm.kill(swarm.members[1 + which])
+                spares[which].belonging.hops.undrain(0)
+
+        someone.pieces.clear()
+        someone.at(3, kill)
+        answer = await someone.generate(SECOND)
+        assert someone.tokens() == whole_text(SECOND.encode(), 6)
+        assert answer.num_repairs >= 1
+        assert answer.num_prefix_tokens == KNOWN
+
+
+async def test_several_texts_at_once_have_no_prefix_and_are_right() -> None:
+    async with user((0, NUM_BLOCKS)) as someone:
+        await text_of(someone, FIRST, known=0)
+        someone.pieces.clear()
+        await someone.generate(FIRST, SECOND)
+        assert someone.tokens(0) == whole_text(FIRST.encode(), 6)
+        assert someone.tokens(1) == whole_text(SECOND.encode(), 6)
