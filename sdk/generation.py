@@ -69,7 +69,8 @@ class Generation:
 
     finishes: "stop" or "length". logprobs: the logarithm of each token's probability, as the model itself saw
     it; top_logprobs: those of the likeliest ones, if they were asked for. num_repairs, repair_s: hops that were
-    lost on the way, and the time until the next token each cost, together.
+    lost on the way, and the time until the next token each cost, together. num_prefix_tokens: of the prompt, that
+    the swarm still knew from an earlier one of yours, and did not compute again.
     """
 
     texts: tuple[str, ...]
@@ -81,6 +82,7 @@ class Generation:
     repair_s: float
     logprobs: tuple[tuple[float | None, ...], ...] = ()
     top_logprobs: tuple[tuple[tuple[Logprob, ...], ...], ...] = ()
+    num_prefix_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -216,6 +218,7 @@ class Progress:
             top_logprobs=tuple(tuple(piece.top for piece in row) for row in self._pieces)
             if self._asked.sampling.top_logprobs
             else (),
+            num_prefix_tokens=answer.num_prefix_tokens,
         )
 
 

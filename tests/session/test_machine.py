@@ -11,6 +11,7 @@ from corolla.daemon.session import events as ev
 from corolla.daemon.session.ascent import MAX_PUTS, Phase
 from corolla.daemon.session.deadlines import Settings
 from corolla.daemon.session.machine import MAX_DETOURS, SessionMachine
+from corolla.daemon.session.prefix import Prefix
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.session.wiring import Route, RouteHop
 from corolla.daemon.swarm.blame import HEAVY, LIGHT
@@ -18,6 +19,7 @@ from corolla.protocol.errors import Code, error
 from corolla.protocol.messages import Message
 from corolla.protocol.steps import (
     NEW_ROW,
+    PREFIX_STEP,
     At,
     CloseSession,
     Failure,
@@ -112,6 +114,59 @@ def opened(*hops: RouteHop, settings: Settings = SETTINGS) -> Bench:
     bench.hear(hops[-1].hop.peer, Result(ID, 1, 1, b"abc"))
     assert bench.of(ev.Deliver) == [ev.Deliver(1, b"abc")]
     return bench
+
+
+def with_prefix(num_tokens: int, **held: int) -> Bench:
+    """A session that is to begin with so many tokens, of which each hop named holds some, up to its links."""
+    prefix = Prefix(tuple(bytes([page]) * 16 for page in range(num_tokens // 64)), b"x" * num_tokens)
+    hops = [A, B, C][: len(held)]
+    terms = Terms(ID, "model", 0, len(hops), Encoding.FLOAT32, 1, 1, 400, prefix=prefix)
+    bench = Bench(SessionMachine(terms, SETTINGS))
+    bench.feed(ev.OpenRequested())
+    bench.found(*hops)
+    assert all(opening.message.prefix == prefix.names for opening in bench.of(ev.OpenHop))
+    for name, tokens in held.items():
+        bench.hear(name, Opened(ID, prefix_tokens=tokens))
+    return bench
+
+
+def test_a_session_begins_with_what_all_hops_hold_of_its_prefix() -> None:
+    bench = with_prefix(192, a=192, b=128)
+    (link,) = bench.said("a", LinkHop)
+    assert (link.base_step, link.lengths) == (PREFIX_STEP, (128,))
+    bench.link(1, a=(128,), b=(128,))
+    assert bench.of(ev.Ready)
+    assert bench.machine.statistics().prefix_tokens == 128
+    bench.step(1, Row(0, 128, 2))
+    (step,) = bench.said("a", Step)
+    assert (step.step_id, step.committed) == (PREFIX_STEP + 1, PREFIX_STEP)
+
+
+@pytest.mark.parametrize("held", [0, 63, -5])
+def test_a_hop_without_the_prefix_brings_it_to_nothing(held: int) -> None:
+    bench = with_prefix(192, a=192, b=held)
+    (link,) = bench.said("a", LinkHop)
+    assert (link.base_step, link.lengths) == (0, ())
+    bench.link(1, a=(), b=())
+    bench.step(1, Row(NEW_ROW, 0, 200))
+    assert bench.said("a", Step)[0].step_id == 1
+
+
+def test_a_hop_that_says_more_than_there_is_gets_no_more() -> None:
+    bench = with_prefix(128, a=1 << 30, b=1 << 40)
+    assert bench.said("a", LinkHop)[0].lengths == (128,)
+
+
+def test_a_hop_that_lost_the_prefix_by_the_link_has_it_replayed() -> None:
+    bench = with_prefix(128, a=128, b=128)
+    bench.link(1, a=(128,), b=(0,))
+    assert bench.said("a", Replay) == [Replay(ID, 1, PREFIX_STEP, (0,), (128,), 1)]
+    bench.hear("b", Replayed(ID, 1))
+    assert bench.of(ev.Ready)
+    bench = with_prefix(128, a=128, b=128)
+    bench.link(1, a=(0,), b=(0,))
+    (part,) = bench.said("a", Step)  # the client has it, too
+    assert (part.step_id, part.rows, part.payload) == (PREFIX_STEP, (Row(NEW_ROW, 0, 128),), b"x" * 128)
 
 
 def test_links_name_the_neighbours_of_each_hop() -> None:
