@@ -42,6 +42,7 @@ from corolla.protocol.errors import CorollaError
 from corolla.protocol.framing import encode_frame
 from corolla.protocol.messages import Message, encode
 from corolla.protocol.punch import PUNCH_PROTOCOL, Doors, Now
+from corolla.protocol.reach import NONCE_BYTES, REACH_PROTOCOL, RING_PROTOCOL, DialMe, Nonce
 from corolla.protocol.records import SpanState, blocks_key
 from corolla.protocol.registry import HELLO_PROTOCOL, REGISTRY_PROTOCOL, Find, Hello, PeerAddresses, Store
 from corolla.protocol.steps import (
@@ -165,6 +166,8 @@ def real_messages(target: Target, identity: Identity) -> dict[str, list[bytes]]:
             Chunk(bytes(512)),
         ],
         PUNCH_PROTOCOL: [Doors(("/ip4/127.0.0.1/tcp/9",), True), Now()],
+        REACH_PROTOCOL: [DialMe("/ip4/127.0.0.1/tcp/9", bytes(NONCE_BYTES))],
+        RING_PROTOCOL: [Nonce(bytes(NONCE_BYTES))],
     }
     key = ID.from_string(identity.peer).to_bytes()
     raw = {

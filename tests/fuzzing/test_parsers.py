@@ -37,6 +37,7 @@ from corolla.protocol.invitations import (
 from corolla.protocol.limits import MAX_CBOR_DEPTH
 from corolla.protocol.messages import Vocabulary, encode, from_plain, load_map
 from corolla.protocol.punch import PUNCH
+from corolla.protocol.reach import REACH, RING
 from corolla.protocol.records import ManifestRecord, Signed, SpanRecord, peer_id_of, verify
 from corolla.protocol.registry import HELLO, REGISTRY, Entry
 from corolla.protocol.steps import PUSH, SESSION, Row, check_payload
@@ -55,6 +56,8 @@ VOCABULARIES = {
     "hello": HELLO,
     "registry": REGISTRY,
     "punch": PUNCH,
+    "reach": REACH,
+    "ring": RING,
     "to daemon": TO_DAEMON,
     "from daemon": FROM_DAEMON,
     "to worker": TO_WORKER,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, ClassVar
 
 import anyio
 import pytest
 import trio
 from anyio.abc import TaskGroup
+from hypothesis import given
+from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 
 from corolla.daemon.identity import new_identity
@@ -179,3 +182,19 @@ async def test_without_multicast_it_ends_and_harms_nobody(monkeypatch: pytest.Mo
     async with a_house(1) as house:
         with trio.fail_after(10):
             await Neighbours(house.networks[0], ROSES.swarm_id, lambda told: None).run()
+
+
+@given(
+    name=st.text(max_size=80),
+    values=st.dictionaries(
+        st.sampled_from([b"a0", b"a1", b"a3"]), st.binary(max_size=200) | st.none(), max_size=3
+    ),
+)
+def test_no_entry_upsets_who_reads_it(name: str, values: dict[bytes, bytes | None]) -> None:
+    class Entry:
+        properties: ClassVar[Any] = {b"s": told("/ip4/10.0.0.1/tcp/1").properties[b"s"], **values}
+
+    entry: Any = Entry()
+    entry.name = f"{name}.{SERVICE}"
+    found = member_of(entry, ROSES.swarm_id)
+    assert found is None or all(address.endswith(f"/p2p/{found.peer}") for address in found.addresses)
