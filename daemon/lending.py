@@ -1,6 +1,6 @@
-"""What this daemon lends: its worker processes, for spans and for the ends, and what is announced of them.
+"""What this daemon lends: the worker processes of its spans, and what is announced of them.
 
-It owns the workers, and how one is emptied of sessions before its span moves or ends. Which blocks a worker of
+It owns the workers of spans, and how one is emptied of sessions before its span moves or ends. Which blocks a worker of
 `--blocks auto` serves at first, `swarm/placement` decides, once the worker has told how many fit; whether it moves
 later is `rebalancing.py`.
 """
@@ -9,34 +9,30 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 import structlog
 import trio
 
-from ..protocol.control import PullProgress
-from ..protocol.errors import Code, CorollaError, error
+from ..protocol.errors import CorollaError
 from ..protocol.records import SpanState
 from ..protocol.tensors import Encoding
 from ..protocol.views import WorkerStatus
-from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
+from ..protocol.work import Configure, Ready
 from .belonging import Belonging
 from .config import Config
+from .ends import FIRST_OTHER, Ends, loaded
 from .network.announcements import Offer
 from .profiles import Profiles
 from .schedule import Lends
 from .serving.workers import Worker, WorkerState, worker_command
-from .sources import source_of, source_of_facts
+from .sources import source_of
 from .swarm.models import is_allowed
 from .swarm.placement import choose_span
-from .wanted import as_configured, matched, not_allowed, spans_wanted
+from .wanted import matched, not_allowed, spans_wanted
 
-PULL_WORKER: Final = 199  # fetches a model and goes
-PROGRESS_EVERY_S: Final = 0.3
-MAX_LOADS: Final = 3  # of a worker that somebody waits for, and that dies each time before it is ready
-ENDS_WORKER: Final = 200  # the first number of workers that hold ends; they serve no peer
 SETTLE_S: Final = 1.0  # after joining, before placement looks at who is there
 SPREAD_S: Final = 2.0  # and up to so much more, so that daemons started together see each other's choice
 MOVE_DEADLINE_S: Final = 20.0  # for sessions to leave a span that moves
@@ -67,13 +63,11 @@ class Lending:
         self._config = config
         self._command = command
         self._cache_folder = cache_folder
+        self.ends: Final = Ends(lambda: self._config, cache_folder, nursery, on_event, command)
         self._nursery = nursery
         self._on_event = on_event
         self._profiles = profiles
         self._spans: list[Worker] = []
-        self._ends: dict[str, Worker] = {}  # by fingerprint
-        self._num_ends = 0  # ever
-        self._making_ends = trio.Lock()
         self._changing = trio.Lock()
         self._num_changes = 0  # asked for and not done
         self._belonging: Belonging | None = None
@@ -84,7 +78,6 @@ class Lending:
         self._is_draining = False
         self._why_paused: Lends | None = None
         self._num_pausing = 0  # pauses under way
-        self._num_pulls = 0
         self._uses_gpu = False
         self._leaving: set[int] = set()  # workers that are being emptied
         self._beside: set[int] = set()  # numbers of workers that load while those they replace still serve
@@ -141,7 +134,7 @@ class Lending:
             return
         for configure in missing:
             taken = {worker.number for worker in self._spans} | set(self._served)
-            self._start_span(next(n for n in range(PULL_WORKER) if n not in taken), configure)
+            self._start_span(next(n for n in range(FIRST_OTHER) if n not in taken), configure)
 
     def start_paused(self, why: Lends) -> None:
         """Start nothing until `resume`."""
@@ -179,15 +172,15 @@ class Lending:
 
     def weights_in_use(self) -> tuple[str, ...] | None:
         """Paths of the weights that our workers took up, and of their quantized forms; None while one is loading."""
-        workers = (*self._spans, *self._ends.values())
-        if any(worker.state is WorkerState.LOADING for worker in workers) or self._num_pulls:
+        workers = (*self._spans, *self.ends.workers)
+        if any(worker.state is WorkerState.LOADING for worker in workers) or self.ends.is_pulling:
             return None
         ready = [worker.ready for worker in workers if worker.ready is not None]
         return tuple(name for r in ready for name in (f"{r.folder}/", r.facts.fingerprint[:32]))
 
     def gpu_processes(self) -> tuple[int, ...]:
         """Our processes that hold a GPU now."""
-        workers = (*self._spans, *self._ends.values())
+        workers = (*self._spans, *self.ends.workers)
         return tuple(w.process for w in workers if w.process and w.ready and _is_gpu(w.ready))
 
     def serving(self) -> tuple[tuple[Worker, Ready], ...]:
@@ -267,7 +260,7 @@ class Lending:
         if belonging is None or ready is None or worker.number in self._leaving:
             return
         taken = {other.number for other in self._spans} | set(self._served)
-        number = next(n for n in range(PULL_WORKER) if n not in taken)
+        number = next(n for n in range(FIRST_OTHER) if n not in taken)
         speed = ready.decode_tokens_per_s * (ready.end - ready.start) / (end - start)
         self._served[number] = replace(ready, start=start, end=end, decode_tokens_per_s=speed)
         self._placed.add(number)
@@ -305,7 +298,7 @@ class Lending:
         self._start_span(number, configure)
         (fresh,) = (worker for worker in self._spans if worker.number == number)
         try:
-            await self._loaded(fresh)
+            await loaded(fresh)
         except CorollaError:
             self._end(fresh)
             await fresh.wait_stopped()
@@ -367,7 +360,7 @@ class Lending:
     def stop(self) -> None:
         """End all workers."""
         self._is_draining = True
-        for worker in (*self._spans, *self._ends.values()):
+        for worker in (*self._spans, *self.ends.workers):
             worker.stop()
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
@@ -375,99 +368,17 @@ class Lending:
         hops = self._belonging.hops if self._belonging is not None else None
         return tuple(
             replace(worker.status(), sessions=hops.num_sessions(worker.number) if hops is not None else 0)
-            for worker in (*self._spans, *self._ends.values())
+            for worker in (*self._spans, *self.ends.workers)
         )
-
-    async def ends_of(self, facts: ModelFacts) -> Worker:
-        """A worker with this model's ends, ready; started at first use.
-
-        Raises `UNKNOWN_MODEL` if this machine knows no source of it, and whatever keeps it from loading.
-        """
-        async with self._making_ends:
-            worker = self._ends.get(facts.fingerprint)
-            if worker is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
-                worker = await self._make_ends(facts)
-        await self._loaded(worker)
-        return worker
-
-    async def pull(self, source: ModelSource, emit: Callable[[PullProgress], Awaitable[None]]) -> str:
-        """Fetch a model by a worker that loads just its ends; the folder where it lies then.
-
-        Raises `UNKNOWN_MODEL`, `GATED_MODEL`, `DISK_FULL`, `DAMAGED_WEIGHTS`, `UNREADABLE`.
-        """
-        worker = self._worker(
-            PULL_WORKER, replace(as_configured(self._config, self._cache_folder, source), ends=True)
-        )
-        self._nursery.start_soon(worker.run)
-        self._num_pulls += 1
-        try:
-            return (await self._loaded(worker, emit)).folder
-        finally:
-            self._num_pulls -= 1
-            worker.stop()
-
-    async def _loaded(
-        self, worker: Worker, emit: Callable[[PullProgress], Awaitable[None]] | None = None
-    ) -> Ready:
-        """What a worker serves, once it does. emit: hears of the loading.
-
-        Raises what keeps it from ever serving, and `WORKER_LOST` when it dies again and again.
-        """
-        told: Loading | None = None
-        num_before = worker.restarts
-        while True:
-            with trio.move_on_after(PROGRESS_EVERY_S):
-                return await worker.wait_ready()
-            if worker.problem is not None and worker.restarts - num_before >= MAX_LOADS - 1:
-                problem = worker.problem
-                raise error(problem.code, problem.message, problem.remedy or "see the daemon's log")
-            loading = worker.loading
-            if emit is not None and loading is not None and loading != told:
-                told = loading
-                await emit(PullProgress(loading.stage, loading.done_bytes, loading.total_bytes))
-
-    async def _make_ends(self, facts: ModelFacts) -> Worker:
-        mismatch = ""
-        for source in self._sources(facts):
-            number = ENDS_WORKER + self._num_ends
-            self._num_ends += 1
-            worker = self._worker(
-                number,
-                replace(as_configured(self._config, self._cache_folder, source), ends=True),
-                facts.name,
-            )
-            self._on_event("ends_loading", f"loading the ends of {facts.name} from {source.location}")
-            self._nursery.start_soon(worker.run)
-            try:
-                ready = await self._loaded(worker)
-            except BaseException:
-                worker.stop()
-                raise
-            if ready.facts.fingerprint == facts.fingerprint:
-                self._ends[facts.fingerprint] = worker
-                return worker
-            worker.stop()
-            mismatch = f"; {source.location} is {ready.facts.fingerprint[:8]}, another version"
-        raise error(
-            Code.UNKNOWN_MODEL,
-            f"the weights of {facts.name}@{facts.fingerprint[:8]} are not on this machine{mismatch}",
-            "name their folder, GGUF file or hub id: corollad --blocks none --model …",
-        )
-
-    def _sources(self, facts: ModelFacts) -> list[ModelSource]:
-        found = [source_of(self._config.model)] if self._config.model else []
-        elsewhere = source_of_facts(facts)
-        if elsewhere is not None and elsewhere not in found:
-            found.append(elsewhere)
-        return found
-
-    def _worker(
-        self, number: int, configure: Configure, model: str = "", *, is_polite: bool = False
-    ) -> Worker:
-        return Worker(number, configure, model=model, command=self._command, is_polite=is_polite)
 
     def _start_span(self, number: int, configure: Configure) -> None:
-        worker = self._worker(number, configure, self._config.model, is_polite=self._config.low_priority)
+        worker = Worker(
+            number,
+            configure,
+            model=self._config.model,
+            command=self._command,
+            is_polite=self._config.low_priority,
+        )
         self._told.pop(number, None)  # of the worker before it
         self._load_began[number] = trio.current_time()
         self._spans = [other for other in self._spans if other.number != number] + [worker]

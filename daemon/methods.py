@@ -157,7 +157,7 @@ class Methods:
 
         generation = Generation(
             node.the_belonging(),
-            node.lending,
+            node.lending.ends,
             arguments,
             emit,
             ask.post,
@@ -195,7 +195,7 @@ class Methods:
             if self._node.belonging is None:
                 raise
             facts = await self._node.belonging.routes.find_model(arguments.model)
-            worker = await self._node.lending.ends_of(facts)
+            worker = await self._node.lending.ends.ends_of(facts)
             return Reply(Pulled((await worker.wait_ready()).folder))
         if arguments.revision:
             if source.kind is not SourceKind.HUB:
@@ -205,7 +205,7 @@ class Methods:
                     "leave it out",
                 )
             source = dataclasses.replace(source, revision=arguments.revision)
-        folder = await self._node.lending.pull(source, ask.item)
+        folder = await self._node.lending.ends.pull(source, ask.item)
         return Reply(Pulled(folder))
 
     async def install_worker(self, ask: Ask) -> Reply:

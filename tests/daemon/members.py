@@ -146,7 +146,7 @@ class EndsTwin:
         self.num_asked = 0
 
     async def ends_of(self, facts: ModelFacts) -> WorkerTwin:
-        """As `lending.Lending.ends_of`."""
+        """As `ends.Ends.ends_of`."""
         self.num_asked += 1
         await until(lambda: self.worker.ready is not None)
         return self.worker

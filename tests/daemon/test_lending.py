@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import trio
 
+from corolla.daemon import ends as ends_module
 from corolla.daemon import lending as module
 from corolla.daemon.config import Config
-from corolla.daemon.lending import MAX_LOADS, Lending
+from corolla.daemon.ends import MAX_LOADS
+from corolla.daemon.lending import Lending
 from corolla.daemon.network.announcements import Offer
 from corolla.daemon.serving.workers import Worker
 from corolla.protocol.control import PullProgress
@@ -38,7 +40,9 @@ def fake_command(descriptor: int) -> list[str]:
 @pytest.fixture(autouse=True)
 def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Worker", partial(Worker, backoff_s=(0.05,)))
+    monkeypatch.setattr(ends_module, "Worker", partial(Worker, backoff_s=(0.05,)))
     monkeypatch.setattr(module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
+    monkeypatch.setattr(ends_module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
 
 
 @asynccontextmanager
@@ -72,8 +76,8 @@ async def refused(awaitable: Any) -> CorollaError:
 async def test_ends_are_loaded_once_and_kept() -> None:
     async with lending(model="faithful", blocks="none") as (lends, told):
         assert lends.statuses() == ()
-        worker = await lends.ends_of(FACTS)
-        assert await lends.ends_of(FACTS) is worker
+        worker = await lends.ends.ends_of(FACTS)
+        assert await lends.ends.ends_of(FACTS) is worker
         assert [status.ends for status in lends.statuses()] == [True]
         assert told == ["ends_loading"]
 
@@ -81,7 +85,7 @@ async def test_ends_are_loaded_once_and_kept() -> None:
 async def test_weights_of_another_version_are_no_ends() -> None:
     facts = replace(FACTS, fingerprint="e" * 64)
     async with lending(model="faithful", blocks="none") as (lends, _):
-        problem = await refused(lends.ends_of(facts))
+        problem = await refused(lends.ends.ends_of(facts))
         assert problem.code is Code.UNKNOWN_MODEL
         assert "eeeeeeee" in problem.message
         assert "faithful is ffffffff" in problem.message
@@ -90,20 +94,20 @@ async def test_weights_of_another_version_are_no_ends() -> None:
 
 async def test_a_model_without_a_source_says_what_to_name() -> None:
     async with lending(blocks="none") as (lends, _):
-        problem = await refused(lends.ends_of(FACTS))
+        problem = await refused(lends.ends.ends_of(FACTS))
         assert problem.code is Code.UNKNOWN_MODEL
         assert "--model" in problem.remedy
 
 
 async def test_the_hub_is_a_source_when_the_manifest_names_one() -> None:
     async with lending(blocks="none") as (lends, _):
-        worker = await lends.ends_of(replace(FACTS, hub_id="someone/faithful"))
+        worker = await lends.ends.ends_of(replace(FACTS, hub_id="someone/faithful"))
         assert worker.configure.source.location == "someone/faithful"
 
 
 async def test_ends_that_die_again_and_again_are_given_up() -> None:
     async with lending(model="stumbles", blocks="none") as (lends, _):
-        problem = await refused(lends.ends_of(FACTS))
+        problem = await refused(lends.ends.ends_of(FACTS))
         assert problem.code is Code.WORKER_LOST
         assert "then I stumble" in problem.message
         assert MAX_LOADS > 1
@@ -117,8 +121,8 @@ async def test_pulling_tells_the_folder_or_why_not() -> None:
         heard.append(progress)
 
     async with lending(blocks="none") as (lends, _):
-        assert await lends.pull(ModelSource(SourceKind.HUB, "faithful"), emit) == ""  # the fake has none
-        problem = await refused(lends.pull(ModelSource(SourceKind.HUB, "unknown"), emit))
+        assert await lends.ends.pull(ModelSource(SourceKind.HUB, "faithful"), emit) == ""  # the fake has none
+        problem = await refused(lends.ends.pull(ModelSource(SourceKind.HUB, "unknown"), emit))
         assert problem.code is Code.UNKNOWN_MODEL
 
 
@@ -152,6 +156,7 @@ async def test_a_worker_that_was_lost_is_announced_as_loading_until_it_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "Worker", partial(Worker, command=fake_command, backoff_s=(1.0,)))
+    monkeypatch.setattr(ends_module, "Worker", partial(Worker, command=fake_command, backoff_s=(1.0,)))
     async with meadow() as swarm:
         ours, other = await swarm.client(), await swarm.client()
         async with lending(model="faithful", blocks="0:4") as (lends, told):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from corolla.daemon import ends as ends_module
 from corolla.daemon import lending as lending_module
 from corolla.daemon.config import Config
 from corolla.daemon.lending import Lending
@@ -42,7 +43,9 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lending_module, "Worker", partial(Worker, backoff_s=(0.05,)))
+    monkeypatch.setattr(ends_module, "Worker", partial(Worker, backoff_s=(0.05,)))
     monkeypatch.setattr(lending_module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
+    monkeypatch.setattr(ends_module, "source_of", lambda model: ModelSource(SourceKind.HUB, model))
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from corolla.daemon import ends as ends_module
 from corolla.daemon import lending as lending_module
 from corolla.daemon import reloading as module
 from corolla.daemon.config import KEYS, Config, load_config
@@ -48,7 +49,9 @@ def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         return ModelSource(SourceKind.HUB, model)
 
     monkeypatch.setattr(lending_module, "Worker", partial(Worker, backoff_s=(0.05,)))
+    monkeypatch.setattr(ends_module, "Worker", partial(Worker, backoff_s=(0.05,)))
     monkeypatch.setattr(lending_module, "source_of", source)
+    monkeypatch.setattr(ends_module, "source_of", source)
     monkeypatch.setattr(module, "source_of", source)
     monkeypatch.setattr(Environment, "command", lambda self, descriptor: fake_command(descriptor))
 
