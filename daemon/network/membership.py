@@ -147,13 +147,13 @@ class Membership:
     async def wait_joined(self, *, timeout_s: float) -> None:
         """Wait for the first other member.
 
-        Raises `NO_PEERS` naming what was tried; `NOT_INVITED` as soon as all of these refused us.
+        Raises `NO_PEERS` naming what was tried; `NOT_INVITED` as soon as all of it failed and a member refused us.
         """
         with anyio.move_on_after(timeout_s):
-            while not self._members and not self._is_refused_by_all():
+            while not self._members and not self._is_refused():
                 await self._wait_changed()
         if not self._members:
-            if self._refusal is not None and self._is_refused_by_all():
+            if self._refusal is not None and self._is_refused():
                 raise error(self._refusal.code, self._refusal.message, self._refusal.remedy)
             tried = "; ".join(
                 f"{b.address}: {b.problem.message if b.problem else 'no answer'}" for b in self._bootstrap
@@ -164,9 +164,10 @@ class Membership:
                 "check that a member runs and can be reached, or paste a fresh token",
             )
 
-    def _is_refused_by_all(self) -> bool:
+    def _is_refused(self) -> bool:
+        """Whether every address has been tried, and somebody there would not have us."""
         problems = [entry.problem for entry in self._bootstrap]
-        return bool(problems) and all(p is not None and p.code is Code.NOT_INVITED for p in problems)
+        return None not in problems and any(p is not None and p.code is Code.NOT_INVITED for p in problems)
 
     def may_speak(self, peer: str, protocol: str) -> bool:
         """May a peer use a protocol of ours? Everyone may greet; the rest is for members."""
