@@ -232,10 +232,10 @@ class Membership:
         """Learn which swarm a new connection belongs to; part with it if not ours."""
         try:
             with anyio.move_on_after(HELLO_TIMEOUT_S):
-                dialled_us = any(view.inbound for view in self._network.peers() if view.peer == peer)
-                if dialled_us and await self.wait_member(peer, timeout_s=PATIENCE_S):
-                    return
-                if not self.is_member(peer):
+                met_at = self._clock()
+                if any(view.inbound for view in self._network.peers() if view.peer == peer):
+                    await self._wait_greeted(peer, met_at, timeout_s=PATIENCE_S)
+                if not self._is_judged(peer, met_at):
                     await self._greet(peer)
         except CorollaError as problem:
             _log.info("greeting_failed", peer=peer, problem=str(problem))
@@ -244,9 +244,24 @@ class Membership:
         if not self.is_member(peer):
             await self._network.disconnect(peer)
 
+    async def _wait_greeted(self, peer: str, since: float, *, timeout_s: float) -> None:
+        with anyio.move_on_after(timeout_s):
+            while not self._is_judged(peer, since):
+                await self._wait_changed()
+
+    def _is_judged(self, peer: str, since: float) -> bool:
+        """Whether nothing is left to ask a peer: it is a member, or proved to be none, or left.
+
+        To greet one that left would be to dial it.
+        """
+        shunned = self._strangers.get(peer)
+        if self.is_member(peer) or (shunned is not None and shunned[0] >= since):
+            return True
+        return not any(view.peer == peer for view in self._network.peers())
+
     async def _greet(self, peer: str) -> None:
         """Say hello and hear it. Raises `WRONG_SWARM`, `NOT_INVITED`, and as `greet_with`."""
-        ours = self._hello(peer)
+        ours = self._hello(peer, self.roll.bar(peer))  # one who is barred hears that at once
         async with greet_with(self._network, peer, ours, timeout_s=HELLO_TIMEOUT_S) as hello:
             if hello.problem is not None:
                 raise self._hear_refusal(peer, hello)

@@ -102,8 +102,8 @@ class Search:
         ask = self._ask
         if ask is None:
             return Standstill.WAITS_ON
-        if problem.fault is Fault.USER and not is_ready:
-            return problem
+        if problem.fault is Fault.USER and (not is_ready or problem.code is Code.NOT_INVITED):
+            return problem  # of one put out of the swarm nobody takes a session over, however long it waits
         wider: tuple[bool, bool] | None = None
         if not ask.whole and len(self._roster):
             wider = True, ask.bridging

@@ -316,7 +316,7 @@ async def test_one_put_out_hears_why_and_the_banned_may_come_back(folder: Path, 
         assert second.status().state == "online"  # it is where it was, and says why nobody is there
         if how == "ban":
             await owner.unban(peer)
-            await second.the_belonging().membership.wait_joined(timeout_s=60)
+            assert await second.the_belonging().membership.wait_member(first.status().peer, timeout_s=60)
             assert second.status().hint is None
             assert (await refused(owner.unban(peer))).code is Code.BAD_REQUEST
 

@@ -771,3 +771,15 @@ async def test_a_defect_in_one_session_ends_it_alone(monkeypatch: pytest.MonkeyP
         assert callers[0].daemon.service.statistics().num_sessions == 0
         monkeypatch.undo()
         assert await answer(other, step(1, 0, 1)) == expected(1, start=3)
+
+
+async def test_sessions_of_a_barred_client_end_without_a_time_of_grace() -> None:
+    async with a_stage() as stage:
+        daemon = await stage.daemon("hop0", 0, NUM_BLOCKS)
+        await stage.open(daemon)
+        await stage.open(daemon, network=stage.hub.network("another client"))
+        daemon.service.part_with(lambda peer: peer == "another client")
+        assert daemon.service.statistics().num_sessions == 1
+        daemon.service.part_with(lambda peer: peer == "client")
+        assert daemon.service.statistics().num_sessions == 0
+        await stage.until_released()

@@ -86,9 +86,9 @@ class Bench:
         (question,) = self.of(ev.FindRoute)
         return self.feed(ev.RouteFound(question.ticket, Route(hops)))
 
-    def missing(self) -> list[ev.Action]:
+    def missing(self, code: Code = Code.BLOCKS_UNSERVED) -> list[ev.Action]:
         (question,) = self.of(ev.FindRoute)
-        return self.feed(ev.RouteMissing(question.ticket, error(Code.BLOCKS_UNSERVED, "nobody")))
+        return self.feed(ev.RouteMissing(question.ticket, error(code, "nobody")))
 
     def link(self, epoch: int, **held: tuple[int, ...]) -> None:
         """Every hop named answers its link, holding so many tokens of each row, all of them replayable."""
@@ -398,6 +398,16 @@ def test_without_a_replacement_it_waits_asks_again_and_at_last_fails() -> None:
     assert bench.of(ev.Fail)[0].problem.code is Code.SESSION_LOST
     assert bench.now == pytest.approx(SETTINGS.replacement_wait_s)
     assert bench.machine.next_deadline is None
+
+
+def test_one_put_out_of_the_swarm_waits_for_no_replacement() -> None:
+    bench = opened(A)
+    bench.step(2, Row(0, 3, 1))
+    bench.lose("a")
+    bench.lose("a")
+    bench.missing(Code.NOT_INVITED)
+    (failed,) = bench.of(ev.Fail)
+    assert failed.problem.code is Code.NOT_INVITED
 
 
 def test_an_idle_session_waits_for_as_long_as_it_lives() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.roll import Roll, Standing
 from corolla.daemon.network.seam import Stream
-from corolla.protocol.errors import CorollaError
+from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import Charter, Proof, accept
 from corolla.protocol.records import peer_id_of
 
@@ -38,12 +39,19 @@ def proof(owner: Membership, peer: str) -> Proof:
     return accept(invitation, ROSES, peer, now_unix_s=NOW)
 
 
-async def enter(hub: MemoryHub, tasks: TaskGroup, peer: str, shown: Proof | None = None) -> Membership:
+async def enter(
+    hub: MemoryHub,
+    tasks: TaskGroup,
+    peer: str,
+    shown: Proof | None = None,
+    on_refused: Callable[[CorollaError], None] = lambda problem: None,
+) -> Membership:
     membership = Membership(
         hub.network(peer),
         Swarm(ROSES.swarm_id, "roses"),
         bootstrap=[] if peer == OWNER else [f"/memory/{OWNER}/p2p/{OWNER}"],
         roll=Roll(peer, Standing(charter=ROSES, proof=shown), clock=lambda: NOW),
+        on_refused=on_refused,
     )
     await tasks.start(membership.run)
     return membership
@@ -94,4 +102,78 @@ async def test_who_is_put_out_loses_running_streams_and_stays_out(how: str) -> N
         assert not owner.is_member("bob")
         assert cyd.is_member(OWNER)
         assert cyd.roll.is_barred("bob") == (how == "revoke")  # the owner's list spreads, a ban does not
+        tasks.cancel_scope.cancel()
+
+
+async def test_one_put_out_hears_why_once_and_asks_ever_more_rarely() -> None:
+    async with memory_hub() as hub, create_task_group() as tasks:
+        owner = await enter(hub, tasks, OWNER)
+        heard: list[str] = []
+        bob = await enter(hub, tasks, "bob", proof(owner, "bob"), lambda problem: heard.append(str(problem)))
+        await bob.wait_joined(timeout_s=5)
+        assert await owner.wait_member("bob", timeout_s=5)
+        met: list[str] = []
+        network = hub.find(OWNER)
+        assert network is not None
+        network.on_peer(lambda peer, connected: met.append(peer) if connected else None)
+        owner.roll.revoke("bob", KEY)
+        owner.review()
+        await trio.sleep(600)
+        assert len(heard) == 1
+        assert f"{OWNER} refused us: the owner of the swarm revoked the membership of bob" in heard[0]
+        assert bob.refusal is not None
+        assert not bob.members()
+        assert 10 <= len(met) <= 25  # after 0.5 s, 1 s, 2 s, …, and then once a minute
+        tasks.cancel_scope.cancel()
+
+
+async def test_one_forgiven_comes_back() -> None:
+    async with memory_hub() as hub, create_task_group() as tasks:
+        owner = await enter(hub, tasks, OWNER)
+        bob = await enter(hub, tasks, "bob", proof(owner, "bob"))
+        await bob.wait_joined(timeout_s=5)
+        owner.roll.ban("bob")
+        owner.review()
+        await trio.sleep(300)
+        assert bob.refusal is not None
+        owner.roll.unban("bob")
+        owner.forgive("bob")
+        assert await bob.wait_member(OWNER, timeout_s=70)
+        assert bob.refusal is None
+        assert await owner.wait_member("bob", timeout_s=5)
+        tasks.cancel_scope.cancel()
+
+
+async def test_one_whose_invitation_was_revoked_may_come_by_another() -> None:
+    async with memory_hub() as hub, create_task_group() as tasks:
+        owner = await enter(hub, tasks, OWNER)
+        first = proof(owner, "bob")
+        bob = await enter(hub, tasks, "bob", first)
+        await bob.wait_joined(timeout_s=5)
+        (grant,) = owner.roll.granted
+        owner.roll.revoke(grant.invite_id, KEY)
+        owner.review()
+        await trio.sleep(1)
+        assert bob.refusal is not None
+        assert f"revoked invitation {grant.invite_id} of bob" in bob.refusal.message
+        owner.roll.admit("bob", proof(owner, "bob"))
+        assert not owner.roll.is_barred("bob")
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_refusal_is_told_at_once_although_another_address_is_dead() -> None:
+    async with memory_hub() as hub, create_task_group() as tasks:
+        await enter(hub, tasks, OWNER)
+        eve = Membership(
+            hub.network("eve"),
+            Swarm(ROSES.swarm_id, "roses"),
+            bootstrap=["/memory/nobody/p2p/nobody", f"/memory/{OWNER}/p2p/{OWNER}"],
+            roll=Roll("eve", Standing(charter=ROSES), clock=lambda: NOW),
+        )
+        await tasks.start(eve.run)
+        began = trio.current_time()
+        with pytest.raises(CorollaError, match="showed no membership") as caught:
+            await eve.wait_joined(timeout_s=100)
+        assert caught.value.code is Code.NOT_INVITED
+        assert trio.current_time() - began < 100
         tasks.cancel_scope.cancel()

@@ -463,3 +463,21 @@ async def test_in_a_large_swarm_the_nearest_peers_hold_and_everyone_finds() -> N
             g.hub.kill(victim.peer)
         await trio.sleep(RECORD_LIFETIME_S + REFRESH_EVERY_S)
         assert [seen.record.peer for seen in await bob.registry.spans(FINGERPRINT, 30)] == [ada.peer]
+
+
+async def test_records_of_a_banned_peer_go_at_once_and_are_taken_from_nobody() -> None:
+    async with garden() as g:
+        ada, bob, cyd = await g.grow(3)
+        ada.registry.announce(OFFER)
+        await until(lambda: bool(bob.sees() and cyd.sees()))
+        (signed,) = ada.registry._shelf.of_peer(ada.peer, trio.current_time())
+        bob.membership.roll.ban(ada.peer)
+        bob.membership.review()
+        assert bob.sees() == {}
+        await until(lambda: not bob.membership.is_member(ada.peer))
+        await bob.registry.spans(FINGERPRINT, 30, max_age_s=0.0)  # cyd tells of it again
+        assert bob.sees() == {}
+        assert cyd.sees() == {(ada.peer, 0): SpanState.ONLINE}
+        kept = Entry(signed.signed, 1.0, signed.keys)
+        with pytest.raises(CorollaError, match="is banned here"):
+            bob.registry._put(kept, owner=None, origin="")

@@ -251,3 +251,16 @@ def test_without_a_swarm_the_remedy_is_said() -> None:
     problem = no_swarm()
     assert problem.code is Code.NO_SWARM
     assert "daemonctl join" in problem.remedy
+
+
+async def test_one_put_out_is_told_so_where_nobody_else_is_there() -> None:
+    async with garden() as g:
+        client, ada = await g.grow(2)
+        ada.serve(0, 12)
+        await client.routes.find_route(WHOLE)
+        ada.membership.roll.ban(client.peer)
+        ada.membership.review()
+        await until(lambda: client.membership.refusal is not None)
+        problem = await refused(client)
+        assert problem.code is Code.NOT_INVITED
+        assert "is banned here" in problem.message
