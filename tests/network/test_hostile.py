@@ -19,12 +19,13 @@ from corolla.daemon.identity import Identity, identity_from_seed
 from corolla.daemon.network.announcements import Offer
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.dialling import Reachability
+from corolla.daemon.network.greeting import Swarm
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Swarm
 from corolla.daemon.network.relaying import RelayLimits
 from corolla.daemon.network.roll import Standing
 from corolla.daemon.network.traffic import Traffic
 from corolla.daemon.serving.twin import twin_facts
+from corolla.daemon.tally import Tally
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import Charter, Proof, accept, invite
 from corolla.protocol.limits import MAX_HELLO_BYTES
@@ -92,6 +93,7 @@ def terms(identity: Identity, proof: Proof | None) -> Terms:
         admits=lambda client: None,
         on_charge=lambda peer, weight, reason: None,
         traffic=Traffic(),
+        tally=Tally(),
         standing=Standing(charter=ROSES, proof=proof),
     )
 
