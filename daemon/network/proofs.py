@@ -29,10 +29,11 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether others can dial us, and at which addresses they did. None: not known."""
+    """Whether others can dial us, at which addresses they did, and at which in vain. None: not known."""
 
     is_public: bool | None = None
     proven: tuple[str, ...] = ()
+    vain: tuple[str, ...] = ()
 
 
 class Question(NamedTuple):
@@ -47,24 +48,27 @@ def judge(proofs: Iterable[Proof], own: Collection[str], seen: Collection[str], 
     """What the proofs come to.
 
     own: addresses that we know ourselves, of our interfaces or from our router. seen: those that connected peers
-    tell; where nobody sees us any longer we are no more.
+    tell; where nobody sees us any longer we are no more. One who can be dialled by IPv6 alone is not public while
+    others know it by IPv4: not everybody has both.
     """
-    last = {(one.place, one.address): one for one in proofs if now - one.at < LASTING_S}
-    proven, is_open_case = [], False
-    for address in dict.fromkeys((*own, *seen)):
-        found = [proof.reached for (_, where), proof in last.items() if where == address]
+    last = {(one.place, one.address): one.reached for one in proofs if now - one.at < LASTING_S}
+    known = dict.fromkeys((*own, *seen))
+    proven, vain, is_open_case = [], [], False
+    for address in known:
+        found = [reached for (_, where), reached in last.items() if where == address]
         num_reached = sum(found)
-        if not num_reached or 2 * num_reached < len(found):
-            continue
-        if address in own or num_reached >= QUORUM:
+        if 2 * num_reached < len(found):
+            vain.append(address)
+        elif (address in own and found) or num_reached >= QUORUM:
             proven.append(address)
-        else:
+        elif found:
             is_open_case = True
-    if proven:
-        return Verdict(True, tuple(proven))
-    known = {*own, *seen}
-    asked = any(where in known for _, where in last)
-    return Verdict(None if is_open_case or not asked else False)
+    is_public: bool | None = None
+    if any("/ip4/" in address for address in proven) or not any("/ip4/" in address for address in known):
+        is_public = True if proven else None
+    if is_public is None and vain and not is_open_case:
+        is_public = False
+    return Verdict(is_public, tuple(proven), tuple(vain))
 
 
 def questions(

@@ -7,6 +7,7 @@ they could dial us there, and who is connected and how.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
@@ -17,6 +18,8 @@ from .dialling import Reach, Reachability, reach_of, split_peer
 from .observations import Seen, Sighting, combine, endpoint_of
 from .proofs import Verdict
 from .seam import PeerView
+
+MAX_IPV6_FIRST: Final = 2  # of a machine's many addresses: few are told of all, and others have to find room
 
 
 class Whereabouts:
@@ -115,16 +118,16 @@ class Whereabouts:
         return (*self._announce, *sorted(found, key=_distance_outwards))
 
     def all(self, relayed: Sequence[str], *, is_private: bool) -> tuple[str, ...]:
-        """What to tell others, best first: relayed addresses stand behind the public ones.
+        """What to tell others, best first: announced and proven addresses, other public ones, relayed ones, near ones.
 
-        Where others see us is told if they can dial us there, and our own public addresses unless they cannot.
+        Where others see us is told if they can dial us there; our own public addresses unless they tried in vain.
         """
-        direct = self.direct()
-        if self._is_shut():
-            direct = tuple(a for a in direct if a in self._announce or reach_of(a) is not Reach.PUBLIC)
+        direct = [address for address in self.direct() if self._may_be_dialled(address)]
         public = [address for address in direct if reach_of(address) is Reach.PUBLIC]
-        told = () if is_private or self._announce else self.proven or self.seen().addresses
-        return tuple(dict.fromkeys((*self._announce, *public, *told, *relayed, *direct)))
+        four = [address for address in public if not address.startswith("/ip6/")]
+        six = [address for address in public if address.startswith("/ip6/")][:MAX_IPV6_FIRST]
+        seen = () if is_private or self._announce or self.proven else self.seen().addresses
+        return tuple(dict.fromkeys((*self._announce, *self.proven, *four, *six, *seen, *relayed, *direct)))
 
     def doors(self, told: Sequence[str], *, is_private: bool) -> Doors:
         """Where another may try to come through. told: where each of our relays sees us.
@@ -135,9 +138,11 @@ class Whereabouts:
         is_open = bool(self.world() or self.proven) and not is_private
         return Doors(tuple(found)[:MAX_ADDRESSES], is_open=is_open)
 
-    def _is_shut(self) -> bool:
-        """Whether others tried our addresses in vain, and the owner does not say otherwise."""
-        return not self.is_configured and self._verdict.is_public is False
+    def _may_be_dialled(self, address: str) -> bool:
+        """Whether there is hope for an address of ours, as far as others have found."""
+        if self.is_configured or reach_of(address) is not Reach.PUBLIC or address in self.proven:
+            return True
+        return self._verdict.is_public is not False and address not in self._verdict.vain
 
 
 def _distance_outwards(address: str) -> int:

@@ -79,3 +79,14 @@ def wait_relayed_address(daemon: DaemonProcess) -> None:
         lambda: any("p2p-circuit" in address for address in daemon.status().addresses),
         f"{daemon.name} holds a reservation",
     )
+
+
+def wait_reachable(daemon: DaemonProcess, host: Host) -> None:
+    """Wait until a daemon behind a NAT can be called: through a relay, or at its router's address."""
+    wait_until(
+        lambda: any(
+            "p2p-circuit" in address or host.public_address in address
+            for address in daemon.status().addresses
+        ),
+        f"{daemon.name} can be reached",
+    )

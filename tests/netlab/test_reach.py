@@ -16,7 +16,7 @@ from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
 from ..model.tiny import save_tiny
 from ..processes import DaemonProcess, wait_until
 from .lab import PORT, Lab, Nat, why_not
-from .members import LabSwarm, is_relayed, lab_swarm, wait_relayed_address
+from .members import LabSwarm, is_relayed, lab_swarm, wait_reachable, wait_relayed_address
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -159,12 +159,12 @@ def test_the_matrix_of_nats(model: tuple[Path, Any]) -> None:
                 swarm.daemons["one"],
                 swarm.on(net.host("two"), "two", "--blocks", "none", "--join", swarm.token),
             ]
-            home = swarm.serve_on(net.host("home", *([server_nat] if server_nat else [])), "home", 2, 4)
+            host = net.host("home", *([server_nat] if server_nat else []))
+            home = swarm.serve_on(host, "home", 2, 4)
             client = swarm.use_on(net.host("cafe", *([client_nat] if client_nat else [])), "cafe")
             home.wait_online()
             client.wait_ready()
-            if server_nat is not None:
-                wait_relayed_address(home)
+            wait_reachable(home, host)
             swarm.wait_covered(client, [1, 1, 1, 1])
 
             def kill_relay(count: int, relay: DaemonProcess = relays[1]) -> None:

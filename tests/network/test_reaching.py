@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from multiaddr import Multiaddr
 
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network import observations as observations_module
@@ -19,7 +20,16 @@ from corolla.daemon.network.dialling import Reach, Reachability, reach_of
 from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub
 from corolla.daemon.network.observations import Sighting
-from corolla.daemon.network.proofs import ENOUGH, FRESH_S, LASTING_S, Proof, Question, judge, questions
+from corolla.daemon.network.proofs import (
+    ENOUGH,
+    FRESH_S,
+    LASTING_S,
+    Proof,
+    Question,
+    Verdict,
+    judge,
+    questions,
+)
 from corolla.daemon.network.reaching import (
     Doorbell,
     Doorkeeper,
@@ -68,6 +78,37 @@ def test_the_verdict_of_dial_backs(proofs: list[Proof], own: Sequence[str], is_p
     verdict = judge(proofs, own, (HOME,), 1.0)
     assert verdict.is_public is is_public
     assert verdict.proven == ((HOME,) if is_public else ())
+
+
+SIX = "/ip6/2606:4700::9/tcp/4517"
+
+
+def test_who_can_be_dialled_by_ipv6_alone_keeps_its_relays_while_others_know_it_by_ipv4() -> None:
+    reached, closed = proof("a", True, address=SIX), proof("b", False)
+    assert judge([reached], (SIX,), (), 1.0) == Verdict(True, (SIX,))
+    assert judge([reached], (SIX,), (HOME,), 1.0) == Verdict(None, (SIX,))
+    assert judge([reached, closed], (SIX,), (HOME,), 1.0) == Verdict(False, (SIX,), (HOME,))
+    where = Whereabouts((), Reachability.AUTO)
+    where.judged(Verdict(False, (SIX,), (HOME,)))
+    relayed = "/ip4/11.0.0.2/tcp/1/p2p/R/p2p-circuit"
+    assert where.is_private(())
+    assert where.all((relayed,), is_private=True) == (SIX, relayed)
+
+
+def test_an_address_that_others_tried_in_vain_is_told_no_more() -> None:
+    where = Whereabouts((), Reachability.AUTO)
+    where.listens_on([Multiaddr(HOME), Multiaddr(SIX)])
+    assert where.all((), is_private=False) == (HOME, SIX)
+    where.judged(judge([proof("a", True), proof("b", False, address=SIX)], (HOME, SIX), (), 1.0))
+    assert where.reachability() == "public"
+    assert where.all((), is_private=False) == (HOME,)
+
+
+def test_many_addresses_of_ipv6_leave_room_for_others() -> None:
+    where = Whereabouts((), Reachability.AUTO)
+    where.listens_on([Multiaddr(f"/ip6/2606:4700::{n}/tcp/4517") for n in range(1, 9)])
+    relayed = "/ip4/11.0.0.2/tcp/1/p2p/R/p2p-circuit"
+    assert where.all((relayed,), is_private=True).index(relayed) == 2
 
 
 def test_the_last_word_of_a_place_counts() -> None:
