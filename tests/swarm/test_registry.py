@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import cbor2
 import pytest
 import trio
 import trio.testing
@@ -21,13 +22,20 @@ from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.greeting import found_swarm
 from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, uniform_delay
-from corolla.daemon.network.registry import SMALL_SWARM, Registry
+from corolla.daemon.network.registry import EXPIRE_EVERY_S, SMALL_SWARM, Registry
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.framing import encode_frame
-from corolla.protocol.limits import HOLDERS_PER_KEY, RECORD_LIFETIME_S, REFRESH_EVERY_S
-from corolla.protocol.messages import Message
+from corolla.protocol.limits import (
+    HOLDERS_PER_KEY,
+    MAX_RECORD_BYTES,
+    MAX_RECORD_LIFETIME_S,
+    RECORD_LIFETIME_S,
+    REFRESH_EVERY_S,
+)
+from corolla.protocol.messages import Message, to_plain
 from corolla.protocol.records import (
+    Signed,
     SpanRecord,
     SpanState,
     blocks_key,
@@ -359,6 +367,55 @@ async def test_a_wrong_clock_is_refused_and_said() -> None:
         assert "clock" in problem.remedy
 
 
+def signed_anyhow(node: Node, **changes: Any) -> Entry:
+    """A record with fields that no honest peer would sign, stored under the keys of a good one."""
+    good = node.record()
+    body = cbor2.dumps({"": "span", **to_plain(good), **changes})
+    domain = b"corolla record 1\x00" + SWARM.swarm_id.encode() + b"\x00"
+    raw = node.key.public_key().public_bytes_raw()
+    return Entry(Signed(body, node.key.sign(domain + body), raw), 60.0, keys_of(good, SWARM.swarm_id))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lifetime_s": MAX_RECORD_LIFETIME_S + 1}, "lifetime_s"),
+        ({"lifetime_s": 30.0}, "60 s left of 30"),
+        ({"tomorrow": "x" * MAX_RECORD_BYTES}, "limit"),
+        ({"addresses": ["/ip4/192.0.2.7/tcp/1"] * 17}, "addresses"),
+        ({"end": 0}, "end"),
+    ],
+    ids=["too long-lived", "outliving itself", "oversized", "too many addresses", "no blocks"],
+)
+async def test_what_no_honest_peer_signs_is_refused_by_its_holder(
+    changes: dict[str, Any], named: str
+) -> None:
+    async with garden() as g:
+        ada, bob = await g.grow(2)
+        problem = await refused(ada, bob, signed_anyhow(ada, **changes))
+        assert problem.code is Code.BAD_RECORD
+        assert named in problem.message
+        assert bob.sees() == {}
+        assert await ada.ask(bob, Store((signed_anyhow(ada),))) == Stored()
+
+
+@pytest.mark.parametrize("error_s", [-120.0, 120.0])
+async def test_a_peer_whose_clock_is_two_minutes_off_serves_and_finds_like_any_other(error_s: float) -> None:
+    async with garden() as g:
+        ada, bob = await g.grow(2)
+        bob.clock_error_s = error_s
+        ada.registry.announce(OFFER)
+        bob.registry.announce(OFFER)
+        everybody = {(ada.peer, 0): SpanState.ONLINE, (bob.peer, 0): SpanState.ONLINE}
+        await until(lambda: ada.sees() == bob.sees() == everybody)
+        for _ in range(10):  # refreshes, for as long as several lifetimes
+            await trio.sleep(REFRESH_EVERY_S)
+            assert ada.sees() == bob.sees() == everybody
+        g.hub.kill(bob.peer)
+        await trio.sleep(RECORD_LIFETIME_S + EXPIRE_EVERY_S)
+        assert ada.sees() == {(ada.peer, 0): SpanState.ONLINE}  # no sooner and no later for its clock
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -481,3 +538,28 @@ async def test_records_of_a_banned_peer_go_at_once_and_are_taken_from_nobody() -
         kept = Entry(signed.signed, 1.0, signed.keys)
         with pytest.raises(CorollaError, match="is banned here"):
             bob.registry._put(kept, owner=None, origin="")
+
+
+async def test_it_goes_on_when_a_third_of_the_peers_vanish() -> None:
+    """Who lives is found by all who live, who vanished is found by nobody after a minute, news still spread."""
+    async with garden() as g:
+        nodes = await g.grow(SMALL_SWARM + 8)
+        await until(lambda: all(n.membership.num_known >= SMALL_SWARM for n in nodes), within_s=600)
+        serving = nodes[::3]  # eight of them, three of which vanish
+        for node in serving:
+            node.registry.announce(OFFER)
+        await until(lambda: all((node.peer, 0) in node.sees() for node in serving))
+        await trio.sleep(REFRESH_EVERY_S)
+        gone = nodes[1::2][: len(nodes) // 3]
+        for node in gone:
+            g.hub.kill(node.peer)
+        await trio.sleep(RECORD_LIFETIME_S + REFRESH_EVERY_S)
+        living = [node for node in nodes if node not in gone]
+        alive = {node.peer for node in serving if node not in gone}
+        assert 0 < len(alive) < len(serving)
+        late = next(node for node in living if node not in serving)
+        late.registry.announce(OFFER)
+        await trio.sleep(REFRESH_EVERY_S)
+        for reader in living:
+            found = await reader.registry.spans(FINGERPRINT, 30, max_age_s=0)
+            assert {seen.record.peer for seen in found} == {*alive, late.peer}
