@@ -28,11 +28,12 @@ from ..protocol.control import (
     Stop,
 )
 from ..protocol.errors import Code, CorollaError, error
-from ..protocol.views import PeerView, SwarmView
+from ..protocol.views import SwarmView
 from ..protocol.work import SourceKind
 from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
 from .inviting import Guests
+from .netcheck import NetworkChecks
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
 from .training.parts import PartShelf
@@ -50,7 +51,6 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "status": methods.status,
         "swarm": methods.swarm,
         "models": methods.models,
-        "peers": methods.peers,
         "events": methods.events,
         "config": methods.config,
         "config.set": methods.set_config,
@@ -71,6 +71,7 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         "stop": methods.stop,
         **Programs(node, parts).handlers(),
         **Guests(node).handlers(),
+        **NetworkChecks(node).handlers(),
     }
 
 
@@ -100,36 +101,6 @@ class Methods:
             return Reply(())
         await belonging.registry.models()
         return Reply(belonging.routes.describe().models)
-
-    async def peers(self, ask: Ask) -> Reply:
-        await trio.lowlevel.checkpoint()
-        return Reply(self._peers())
-
-    def _peers(self) -> tuple[PeerView, ...]:
-        belonging = self._node.belonging
-        if belonging is None:
-            return ()
-        spans: dict[str, list[str]] = {}
-        for span in belonging.routes.describe().spans:
-            spans.setdefault(span.peer, []).append(f"{span.model} {span.start}:{span.end} {span.state}")
-        live = {view.peer: view for view in belonging.network.peers()}
-        members = {member.peer: member for member in belonging.membership.members()}
-        known = {told.peer: told.addresses for told in belonging.membership.known()}
-        views = []
-        for peer in dict.fromkeys((*members, *known)):
-            member, view = members.get(peer), live.get(peer)
-            views.append(
-                PeerView(
-                    peer=peer,
-                    addresses=member.addresses if member is not None else tuple(known[peer]),
-                    connected=member is not None,
-                    relayed=view is not None and view.relayed,
-                    rtt_s=view.rtt_s if view is not None else None,
-                    version=member.version if member is not None else "",
-                    spans=tuple(spans.get(peer, ())),
-                )
-            )
-        return tuple(views)
 
     async def events(self, ask: Ask) -> Reply:
         arguments: Follow = ask.arguments

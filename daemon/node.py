@@ -412,6 +412,13 @@ class Node:
         self.events.emit("notice", words)
         return words
 
+    @property
+    def place_problem(self) -> CorollaError | None:
+        """Why we are not in the swarm where we want to be, or why its members refuse us."""
+        if self._place_problem is not None or self.belonging is None:
+            return self._place_problem
+        return self.belonging.membership.refusal
+
     def privacy(self) -> str:
         """What users have to know of our swarm."""
         return privacy_words(self.inviting.standing.charter is not None)
@@ -459,10 +466,8 @@ class Node:
 
     def _hint(self) -> str | None:
         """What to do next, if anything."""
-        if self._place_problem is not None:
-            return str(self._place_problem)
-        if self.belonging is not None and self.belonging.membership.refusal is not None:
-            return str(self.belonging.membership.refusal)
+        if (problem := self.place_problem) is not None:
+            return str(problem)
         if (lost := self.inviting.hint()) is not None:
             return lost
         if (words := self.pausing.explain()) is not None:

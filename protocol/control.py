@@ -15,6 +15,7 @@ from typing import ClassVar, Final
 from .errors import CorollaError, error_from_wire
 from .guests import BannedPeer, Invite, Revoke
 from .messages import Message, Plain, Vocabulary
+from .netcheck import PingPeer
 from .passes import AdapterName, BackwardPass, ForwardPass, PassHandle, PutAdapterPart
 from .steps import Reply, Row
 from .tensors import Encoding
@@ -330,7 +331,8 @@ class SetConfig:
 # `PeerView`, metrics a text in Prometheus' format, config a map of keys to values, generate `Generated`,
 # session.open `SessionOpened`, model.pull `Pulled`, swarm.create and swarm.join `Joined`, invite `Invited`,
 # invites a list of `InviteView`, bans a list of peer ids, rebalance a list of `Rebalanced`, config.set
-# `settings.Applied`; events sends items of `DaemonEvent`. Those of `views` are there. The others return None.
+# `settings.Applied`, netcheck `netcheck.Netcheck`, ping `netcheck.Pinged`; events sends items of `DaemonEvent`.
+# Those of `views` are there. The others return None.
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +351,8 @@ METHODS: Final[dict[str, Method]] = {
         Method("swarm", Right.SEE, NoArguments),
         Method("models", Right.SEE, NoArguments),
         Method("peers", Right.SEE, NoArguments),
+        Method("netcheck", Right.SEE, NoArguments),
+        Method("ping", Right.USE, PingPeer),
         Method("events", Right.SEE, Follow),
         Method("config", Right.SEE, NoArguments),
         Method("metrics", Right.SEE, NoArguments),

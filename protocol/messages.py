@@ -267,7 +267,7 @@ _ATOM_CONVERTERS: Final[dict[Any, Callable[[Any], Any]]] = {
 }
 
 
-def check_range(name: str, value: int, low: int, high: int) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless low ≤ value ≤ high; for the `__post_init__` of messages."""
     if not low <= value <= high:
         raise ValueError(f"{name} {value}, expected {low} to {high}")

@@ -142,7 +142,12 @@ class SpanView:
 
 @dataclass(frozen=True, slots=True)
 class PeerView:
-    """A member of the swarm that this daemon knows. rtt_s: None until measured. relayed: through others alone."""
+    """A member of the swarm that this daemon knows. rtt_s: None until measured. relayed: through others alone.
+
+    addresses: where it says that it can be reached. connection: the far end of each live connection.
+    through: the peer that carries a relayed one. inbound: whether it dialled us. clock_ahead_s: its clock
+    against ours at its last greeting; None if it told no time.
+    """
 
     peer: str
     addresses: tuple[str, ...] = ()
@@ -151,6 +156,10 @@ class PeerView:
     rtt_s: float | None = None
     version: str = ""
     spans: tuple[str, ...] = ()  # `NAME START:END STATE`, for people
+    connection: tuple[str, ...] = ()
+    through: str = ""
+    inbound: bool = False
+    clock_ahead_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +182,7 @@ class ReachView:
     `unknown` while fewer than two peers have told. observed: where several peers see it.
     proven: of its addresses, those at which others lately dialled it back. mapped: what a router forwards to it.
     relays: where it holds reservations. offers_relay: whether it carries others' connections, and how many.
+    listening: where it takes connections on this machine, with real ports.
     """
 
     reachability: str = "unknown"
@@ -185,6 +195,7 @@ class ReachView:
     offers_relay: bool = False
     num_reservations: int = 0
     num_circuits: int = 0
+    listening: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from ..protocol.control import Item, OpenModelSession, Rebalance
 from ..protocol.errors import Code, error
 from ..protocol.limits import MAX_ROWS
 from ..protocol.messages import from_plain
+from ..protocol.netcheck import PingPeer
 from ..protocol.tensors import Encoding
 from ..protocol.views import ModelView
 from .generation import as_encoding
@@ -43,6 +44,14 @@ def rebalance_request(dry_run: bool, to: tuple[int, int] | None, worker: int | N
     if to is not None and not 0 <= start < end:
         raise error(Code.BAD_REQUEST, f"blocks {start}:{end} are none", "give START:END such as 0:15")
     return Rebalance(dry_run, start, end, -1 if worker is None else worker)
+
+
+def ping_request(peer: str, count: int, timeout_s: float) -> PingPeer:
+    """The arguments of `ping`. Raises `BAD_REQUEST` for what is out of range."""
+    try:
+        return PingPeer(peer, count, timeout_s)
+    except ValueError as problem:
+        raise error(Code.BAD_REQUEST, f"ping: {problem}") from problem
 
 
 def find_model(name: str, models: tuple[ModelView, ...]) -> ModelView:

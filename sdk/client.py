@@ -32,13 +32,14 @@ from ..protocol.control import (
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
 from ..protocol.limits import INVITE_LIFETIME_S
+from ..protocol.netcheck import Netcheck, Pinged
 from ..protocol.passes import AdapterName, AdapterView, PutAdapterPart
 from ..protocol.settings import Applied
 from ..protocol.tensors import Encoding
 from ..protocol.training import Sequence as Run
 from ..protocol.views import DaemonEvent, ModelView, PeerView, Rebalanced, Status, SwarmView
 from ..protocol.work import ChatMessage
-from .answers import find_model, item, one, rebalance_request, session_request, several
+from .answers import find_model, item, one, ping_request, rebalance_request, session_request, several
 from .generation import (
     RECONNECT_WITHIN_S,
     RETRY_EVERY_S,
@@ -102,6 +103,17 @@ class Daemon:
     def peers(self) -> tuple[PeerView, ...]:
         """The members of the swarm that the daemon knows."""
         return several(PeerView, self._call("peers"))
+
+    def netcheck(self) -> Netcheck:
+        """How this machine is reached, through whom, and what is wrong, each with its remedy."""
+        return one(Netcheck, self._call("netcheck"))
+
+    def ping(self, peer: str, *, count: int = 4, timeout_s: float = 10.0) -> Pinged:
+        """Measure the round trip to a member so many times. peer: its id, or an end of it that tells it apart.
+
+        Raises `BAD_REQUEST` for a peer unknown here, `PEER_LOST` for one that cannot be reached, `TIMEOUT`.
+        """
+        return one(Pinged, self._call("ping", ping_request(peer, count, timeout_s)))
 
     def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
         """What happened since the daemon started; with `follow` also what happens from now on."""

@@ -9,6 +9,7 @@ the idea of gossip: each greeting carries a small random sample of whom the othe
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,12 +46,15 @@ _log = structlog.get_logger("corolla.membership")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A connected peer of our swarm, as it introduced itself."""
+    """A connected peer of our swarm, as it introduced itself. clock_ahead_s: its clock against ours; None if it
+    told no time.
+    """
 
     peer: str
     version: str
     majors: tuple[int, ...]
     addresses: tuple[str, ...]
+    clock_ahead_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class Membership:
     bootstrap: multiaddresses of members, from a token or remembered.
     version: of this program, told to others. roll: who may be a member; None lets everybody in.
     on_refused: told when a member says, not as at the last time, why it has nothing to do with us.
+    unix: the wall clock, in seconds, told to others and compared with theirs.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Membership:
         on_refused: Callable[[CorollaError], None] = lambda problem: None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = anyio.current_time,
+        unix: Callable[[], float] = time.time,
     ) -> None:
         self.swarm = swarm
         self.roll = roll or Roll(network.peer)
@@ -88,6 +94,7 @@ class Membership:
         self._version = version
         self._rng = rng or random.Random()  # noqa: S311 - picks whom to tell of, guards nothing
         self._clock = clock
+        self._unix = unix
         self._members: dict[str, Member] = {}
         self._known = Acquaintances(self._rng, clock)
         self._strangers: dict[str, tuple[float, CorollaError]] = {}  # when it proved to be one, and why
@@ -163,6 +170,10 @@ class Membership:
                 f"no member of swarm {self.swarm.name} answered in {timeout_s:g} s ({tried or 'none known'})",
                 "check that a member runs and can be reached, or paste a fresh token",
             )
+
+    def unreached(self) -> tuple[tuple[str, str], ...]:
+        """The bootstrap addresses that did not answer when last dialled, and why."""
+        return tuple((b.address, b.problem.message) for b in self._bootstrap if b.problem is not None)
 
     def _is_refused(self) -> bool:
         """Whether every address has been tried, and somebody there would not have us."""
@@ -380,6 +391,7 @@ class Membership:
             proof=self.roll.proof,
             revocations=self.roll.revocations if is_member else None,
             admitted=self.roll.sample(self._rng) if is_member else (),
+            unix_s=self._unix(),
             observed=self._network.observes(to)[:MAX_NAME_CHARS],
             problem=None if refusal is None else refusal.to_wire(),
         )
@@ -396,7 +408,8 @@ class Membership:
         addresses = tuple(of_peer(hello.addresses, peer))
         is_new = peer not in self._members
         self._refusal = None
-        self._members[peer] = Member(peer, hello.version, hello.majors, addresses)
+        ahead_s = hello.unix_s - self._unix() if hello.unix_s else None
+        self._members[peer] = Member(peer, hello.version, hello.majors, addresses, ahead_s)
         self._strangers.pop(peer, None)
         if hello.observed:
             self._network.observed_by(peer, hello.observed)

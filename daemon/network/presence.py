@@ -133,6 +133,7 @@ class Presence:
             offers_relay=relaying is not None and self._offers_relay(),
             num_reservations=relaying.num_reservations if relaying is not None else 0,
             num_circuits=relaying.num_circuits if relaying is not None else 0,
+            listening=where.listening,
         )
 
     def _offers_relay(self) -> bool:

@@ -37,6 +37,11 @@ class Whereabouts:
         """These are our listeners, with real ports."""
         self._bound = tuple(bound)
 
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Our listeners, as multiaddresses."""
+        return tuple(str(bound) for bound in self._bound)
+
     def judged(self, verdict: Verdict) -> None:
         """What came of others' dialling us back."""
         self._verdict = verdict

@@ -1,4 +1,4 @@
-"""Commands that only look: status, swarm, peers, events."""
+"""Commands that only look: status, swarm, events."""
 
 from __future__ import annotations
 
@@ -182,32 +182,6 @@ def create(daemon: Daemon, output: Output, name: str, invited: bool) -> None:
         return
     output.say(f"founded swarm {joined.name}; on other machines paste:")
     output.line(f"daemonctl join {joined.token}")
-
-
-@click.command()
-@asking
-def peers(daemon: Daemon, output: Output) -> None:
-    """The members of the swarm that the daemon knows."""
-    members = daemon.peers()
-    if output.as_json:
-        output.envelope(peers=members)
-        return
-    if not members:
-        output.say("no peers yet")
-        return
-    output.table(
-        ["peer", "connected", "rtt", "serves", "address"],
-        [
-            [
-                member.peer,
-                "yes" if member.connected else "no",
-                "" if member.rtt_s is None else f"{member.rtt_s * 1000:.1f} ms",
-                ", ".join(member.spans),
-                member.addresses[0] if member.addresses else "",
-            ]
-            for member in members
-        ],
-    )
 
 
 @click.command()

@@ -373,3 +373,23 @@ async def test_hearing_of_many_makes_nobody_forget_whom_it_is_connected_to() -> 
         assert ada.num_known <= MAX_KNOWN
         assert "bob" in {told.peer for told in ada.known()}
         assert names(bob) == {"ada"}
+
+
+async def test_members_learn_how_far_each_others_clocks_are_off() -> None:
+    async with garden() as g:
+        ada = Membership(g.network("ada"), ROSES, unix=lambda: 1_000_000.0)
+        bob = Membership(g.network("bob"), ROSES, bootstrap=[address("ada")], unix=lambda: 1_000_075.0)
+        for membership in (ada, bob):
+            await g.tasks.start(membership.run)
+        await bob.wait_joined(timeout_s=5)
+        assert await ada.wait_member("bob", timeout_s=5)
+        assert [member.clock_ahead_s for member in bob.members()] == [-75.0]
+        assert [member.clock_ahead_s for member in ada.members()] == [75.0]
+
+
+async def test_bootstrap_addresses_that_failed_are_told_with_the_reason() -> None:
+    async with garden() as g:
+        bob = await g.join("bob", "nobody")
+        await until(lambda: bool(bob.unreached()))
+        ((tried, reason),) = bob.unreached()
+        assert (tried, bool(reason)) == (address("nobody"), True)
