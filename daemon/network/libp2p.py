@@ -42,7 +42,7 @@ from .kademlia import SwarmRouting
 from .memory import MemoryStream, stream_pair
 from .multistream import agree
 from .observations import Sighting, place_of
-from .presence import Means, Presence
+from .presence import Choices, Means, Presence
 from .punching import Punching, Ways
 from .reaching import say_nonce
 from .relaying import RelayLimits
@@ -78,9 +78,8 @@ async def open_network(
     listen: multiaddresses; none of them makes a network that only dials. announce: addresses to tell others
     first, such as a forwarded port. kad_protocol: the swarm's own Kademlia protocol id; None while in no
     swarm. guard: as `Network.restrict`, and asked for `kad_protocol` too. relay: what we carry for others;
-    None is nothing. traffic: counts and paces what streams carry. upnp: whether to ask
-    our router to forward a port. Raises `PORT_TAKEN`, or `BAD_CONFIG` for an
-    address that this machine cannot listen on.
+    None is nothing. traffic: counts and paces what streams carry. upnp: whether to ask our router to forward a
+    port. Raises `PORT_TAKEN`, or `BAD_CONFIG` for an address that this machine cannot listen on.
     """
     quieten()
     listen = listenable(listen)
@@ -91,12 +90,9 @@ async def open_network(
         network = Libp2pNetwork(
             identity,
             nursery,
-            announce=announce,
+            Choices(tuple(announce), reachability, relay, upnp),
             max_connections=max_connections,
-            reachability=reachability,
-            relay=relay,
             traffic=traffic or Traffic(),
-            upnp=upnp,
         )
         network.restrict(guard)
         try:
@@ -122,13 +118,10 @@ class Libp2pNetwork:
         self,
         identity: Identity,
         nursery: trio.Nursery,
+        choices: Choices,
         *,
-        announce: Sequence[str],
         max_connections: int,
-        reachability: Reachability = Reachability.AUTO,
-        relay: RelayLimits | None = None,
         traffic: Traffic,
-        upnp: bool = False,
     ) -> None:
         self._peer = identity.peer
         self._traffic = traffic
@@ -142,14 +135,8 @@ class Libp2pNetwork:
         self._stopping = trio.Event()
         self._scope = trio.CancelScope(shield=True)
         self.failure: CorollaError | None = None  # why it could not start, or broke down
-        self._presence = Presence(
-            self,
-            Means(self._take_circuit, self._ring, self._came_in, traffic.relayed, lambda: traffic.own_bytes),
-            announce=announce,
-            reachability=reachability,
-            relay=relay,
-            upnp=upnp,
-        )
+        means = Means(self._take_circuit, self._ring, self._came_in, traffic)
+        self._presence = Presence(self, means, choices)
         self._swarm, self._host = make_host(
             identity,
             reach=self._reach,

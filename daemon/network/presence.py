@@ -6,7 +6,7 @@ offered. It owns who is told when an address changes. Which connections stand, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,59 +21,61 @@ from .reaching import Doorbell, Reaching, Ring
 from .relaying import RelayLimits, RelayService
 from .relays import Relays, Upgrade
 from .seam import Network, Stream
+from .traffic import Traffic
 from .whereabouts import Whereabouts
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the owner chose. announce: addresses to tell first. relay: what we carry for others; None is nothing.
+
+    upnp: whether to ask our router for help.
+    """
+
+    announce: tuple[str, ...] = ()
+    reachability: Reachability = Reachability.AUTO
+    relay: RelayLimits | None = None
+    upnp: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
     """What presence needs of its network. take: makes a connection of an inbound circuit.
 
-    ring, came_in: as in `Doorbell`. relayed: told of bytes carried for others. own_bytes: as in `RelayService`.
+    ring, came_in: as in `Doorbell`. traffic: counts what is carried, and for whom.
     """
 
     take: Upgrade
     ring: Ring
     came_in: Callable[[Stream], bool]
-    relayed: Callable[[int], None] = lambda size_bytes: None
-    own_bytes: Callable[[], int] = lambda: 0
+    traffic: Traffic
 
 
 class Presence:
-    """Of one network. announce: addresses to tell first. relay: what we carry for others; None is nothing.
+    """Of one network."""
 
-    upnp: whether to ask our router for help.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        means: Means,
-        *,
-        announce: Sequence[str],
-        reachability: Reachability,
-        relay: RelayLimits | None,
-        upnp: bool = False,
-    ) -> None:
+    def __init__(self, network: Network, means: Means, choices: Choices) -> None:
+        relay, where = choices.relay, Whereabouts(choices.announce, choices.reachability)
         self._network = network
         self._is_relay_wanted = relay.is_wanted if relay is not None else lambda: False
         self._listeners: list[Callable[[], None]] = []
-        self.whereabouts: Final = Whereabouts(announce, reachability)
+        self.whereabouts: Final = where
         self.relays: Final = Relays(network, means.take, self.is_private, self._tell)
         self.relaying: Final = (
             RelayService(
                 network,
                 relay,
-                means.relayed,
+                means.traffic.relayed,
                 is_offering=self._offers_relay,
-                own_bytes=means.own_bytes,
+                own_bytes=lambda: means.traffic.own_bytes,
             )
             if relay is not None
             else None
         )
-        bell = Doorbell(means.ring, means.came_in, self.whereabouts.world, self.whereabouts.sightings)
+        bell = Doorbell(means.ring, means.came_in, where.world, where.sightings)
         self._reaching = Reaching(network, bell, self._judged)
         self._forwarding = Forwarding(
-            self.whereabouts.port, lambda: upnp and self.whereabouts.wants_forwarding(), self._forwarded
+            where.port, lambda: choices.upnp and where.wants_forwarding(), self._forwarded
         )
 
     def serve(self) -> None:
