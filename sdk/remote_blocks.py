@@ -60,9 +60,14 @@ class RemoteBlocks(nn.Module):
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        layer_past: Any = None,
         **__: Any,
     ) -> Tensor:
-        """hidden_states: (rows, n, hidden_size). Without a cache nothing is kept after this pass."""
+        """hidden_states: (rows, n, hidden_size). Without a cache nothing is kept after this pass.
+
+        layer_past: what GPT-NeoX calls `past_key_values`.
+        """
+        past_key_values = layer_past if past_key_values is None else past_key_values
         adapter = self._journeys.adapter
         is_partial = len(self) < self._num_blocks
         wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or adapter is not None)

@@ -74,6 +74,11 @@ class DistributedModelForCausalLM:
             raise
         return distributed
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the ends are the family's own, and transformers has to read their checkpoint as the family's."""
+        return False
+
     def new_cache(self, *, rows: int = 1, max_length: int = DEFAULT_LENGTH) -> SwarmCache:
         """A cache to pass as `past_key_values`, for rows of at most so many tokens."""
         return SwarmCache(self._sessions, rows=rows, max_length=max_length)
@@ -234,8 +239,9 @@ def _load_ends(
             Code.UNSUPPORTED_FAMILY, f"transformers has no causal language model for {config.model_type}"
         ) from None
     ignored = [*(family._keys_to_ignore_on_load_unexpected or []), r"\b(layers|h)\.\d+\."]
+    # Of the family's own name, by which transformers knows how a checkpoint's tensors are called now.
     made = type(
-        f"Distributed{family.__name__}",
+        family.__name__,
         (cls, family),
         {"_keys_to_ignore_on_load_unexpected": ignored, "__module__": __name__},
     )
