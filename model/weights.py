@@ -7,6 +7,7 @@ applied to the part alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -24,12 +25,17 @@ from . import hub
 from .checkpoint import Checkpoint, open_safetensors
 from .experts import STACKED, Experts, is_stack, weight_of
 from .families import Skeleton
-from .linear import PackedLinear, is_packable, quantized
+from .linear import PackedLinear, is_packable, joined, quantized
+from .norms import quick
 from .quantization import Shelf, Stored, can_hold, quantize
 
 # More than malloc ever keeps for itself, so that the buffer goes back to the system; memory that no weight
 # touches is never taken.
 _STAGING_BYTES: Final = 1 << 26
+
+
+# What transformers calls layers that a module calls with the same rows, one after the other.
+_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Recipe(NamedTuple):
@@ -221,6 +227,9 @@ class _Placer:
         self._device = device
         self._quantizer = quantizer
         self._staging = torch.empty(0, dtype=dtype)
+        self._waiting: dict[
+            str, dict[str, Tensor]
+        ] = {}  # module → name → weight, until all siblings are there
         self._experts: dict[str, dict[str, list[nn.Module]]] = {}  # path → leaf → each expert's layer
 
     def place(self, name: str, tensor: Tensor) -> None:
@@ -228,6 +237,9 @@ class _Placer:
         path, _, leaf = name.rpartition(".")
         owner = self.module.get_submodule(path)
         if type(owner) is nn.Linear and leaf == "weight":
+            if self._joins(path):
+                self._join(path, tensor)
+                return
             layer = self._layer(name, tensor, owner.bias)
             if layer is not None:
                 self._put(path, layer)
@@ -271,12 +283,51 @@ class _Placer:
         return True
 
     def finish(self) -> None:
-        """Put experts together, and keep what was quantized."""
+        """Put experts together, take quicker norms, and keep what was quantized."""
+        for path, part in tuple(self.module.named_modules()):
+            norm = quick(part)
+            if norm is not part:
+                self._put(path, norm)
         for path, layers in self._experts.items():
             owner = self.module.get_submodule(path)
             self._put(path, Experts(owner, *(layers[leaf] for leaf in STACKED)))
         if self._quantizer is not None:
             self._quantizer.keep()
+
+    def _joins(self, path: str) -> bool:
+        """Whether the linear layer here is packed in one piece with siblings that read the same rows."""
+        return (
+            self._quantizer is None
+            and is_packable(self._dtype, self._device)
+            and len(self._siblings(path)) > 1
+        )
+
+    def _siblings(self, path: str) -> dict[str, nn.Linear]:
+        """Name → layer of those that the layer's module calls with the same rows; empty if there are none."""
+        parent, _, name = path.rpartition(".")
+        group = next((names for names in _SIBLINGS if name in names), ())
+        layers = {sibling: getattr(self.module.get_submodule(parent), sibling, None) for sibling in group}
+        found = {sibling: layer for sibling, layer in layers.items() if type(layer) is nn.Linear}
+        kinds = {(layer.in_features, layer.bias is None) for layer in found.values()}
+        return found if len(found) == len(group) and len(kinds) == 1 else {}
+
+    def _join(self, path: str, weight: Tensor) -> None:
+        """Keep a weight until its siblings are there too, and then pack them."""
+        parent, _, name = path.rpartition(".")
+        waiting = self._waiting.setdefault(path.removesuffix(name), {})
+        waiting[name] = weight
+        siblings = self._siblings(path)
+        if not all(sibling in waiting for sibling in siblings):
+            return
+        weights = [waiting.pop(sibling) for sibling in siblings]
+        sizes = [weight.shape[0] for weight in weights]
+        biases: list[Tensor] = [layer.bias for layer in siblings.values() if layer.bias is not None]
+        together = self._buffer((sum(sizes), weight.shape[1]))
+        for place, own in zip(torch.split(together, sizes), weights, strict=True):
+            place.copy_(own)
+        whole = PackedLinear(together, torch.cat(biases) if biases else None)
+        for sibling, part in zip(siblings, joined(whole, sizes), strict=True):
+            self._put(f"{parent}.{sibling}" if parent else sibling, part)
 
     @property
     def _takes_apart(self) -> bool:
@@ -301,14 +352,19 @@ class _Placer:
     def _staged(self, tensor: Tensor) -> Tensor:
         if tensor.dtype is self._dtype and tensor.is_contiguous():
             return tensor
-        if self._staging.numel() < tensor.numel():
-            num_numbers = max(self._largest(tensor), _STAGING_BYTES // self._dtype.itemsize)
-            self._staging = torch.empty(num_numbers, dtype=self._dtype)
-        return self._staging[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        return self._buffer(tuple(tensor.shape)).copy_(tensor)
 
-    def _largest(self, tensor: Tensor) -> int:
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for a weight, which the next one will take again."""
+        count = math.prod(shape)
+        if self._staging.numel() < count:
+            num_numbers = max(count, 3 * self._largest(), _STAGING_BYTES // self._dtype.itemsize)
+            self._staging = torch.empty(num_numbers, dtype=self._dtype)
+        return self._staging[:count].view(shape)
+
+    def _largest(self) -> int:
         weights = (part.weight for part in self.module.modules() if type(part) is nn.Linear)
-        return max(tensor.numel(), *(weight.numel() for weight in weights), 0)
+        return max((weight.numel() for weight in weights), default=0)
 
     def _put(self, path: str, layer: nn.Module) -> None:
         if not path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import nn
 
-from corolla.model.linear import PackedLinear, is_packable, packed
+from corolla.model.linear import PackedLinear, PartLinear, is_packable, joined, packed
 
 CPU = torch.device("cpu")
 
@@ -83,3 +85,46 @@ def test_what_is_no_plain_linear_layer_stays_as_it_is() -> None:
     doubles = nn.Linear(4, 4).double()
     assert packed(doubles) is doubles
     assert not is_packable(torch.float32, torch.device("cuda"))
+
+
+# layers in one piece
+
+
+def siblings(*, bias: bool = True) -> tuple[list[PartLinear], list[nn.Linear]]:
+    """Three layers that share a product, and the plain ones that they stand for."""
+    plain = [nn.Linear(24, size, bias=bias).requires_grad_(False) for size in (16, 8, 8)]
+    weight = torch.cat([layer.weight for layer in plain])
+    added = torch.cat([layer.bias for layer in plain]) if bias else None
+    return joined(PackedLinear(weight, added), [16, 8, 8]), plain
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 9])
+def test_siblings_share_one_product_and_give_what_each_gives(bias: bool, num_rows: int) -> None:
+    parts, plain = siblings(bias=bias)
+    whole: Any = parts[0]._joint.layer
+    products: list[int] = []
+    whole.register_forward_hook(lambda *_: products.append(1))
+    rows = torch.randn(1, num_rows, 24)
+    for index in (1, 0, 2):  # in any order
+        assert torch.allclose(parts[index](rows), plain[index](rows), atol=1e-6)
+    assert len(products) == 1
+    assert parts[0]._joint._rows is None  # and nothing is kept
+    assert torch.allclose(parts[0](rows), plain[0](rows), atol=1e-6)
+    other = torch.randn(1, num_rows, 24)  # one that broke off leaves nothing to the next
+    for part, layer in zip(parts, plain, strict=True):
+        assert torch.allclose(part(other), layer(other), atol=1e-6)
+        assert torch.allclose(part.dense_weight(), layer.weight)
+        assert (part.in_features, part.out_features) == (layer.in_features, layer.out_features)
+    assert sum(part.bytes for part in parts) == whole.bytes
+
+
+def test_gradients_flow_through_siblings() -> None:
+    parts, plain = siblings()
+    rows = torch.randn(5, 24, requires_grad=True)
+    upstream = [torch.randn(5, part.out_features) for part in parts]
+    gradients = [
+        torch.autograd.grad([layer(rows) for layer in layers], rows, upstream)[0] for layers in (parts, plain)
+    ]
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+    assert torch.allclose(parts[1].multiply_back(upstream[1]), upstream[1] @ plain[1].weight, atol=1e-5)
