@@ -73,6 +73,9 @@ class Lending:
         self._belonging: Belonging | None = None
         self._told: dict[int, str] = {}
         self._served: dict[int, Ready] = {}  # what each worker served last, for what is said while it loads
+        self._weights: dict[
+            int, ModelFacts
+        ] = {}  # what each worker's were, to tell when they change on the disk
         self._placed: set[int] = set()
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._is_draining = False
@@ -398,6 +401,7 @@ class Lending:
             if not is_allowed(worker.ready.facts, self._config.models):
                 worker.refuse(not_allowed(worker.ready.facts, self._config.models))
                 return
+            self._note_weights(worker, worker.ready)
         if worker.ready is not None and worker.number in self._load_began:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
             if self._profiles is not None:
@@ -416,6 +420,18 @@ class Lending:
             self._on_event(f"worker_{worker.state.value}", self._describe(worker))
         self._told[worker.number] = worker.state.value
         self._announce(worker)
+
+    def _note_weights(self, worker: Worker, ready: Ready) -> None:
+        """Tell when a worker that started again found other weights: the swarm knows them as another model."""
+        before = self._weights.get(worker.number)
+        self._weights[worker.number] = facts = ready.facts
+        if before is None or before.name != facts.name or before.fingerprint == facts.fingerprint:
+            return
+        still = {other.fingerprint for other in self._weights.values()}
+        if self._belonging is not None and before.fingerprint not in still:
+            self._belonging.registry.withdraw_model(before.fingerprint)
+        told = f"the weights of {facts.name} in {ready.folder} have changed: {before.fingerprint[:8]} is served no more"
+        self._on_event("weights_changed", f"{told}, {facts.fingerprint[:8]} is")
 
     def _describe(self, worker: Worker) -> str:
         status = worker.status()

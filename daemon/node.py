@@ -110,6 +110,7 @@ class Node:
         self._entry = self.inviting.remembered()
         self._entry_changed = trio.Event()
         self._place_changed = trio.Event()
+        self._doubt: tuple[str, str] | None = None  # about ourselves, as other members' records raise it
         self._place_problem: CorollaError | None = None
         self._leaving = trio.CancelScope()
         self._moving = trio.Lock()
@@ -242,10 +243,18 @@ class Node:
                 while True:
                     await trio.sleep(REMEMBER_EVERY_S)
                     self._remember(belonging)
+                    self._tell_doubts(belonging)
             finally:
                 self._remember(belonging)
+                self._doubt = None
                 self.lending.leave()
                 self.belonging = None
+
+    def _tell_doubts(self, belonging: Belonging) -> None:
+        doubt = belonging.registry.doubts.words(trio.current_time())
+        if doubt is not None and (self._doubt is None or doubt[0] != self._doubt[0]):
+            self.events.emit(*doubt)
+        self._doubt = doubt
 
     def _tell_place(self, problem: CorollaError | None) -> None:
         self._place_problem = problem
@@ -470,6 +479,8 @@ class Node:
             return str(problem)
         if (lost := self.inviting.hint()) is not None:
             return lost
+        if self._doubt is not None:
+            return self._doubt[1]
         if (words := self.pausing.explain()) is not None:
             return words
         if (words := self.reloading.explain()) is not None:

@@ -31,6 +31,12 @@ WORKER_KEYS: Final = frozenset(
         "low_priority",
     }
 )
+NOW_KEYS: Final = frozenset(
+    {
+        "upload_bytes_per_s", "hours", "idle_minutes", "yield_gpu", "models", "disk_bytes", "metrics_port",
+        "relay", "join", "operators", "replacement_wait_s", "session_grace_s",
+    }
+)  # fmt: skip
 DAEMON_KEYS: Final = frozenset(
     {
         "listen",
@@ -53,7 +59,7 @@ def differences(old: Config, new: Config) -> Applied:
     """Which settings differ, by when they take effect."""
     changed = [key for key in KEYS if getattr(old, key) != getattr(new, key)]
     return Applied(
-        now=tuple(key for key in changed if key not in WORKER_KEYS | DAEMON_KEYS),
+        now=tuple(key for key in changed if key in NOW_KEYS),
         workers=tuple(key for key in changed if key in WORKER_KEYS),
         daemon=tuple(key for key in changed if key in DAEMON_KEYS),
     )

@@ -113,6 +113,12 @@ def load(ask: Configure, report: Report) -> Loaded:
         )
         span.allocate(plan.num_pages, num_host_pages=plan.num_host_pages, grouping=plan.grouping)
         speed = measure(span)
+    if checkpoint.facts().fingerprint != facts.fingerprint:
+        raise error(
+            Code.DAMAGED_WEIGHTS,
+            f"the files in {checkpoint.folder} changed while they were loaded",
+            "start the worker again when they are whole: systemctl reload corollad, or daemonctl pause and resume",
+        )
     return Loaded(
         facts=facts,
         dtype=dtype,

@@ -178,6 +178,7 @@ def verify(signed: Signed, swarm_id: str, *, now_unix_s: float) -> Record:
             Code.BAD_RECORD,
             f"a record of {record.peer} issued {skew_s:+.0f} s from our time, limit {MAX_CLOCK_SKEW_S:.0f}",
             "set both clocks",
+            skew_s=skew_s,
         )
     return record
 

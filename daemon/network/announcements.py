@@ -67,6 +67,11 @@ class Announcements:
         self._facts: dict[str, ModelFacts] = {}
         self._withdrawn: list[Offer | ModelFacts] = []  # to be said once
 
+    @property
+    def last_seq(self) -> int:
+        """The highest sequence number that we have signed."""
+        return self._last_seq
+
     def offer(self, offer: Offer) -> bool:
         """Take up an offer; True if it should be pushed at once: more changed than its speed."""
         old = self._offers.get(offer.worker)

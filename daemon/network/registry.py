@@ -42,6 +42,7 @@ from ...protocol.records import (
     models_key,
     peer_id_of,
     subkey_of,
+    verify,
 )
 from ...protocol.registry import (
     REGISTRY,
@@ -58,6 +59,7 @@ from ...protocol.work import ModelFacts
 from .allowance import Paces, Rate
 from .announcements import Announcements, Offer
 from .conversation import Conversation
+from .doubts import Doubts
 from .membership import Membership
 from .seam import Network, Stream
 from .shelf import Kept, Shelf, batches, origin_of
@@ -71,6 +73,7 @@ MAX_PAGES: Final = MAX_RECORDS_PER_KEY // 8  # of one holder's answer
 EXPIRE_EVERY_S: Final = 2.0  # readers skip what has expired anyway; this tells those who wait
 PAUSE_AFTER_FAILURE_S: Final = 2.0
 MAX_SENDING: Final = 16  # holders spoken to at once
+OWN_EVERY_S: Final = 3 * REFRESH_EVERY_S  # how often we look what others hold in our name
 
 _log = structlog.get_logger("corolla.registry")
 
@@ -130,6 +133,8 @@ class Registry:
         self._publishing = anyio.Lock()
         self._changed = anyio.Event()
         self._version = 0
+        self._own_looked_at = self._clock()
+        self.doubts: Final = Doubts()  # about ourselves
 
     # announcing
 
@@ -330,7 +335,17 @@ class Registry:
         peer = peer_id_of(entry.signed.public_key)
         if self._membership.roll.is_barred(peer):
             raise error(Code.BAD_RECORD, f"{peer} is banned here, or its membership was revoked")
-        changed = self._shelf.put(entry, now=now, now_unix=self._unix(), owner=owner, origin=origin)
+        try:
+            changed = self._shelf.put(entry, now=now, now_unix=self._unix(), owner=owner, origin=origin)
+        except CorollaError as problem:
+            if "skew_s" in problem.details:  # its signature held
+                self.doubts.note_clock(peer, float(problem.details["skew_s"]), now)
+            raise
+        if peer != self._network.peer:
+            self.doubts.note_clock(peer, 0.0, now)
+        elif owner is None:
+            seq = verify(entry.signed, self._swarm_id, now_unix_s=self._unix()).seq
+            self.doubts.note_own(seq, self._ours.last_seq, now)
         lost_at = self._lost.get(peer)
         if lost_at is not None and now + entry.remaining_s - RECORD_LIFETIME_S > lost_at:
             del self._lost[peer]  # it signed this after we lost it: it lives, and others reach it
@@ -480,10 +495,20 @@ class Registry:
             with anyio.move_on_after(REFRESH_EVERY_S * self._rng.uniform(0.9, 1.0)):
                 await self._urgent.wait()
             try:
+                if not self._urgent.is_set():
+                    await self._look_for_twin()
                 await self.publish()
             except CorollaError as problem:  # a full disk, say: our records run out unless it ends
                 _log.error("publish_failed", problem=str(problem))
                 await anyio.sleep(PAUSE_AFTER_FAILURE_S)
+
+    async def _look_for_twin(self) -> None:
+        """See what others hold in our name, before we say it anew."""
+        now = self._clock()
+        ours = next(iter(self._shelf.of_peer(self._network.peer, now)), None)
+        if ours is not None and ours.keys and now - self._own_looked_at >= OWN_EVERY_S:
+            self._own_looked_at = now
+            await self._look_up([ours.keys[0]])
 
     async def _keep_fresh(self) -> None:
         """Look up again what was asked for lately."""

@@ -21,7 +21,7 @@ from corolla.daemon import reloading as module
 from corolla.daemon.config import KEYS, Config, load_config
 from corolla.daemon.methods import handlers
 from corolla.daemon.node import Node
-from corolla.daemon.reloading import DAEMON_KEYS, WORKER_KEYS, describe, differences
+from corolla.daemon.reloading import DAEMON_KEYS, NOW_KEYS, WORKER_KEYS, describe, differences
 from corolla.daemon.serving.environment import Environment
 from corolla.daemon.serving.workers import Worker
 from corolla.daemon.store import open_store
@@ -84,8 +84,7 @@ def pids(daemon: Node) -> list[int | None]:
 
 
 async def test_every_key_takes_effect_somewhen() -> None:
-    assert set(KEYS) >= WORKER_KEYS | DAEMON_KEYS
-    assert not WORKER_KEYS & DAEMON_KEYS
+    assert sorted(KEYS) == sorted([*NOW_KEYS, *WORKER_KEYS, *DAEMON_KEYS])
 
 
 async def test_differences_are_told_by_when_they_count() -> None:

@@ -523,3 +523,27 @@ def test_a_hub_index_names_every_tensor(hub: Hub) -> None:
     save_tiny(hub.remote).save_pretrained(hub.remote, max_shard_size="100KB")
     index = json.loads((hub.remote / "model.safetensors.index.json").read_text())
     assert of_hub(hub).tensors == index["weight_map"]
+
+
+# the owner's limit on disk
+
+
+def test_a_hub_model_beyond_the_limit_is_not_fetched(hub: Hub) -> None:
+    whole = save_tiny(hub.remote)
+    (hub.remote / "model.safetensors").unlink()
+    whole.save_pretrained(hub.remote, max_shard_size="100KB")
+    source = ModelSource(SourceKind.HUB, "someone/Tiny")
+    model = open_checkpoint(source, hub.cache.parent / "own", disk_bytes=1000)
+    problem = refused(Code.DISK_FULL, lambda: Span.load(model, 2, 3, torch.float32, CPU))
+    assert "1,000 may be used for weights" in problem.message
+    assert "disk_bytes" in problem.remedy
+    assert hub.fetched == []
+
+
+def test_a_gguf_file_beyond_the_limit_is_not_converted(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, save_tiny(tmp_path / "whole"))
+    source = ModelSource(SourceKind.GGUF, str(path))
+    problem = refused(Code.DISK_FULL, lambda: open_checkpoint(source, tmp_path / "cache", disk_bytes=1000))
+    assert "disk_bytes" in problem.remedy
+    assert not list((tmp_path / "cache").glob("tiny-*"))

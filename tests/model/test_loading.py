@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,19 @@ def test_a_fast_span_is_measured_for_a_moment_only(checkpoint: Checkpoint) -> No
     assert speed.decode_tokens_per_s == pytest.approx(100)
     assert speed.prefill_tokens_per_s == pytest.approx(6400)
     assert span.num_blocks_computed - before < 2 * NUM_BLOCKS * 40
+
+
+def test_files_that_change_while_they_are_loaded_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", seed=1)
+    save_tiny(tmp_path / "other", seed=2)
+    loaded = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path / "model")), tmp_path / "cache")
+    weights = "model.safetensors"
+
+    def swap(stage: str, done: int, total: int) -> None:
+        if (tmp_path / "other" / weights).exists() and 0 < done < total:
+            (tmp_path / "other" / weights).replace(tmp_path / "model" / weights)
+
+    with pytest.raises(CorollaError, match="changed while") as caught:
+        load(configure(loaded), swap)
+    assert caught.value.code is Code.DAMAGED_WEIGHTS
+    assert "reload" in caught.value.remedy
