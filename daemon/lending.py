@@ -20,7 +20,7 @@ from ..protocol.errors import CorollaError
 from ..protocol.records import SpanState
 from ..protocol.tensors import Encoding
 from ..protocol.views import WorkerStatus
-from ..protocol.work import Configure, Ready
+from ..protocol.work import Configure, ModelFacts, Ready
 from .belonging import Belonging
 from .config import Config
 from .ends import FIRST_OTHER, Ends, loaded
@@ -73,9 +73,7 @@ class Lending:
         self._belonging: Belonging | None = None
         self._told: dict[int, str] = {}
         self._served: dict[int, Ready] = {}  # what each worker served last, for what is said while it loads
-        self._weights: dict[
-            int, ModelFacts
-        ] = {}  # what each worker's were, to tell when they change on the disk
+        self._weights: dict[int, ModelFacts] = {}  # of each worker, to tell when they change
         self._placed: set[int] = set()
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._is_draining = False
@@ -125,7 +123,7 @@ class Lending:
             return
         running = [(w, w.ready or self._served.get(w.number)) for w in self._spans]
         kept, missing = matched(self._config, self._wanted(), running)
-        obsolete = [worker for worker in self._spans if worker not in kept]
+        obsolete = [w for w in self._spans if w not in kept and w.number not in self._beside]
         async with trio.open_nursery() as nursery:
             for worker in obsolete:
                 nursery.start_soon(self._empty, worker, MOVE_DEADLINE_S)
