@@ -10,7 +10,7 @@ slot together). Paged kernels of CUDA want `(page, slot, head, dim)`, so there t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from .groups import Grouping
-from .pages import PAGE_TOKENS, PageMove
+from .pages import PAGE_TOKENS, Memory, PageMove
 
 
 class CacheShape(NamedTuple):
@@ -62,6 +62,7 @@ class Cache:
         self.page_bytes = page_bytes(shapes.values(), dtype, page_tokens)
         self._keys: dict[int, Tensor] = {}  # by place in a page
         self._values: dict[int, Tensor] = {}
+        self._between: dict[tuple[int, int, int], Tensor] = {}  # by place, keys or values, and slot
         self._parked: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values in host memory, likewise
         try:
             for place, shape in shapes.items():
@@ -112,13 +113,19 @@ class Cache:
             tensor[:, to : to + self.page_tokens] = tensor[:, at : at + self.page_tokens]
 
     def move_pages(self, moves: Iterable[PageMove]) -> None:
-        """Copy pages to host memory, or from there, in the order given."""
-        runs = _runs(moves, self.page_tokens)
-        for place, parked in self._parked.items():
-            for tensor, other in zip((self._keys[place], self._values[place]), parked, strict=True):
-                for to_host, at, to, num in runs:
-                    source, target = (tensor, other) if to_host else (other, tensor)
-                    target[:, to : to + num] = source[:, at : at + num]
+        """Copy pages from memory to memory, in the order given. What is between is read once."""
+        for of, at, to, target, num in _runs(moves, self.page_tokens):
+            for place, parked in self._parked.items():
+                both = zip((self._keys[place], self._values[place]), parked, strict=True)
+                for kind, (device, host) in enumerate(both):
+                    if of is Memory.BETWEEN:
+                        slots = self._between.pop((place, kind, at))
+                    else:
+                        slots = (host if of is Memory.HOST else device)[:, at : at + num]
+                    if to is Memory.BETWEEN:
+                        self._between[place, kind, target] = slots.clone()
+                    else:
+                        (host if to is Memory.HOST else device)[:, target : target + num] = slots
 
 
 def _host_pages(num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -128,15 +135,20 @@ def _host_pages(num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, de
     return torch.empty((num_slots, num_heads, dim), dtype=dtype, pin_memory=True).transpose(0, 1)
 
 
-def _runs(moves: Iterable[PageMove], page_tokens: int) -> list[tuple[bool, int, int, int]]:
-    """Neighbouring pages that move to neighbouring places, together: to_host, first slots, number of slots."""
-    runs: list[tuple[bool, int, int, int]] = []
-    for to_host, source, target in moves:
-        at, to = source * page_tokens, target * page_tokens
-        if runs:
-            before, first, second, num = runs[-1]
-            if (before, first + num, second + num) == (to_host, at, to):
-                runs[-1] = (to_host, first, second, num + page_tokens)
-                continue
-        runs.append((to_host, at, to, page_tokens))
-    return runs
+def _runs(moves: Iterable[PageMove], page_tokens: int) -> Iterator[tuple[Memory, int, Memory, int, int]]:
+    """Pages that move from neighbours to neighbours, together: memory and first slot of both, number of slots.
+
+    What goes by way of the memory between is moved page by page, so that it is found again by its first slot.
+    """
+    of, first, to, target, num = Memory.DEVICE, 0, Memory.DEVICE, 0, 0
+    for move in moves:
+        at, goes = move.source * page_tokens, move.target * page_tokens
+        follows = (of, first + num, to, target + num) == (move.of, at, move.to, goes)
+        if num and follows and Memory.BETWEEN not in (of, to):
+            num += page_tokens
+            continue
+        if num:
+            yield of, first, to, target, num
+        of, first, to, target, num = move.of, at, move.to, goes, page_tokens
+    if num:
+        yield of, first, to, target, num

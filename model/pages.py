@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import Counter
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from ..protocol.errors import Code, error
@@ -153,11 +154,20 @@ class PageCopy(NamedTuple):
     target: int
 
 
-class PageMove(NamedTuple):
-    """Copy every slot of a page of one pool to one of the other: to host memory, or from there."""
+class Memory(Enum):
+    """Where a page may be. BETWEEN: in neither cache, for the moment in which two sessions change places."""
 
-    to_host: bool
+    DEVICE = auto()
+    HOST = auto()
+    BETWEEN = auto()
+
+
+class PageMove(NamedTuple):
+    """Copy every slot of a page from one memory to another."""
+
+    of: Memory
     source: int
+    to: Memory
     target: int
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_STEP_TOKENS
@@ -17,25 +16,18 @@ from ..protocol.steps import NEW_ROW, PREFIX_STEP
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, OpenCache, Restore
 from .groups import Grouping
-from .pages import ROLLBACK_TOKENS, Applied, PageMove, PagePool, SessionPages
-from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, View, make_room
+from .pages import ROLLBACK_TOKENS, Applied, Memory, PageMove, PagePool, SessionPages
+from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, Room, View, make_room
 from .prefixes import Prefixes
-
-
-class Place(Enum):
-    """Where a session's pages are."""
-
-    DEVICE = auto()  # or nowhere, while it has none
-    HOST = auto()
-    GONE = auto()  # evicted: its client does not know yet that nothing is left
 
 
 @dataclass(slots=True)
 class Session:
     """One session on this worker. last_step: the step after which the live rows stand; 0 is none.
 
-    num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds; since:
-    when it came to where it is. waits_since: for pages. is_amid: a step of it has begun, and not ended. names: of the
+    num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds.
+    place: where its pages are; since: when it came there. is_gone: it was evicted, and its client does not know yet
+    that nothing is left. waits_since: for pages. is_amid: a step of it has begun, and not ended. names: of the
     pages that its one row begins with; the first num_named of them are known by these.
     """
 
@@ -46,7 +38,8 @@ class Session:
     num_most: int
     opened_at: float
     last_step: int = 0
-    place: Place = Place.DEVICE
+    place: Memory = Memory.DEVICE
+    is_gone: bool = False
     num_peak: int = 0
     used_at: float = 0.0
     since: float = 0.0
@@ -92,6 +85,7 @@ class Sessions:
         self._blocks = blocks
         self._pool = PagePool(max(num_pages, 1))
         self._host = PagePool(max(num_host_pages, 1))
+        self._between = PagePool(max(num_pages, 1))
         self._num_pages = num_pages
         self._num_host_pages = num_host_pages
         self._expected = Expectation()
@@ -170,25 +164,26 @@ class Sessions:
         session.waits_since = None
         held = session.pages.restore(ask.base_step, ask.lengths)
         session.last_step = ask.base_step if session.pages.lengths else 0
+        session.is_gone = False
         if not session.pages.num_pages:
-            self._come_to_nothing(session, Place.DEVICE)
+            self._come_to_nothing(session)
         return held
 
     def _begun(
         self, session: Session, ask: Compute, now_s: float, working: Collection[bytes]
     ) -> Begun | None:
-        if session.place is Place.GONE:
+        if session.is_gone:
             _check_begins_anew(ask)
-            session.place = Place.DEVICE
+            session.is_gone = False
         pages = session.pages
         num_wanted = pages.plan(ask.rows).num_pages
         pages.forget(ask.step_id, ask.committed)
-        if session.place is Place.HOST:
+        if session.place is not Memory.DEVICE:
             num_wanted += pages.num_pages
         if not self._finds_room(session, num_wanted, now_s, working):
             return None
-        if session.place is Place.HOST:
-            self._move(session, Place.DEVICE, now_s)
+        if session.place is not Memory.DEVICE:
+            self._move(session, Memory.DEVICE, self._pool, now_s)
         step_before, lengths_before = session.last_step, pages.lengths
         had_pages = pages.num_pages > 0
         applied = pages.apply(ask.step_id, ask.committed, ask.rows)
@@ -230,7 +225,7 @@ class Sessions:
         """Whether so many pages are free now, perhaps because others made room."""
         if not num_wanted:
             return True
-        num_own = session.pages.num_pages if session.place is Place.DEVICE else 0
+        num_own = session.pages.num_pages if session.place is Memory.DEVICE else 0
         if num_own + num_wanted > self._num_pages:
             raise error(
                 Code.BUSY,
@@ -242,44 +237,55 @@ class Sessions:
         waiting = [other.waits_since for other in self._open.values() if other.waits_since is not None]
         if any(other < since and now_s - other >= patience_s for other in waiting):
             return False  # behind whoever waits too long already
-        if num_wanted > self._pool.num_free:
-            self._prefixes.give_back(num_wanted - self._pool.num_free)
-        room = make_room(self._view(now_s, working), session.id, num_wanted, now_s - since)
-        if room is None:
+        self._give_back(num_wanted)
+        room = make_room(self._view(session, now_s, working), session.id, num_wanted, now_s - since)
+        if room is None or not self._carry_out(room, session, now_s):
             return False
-        for evicted in room.evict:
-            self._open[evicted].pages.close()
-            self._come_to_nothing(self._open[evicted], Place.GONE)
-        for parked in room.park:
-            self._move(self._open[parked], Place.HOST, now_s)
-        if (
-            num_wanted > self._pool.num_free
-        ):  # pages that they shared, with sessions or with what is kept of prefixes
-            self._prefixes.give_back(num_wanted - self._pool.num_free)
+        self._give_back(num_wanted)  # pages that those who left shared with what is kept of prefixes
         return num_wanted <= self._pool.num_free
 
-    def _move(self, session: Session, place: Place, now_s: float) -> None:
-        to_host = place is Place.HOST
-        moved = session.pages.move(self._host if to_host else self._pool)
-        session.place, session.since = place, now_s
-        self._carry(tuple(PageMove(to_host, source, target) for source, target in moved))
+    def _give_back(self, num_wanted: int) -> None:
+        if num_wanted > self._pool.num_free:
+            self._prefixes.give_back(num_wanted - self._pool.num_free)
 
-    def _come_to_nothing(self, session: Session, place: Place) -> None:
+    def _carry_out(self, room: Room, asker: Session, now_s: float) -> bool:
+        """Let these make room; False if the asker would have to change places with them, and cannot now."""
+        leaving = [self._open[session] for session in room.park]
+        for evicted in (self._open[session] for session in room.evict):
+            evicted.pages.close()
+            self._come_to_nothing(evicted)
+            evicted.is_gone = True
+        if sum(session.pages.num_pages for session in leaving) > self._host.num_free:
+            if asker.pages.num_pages > self._between.num_free:
+                return False
+            self._move(asker, Memory.BETWEEN, self._between, now_s)
+        for session in leaving:
+            self._move(session, Memory.HOST, self._host, now_s)
+        return True
+
+    def _move(self, session: Session, to: Memory, pool: PagePool, now_s: float) -> None:
+        of, moved = session.place, session.pages.move(pool)
+        session.place, session.since = to, now_s
+        self._carry(tuple(PageMove(of, source, to, target) for source, target in moved))
+
+    def _come_to_nothing(self, session: Session) -> None:
         """A session without pages; what it grows by is on the device."""
         session.pages.move(self._pool)
-        session.place = place
+        session.place = Memory.DEVICE
 
-    def _view(self, now_s: float, working: Collection[bytes]) -> View:
+    def _view(self, asker: Session, now_s: float, working: Collection[bytes]) -> View:
         residents, parked = [], []
         for session in self._open.values():
             num_pages, has_work = session.pages.num_pages, session.id in working
-            if session.place is Place.HOST:
+            if session.place is Memory.HOST:
                 parked.append(Parked(session.id, num_pages, session.used_at, has_work))
-            elif num_pages:
+            elif num_pages and session.place is Memory.DEVICE:
                 residents.append(
                     Resident(session.id, num_pages, session.used_at, session.since, has_work, session.is_amid)
                 )
         num_host_free = self._host.num_free if self._num_host_pages else 0
+        if asker.place is Memory.HOST:
+            num_host_free += asker.pages.num_pages  # it leaves
         return View(now_s, self._pool.num_free, num_host_free, tuple(residents), tuple(parked))
 
     def _num_most(self, max_rows: int, max_tokens: int) -> int:

@@ -15,7 +15,7 @@ from corolla.model.batch import Policy
 from corolla.model.checkpoint import open_checkpoint
 from corolla.model.engine import Engine, cut
 from corolla.model.failures import explain
-from corolla.model.pages import PAGE_TOKENS, PageCopy, PageMove
+from corolla.model.pages import PAGE_TOKENS, Memory, PageCopy, PageMove
 from corolla.model.parking import IDLE_S, PATIENCE_S
 from corolla.model.span import Span
 from corolla.protocol.errors import Code, CorollaError
@@ -62,6 +62,7 @@ class SummingBlocks:
         self.before_pass: Callable[[Batch], None] = lambda batch: None
         self._slots = torch.full((NUM_PAGES * PAGE_TOKENS, HIDDEN_SIZE), float("nan"))
         self._host = self._slots.repeat(2, 1)
+        self._between = self._slots.clone()
         self.num_moved = 0  # pages, to host memory or back
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
@@ -70,12 +71,12 @@ class SummingBlocks:
             self._slots[to : to + PAGE_TOKENS] = self._slots[at : at + PAGE_TOKENS]
 
     def move_pages(self, moves: Iterable[PageMove]) -> None:
-        for to_host, source, target in moves:
-            of, into = (self._slots, self._host) if to_host else (self._host, self._slots)
-            at, to = source * PAGE_TOKENS, target * PAGE_TOKENS
-            into[to : to + PAGE_TOKENS] = of[at : at + PAGE_TOKENS]
-            if not to_host:  # others may share what stays on the device
-                of[at : at + PAGE_TOKENS] = float("nan")
+        memories = {Memory.DEVICE: self._slots, Memory.HOST: self._host, Memory.BETWEEN: self._between}
+        for of, source, to, target in moves:
+            at, goes = source * PAGE_TOKENS, target * PAGE_TOKENS
+            memories[to][goes : goes + PAGE_TOKENS] = memories[of][at : at + PAGE_TOKENS]
+            if of is not Memory.DEVICE:  # others may share what stays there
+                memories[of][at : at + PAGE_TOKENS] = float("nan")
             self.num_moved += 1
 
     @property
@@ -306,7 +307,7 @@ def test_sessions_that_share_passes_get_what_each_alone_would_get(tmp_path: Path
 def test_texts_in_a_cache_four_times_too_small_are_those_of_each_alone(tmp_path: Path) -> None:
     whole = save_tiny(tmp_path)
     checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
-    num_pages, num_host_pages, length = 6, 20, 256
+    num_pages, num_host_pages, length = 6, 14, 256
     sessions = [bytes([number]) * 16 for number in range(6)]  # each of up to 4 pages: 24 in all
     prompts = [[(7 * number + place) % VOCAB_SIZE for place in range(60)] for number in range(6)]
 
@@ -588,7 +589,7 @@ def test_sessions_that_together_outgrow_the_device_are_parked_in_turns_and_lose_
 
 
 def test_who_is_idle_makes_room_at_once_and_comes_back_as_it_was() -> None:
-    desk = Desk(num_host_pages=2 * NUM_PAGES)
+    desk = Desk(num_host_pages=10)  # so that the two change places
     desk.open(A, tokens=16 * PAGE_TOKENS)
     desk.step(1, [(NEW_ROW, 0, 600)], [1] * 600)
     desk.open(B, tokens=16 * PAGE_TOKENS)

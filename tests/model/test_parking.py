@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from corolla.model.pages import PAGE_TOKENS, PageMove
+from corolla.model.pages import PAGE_TOKENS, Memory, PageMove
 from corolla.model.parking import (
     EVICTION_PATIENCE_S,
     IDLE_S,
@@ -21,7 +21,7 @@ from corolla.model.parking import (
     View,
     make_room,
 )
-from corolla.model.sessions import Begun, Place, Sessions, undo
+from corolla.model.sessions import Begun, Sessions, undo
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
@@ -130,31 +130,40 @@ class SessionsAgainstLists(RuleBasedStateMachine):
     """Every page is filled, moved and copied as the tables say, and every text read back."""
 
     NUM_PAGES, NUM_HOST_PAGES = 10, 6
+    BEGIN_ALIKE = False  # the first two sessions, and the last two
     NAMES = (b"a", b"b", b"c", b"d")
 
     def __init__(self) -> None:
         super().__init__()
         self.sessions = Sessions((0, 1), self.NUM_PAGES, self.NUM_HOST_PAGES, self.carry)
-        self.device: dict[int, dict[int, int]] = {}
-        self.host: dict[int, dict[int, int]] = {}
+        self.memories: dict[Memory, dict[int, dict[int, int]]] = {memory: {} for memory in Memory}
+        self.device = self.memories[Memory.DEVICE]
         self.texts: dict[bytes, list[int]] = {}
         self.steps: dict[bytes, int] = {}
         self.waiting: dict[bytes, Compute] = {}
         self.now_s = 0.0
-        self.next_token = 0
+        self.next_token = self.num_steps = 0
         for name in self.NAMES:
             self.open(name)
 
     def carry(self, moves: tuple[PageMove, ...]) -> None:
-        for to_host, source, target in moves:
-            of, into = (self.device, self.host) if to_host else (self.host, self.device)
-            into[target] = of.pop(source, {})
+        for of, source, to, target in moves:
+            self.memories[to][target] = dict(self.memories[of].get(source, {}))
+            if of is not Memory.DEVICE:  # others may share what stays there
+                del self.memories[of][source]
 
     def open(self, name: bytes) -> None:
-        ask = OpenCache(0, name, 0, 1, Encoding.FLOAT32, 1, 8 * PAGE_TOKENS)
-        self.sessions.open(ask, self.now_s)
-        self.texts[name], self.steps[name] = [], 0
+        chain = name in self.NAMES[:2]
+        names = tuple(bytes([chain, page]) * 8 for page in range(5 if self.BEGIN_ALIKE else 0))
+        ask = OpenCache(0, name, 0, 1, Encoding.FLOAT32, 1, 8 * PAGE_TOKENS, prefix=names)
+        known = sum(self.sessions.open(ask, self.now_s).pages.lengths)
+        self.texts[name], self.steps[name] = [self.token(name, at) for at in range(known)], int(known > 0)
         self.waiting.pop(name, None)
+
+    def token(self, name: bytes, at: int) -> int:
+        """What is written at a place; never twice the same, unless sessions begin alike."""
+        self.next_token += 1
+        return 1000 * (name in self.NAMES[:2]) + at if self.BEGIN_ALIKE else self.next_token
 
     @rule(name=st.sampled_from(NAMES), num_pages=st.integers(0, 2), back=st.integers(0, 80))
     def step(self, name: bytes, num_pages: int, back: int) -> None:
@@ -197,17 +206,16 @@ class SessionsAgainstLists(RuleBasedStateMachine):
             self.device[target] = dict(self.device.get(source, {}))
         read = [self.device[segment.pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] for at in range(row.position)]
         assert read == text[: row.position]
-        if self.next_token % 5 == 4:  # some fail
-            self.next_token += 1
+        self.num_steps += 1
+        if self.num_steps % 5 == 4:  # some fail
             undo(begun)
             held = begun.session.pages.lengths  # less, if the step had begun to write further back
             del text[held[0] if held else 0 :]
             return
         del text[row.position :]
         for at in range(row.position, row.position + row.n):
-            self.device.setdefault(segment.pages[at // PAGE_TOKENS], {})[at % PAGE_TOKENS] = self.next_token
-            text.append(self.next_token)
-            self.next_token += 1
+            text.append(self.token(ask.session, at))
+            self.device.setdefault(segment.pages[at // PAGE_TOKENS], {})[at % PAGE_TOKENS] = text[at]
         self.steps[ask.session] = ask.step_id
         self.sessions.end(begun, self.now_s)
 
@@ -229,10 +237,12 @@ class SessionsAgainstLists(RuleBasedStateMachine):
     @invariant()
     def every_page_is_free_or_held(self) -> None:
         sessions = [self.sessions.get(name) for name in self.NAMES]
-        on_device = sum(s.pages.num_pages for s in sessions if s.place is not Place.HOST)
-        in_host = sum(s.pages.num_pages for s in sessions if s.place is Place.HOST)
-        assert self.sessions.free_tokens == (self.NUM_PAGES - on_device) * PAGE_TOKENS
+        on_device = sum(s.pages.num_pages for s in sessions if s.place is Memory.DEVICE)
+        in_host = sum(s.pages.num_pages for s in sessions if s.place is Memory.HOST)
+        num_used = self.NUM_PAGES - self.sessions.free_tokens // PAGE_TOKENS
+        assert self.BEGIN_ALIKE or num_used == on_device
         assert in_host <= self.NUM_HOST_PAGES
+        assert not self.memories[Memory.BETWEEN]
 
     def teardown(self) -> None:
         """Whoever waits now gets its turn, in the order in which they came."""
@@ -243,3 +253,13 @@ class SessionsAgainstLists(RuleBasedStateMachine):
 
 TestSessionsAgainstLists = SessionsAgainstLists.TestCase
 TestSessionsAgainstLists.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class SessionsThatBeginAlike(SessionsAgainstLists):
+    """The same, while pages are shared by sessions, kept for later ones, and given back."""
+
+    BEGIN_ALIKE = True
+
+
+TestSessionsThatBeginAlike = SessionsThatBeginAlike.TestCase
+TestSessionsThatBeginAlike.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
