@@ -86,7 +86,7 @@ class Neighbours:
                 change = partial(zeroconf.register_service, entry, cooperating_responders=True)
                 if told is not None:
                     change = partial(zeroconf.update_service, entry)
-                await to_thread.run_sync(change)
+                await to_thread.run_sync(change, abandon_on_cancel=True)
                 told = entry
             await self._moved.wait()
 
@@ -110,10 +110,11 @@ class Neighbours:
             except trio.RunFinishedError:
                 _log.debug("neighbour_too_late", name=name)
 
-        await to_thread.run_sync(partial(ServiceBrowser, zeroconf, SERVICE, handlers=[changed]))
+        browse = partial(ServiceBrowser, zeroconf, SERVICE, handlers=[changed])
+        await to_thread.run_sync(browse, abandon_on_cancel=True)
         async for name in waiting:
             look_up = partial(zeroconf.get_service_info, SERVICE, name, timeout=int(1000 * LOOK_UP_S))
-            entry = await to_thread.run_sync(look_up)
+            entry = await to_thread.run_sync(look_up, abandon_on_cancel=True)
             if entry is not None:
                 self.take(entry)
 
