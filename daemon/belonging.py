@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import anyio
@@ -65,8 +66,13 @@ class Belonging:
         """What others need to join; "" in an invited swarm, where each newcomer needs an invitation."""
         if self.membership.roll.charter is not None:
             return ""
-        addresses = self.network.addresses()[:MAX_TOKEN_ADDRESSES]
-        return encode_token(SwarmToken(self.swarm.swarm_id, self.swarm.name, addresses))
+        return encode_token(SwarmToken(self.swarm.swarm_id, self.swarm.name, self.introductions()))
+
+    def introductions(self) -> tuple[str, ...]:
+        """Addresses for a newcomer to ask: ours, then others', so that it gets in without us."""
+        others = (member.addresses[0] for member in self.membership.members() if member.addresses)
+        ours = self.network.addresses()[:MAX_TOKEN_ADDRESSES]
+        return (*ours, *islice(others, MAX_TOKEN_ADDRESSES))
 
     def known_addresses(self) -> tuple[str, ...]:
         """Where members are, worth remembering for the next start."""

@@ -27,7 +27,7 @@ from ..protocol.invitations import (
     encode_token,
 )
 from ..protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
-from .belonging import MAX_TOKEN_ADDRESSES, Belonging, Entry
+from .belonging import Belonging, Entry
 from .control import Ask, Handler, Reply
 from .identity import Identity
 from .network.greeting import Swarm, found_swarm
@@ -148,9 +148,7 @@ class Inviting:
         roll = belonging.membership.roll
         invitation, grant = roll.invite(self._identity.private_key, lifetime_s=lifetime_s, uses=uses)
         swarm = belonging.swarm
-        others = [m.addresses[0] for m in belonging.membership.members() if m.addresses]
-        ours = belonging.network.addresses()[:MAX_TOKEN_ADDRESSES]
-        addresses = (*ours, *others[:MAX_TOKEN_ADDRESSES])  # so that a newcomer gets in without us
+        addresses = belonging.introductions()
         token = SwarmToken(swarm.swarm_id, swarm.name, addresses, roll.charter, invitation)
         return Invited(encode_token(token), grant.invite_id, grant.expires_at, grant.uses)
 

@@ -6,10 +6,12 @@ In the private swarm every block is served twice, so that a daemon can be killed
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from corolla.sdk.client import Daemon, connect
 from corolla.sdk.demo import plain, split
@@ -45,6 +47,8 @@ class Machines:
 def private(model: str, hops: int) -> Iterator[Machines]:
     """A swarm of this machine alone, gone at the end. model: a folder, a GGUF file or a hub id."""
     num_blocks = int(plain(model)["num_blocks"])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # as Ctrl-C does: the daemons end with us
     with DemoSwarm(model, "example") as swarm:
         spans = split(num_blocks, hops)
         names = [(f"hop-{a}-{b}", span) for a, span in enumerate(spans) for b in range(REPLICAS)]
@@ -70,6 +74,10 @@ def _is_covered(daemon: Daemon) -> bool:
 
 def _is_lending(member: Member) -> bool:
     return member.blocks is not None and not member.is_killed
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _nothing() -> None:

@@ -115,6 +115,8 @@ async def test_a_swarm_is_created_joined_remembered_and_left(folder: Path) -> No
             assert (joined.swarm_id, joined.name, joined.notice) == (founded.swarm_id, "roses", PRIVACY)
             (peer,) = await program.peers()
             assert (peer.peer, peer.connected) == (first.status().peer, True)
+            # The way in by the first leads in by the second too, should the first be gone.
+            assert set(decode_token(founded.token).addresses) & set(decode_token(joined.token).addresses)
         remembered = second.store.state
         assert (remembered.swarm, remembered.swarm_id) == ("roses", founded.swarm_id)
         assert remembered.bootstrap
