@@ -347,13 +347,18 @@ class Membership:
     def _hear_refusal(self, peer: str, hello: Hello) -> CorollaError:
         """A peer has nothing to do with us: part with it, and remember why."""
         told = error_from_wire(hello.problem)
-        problem = error(told.code, f"{peer} refused us: {told.message[:MAX_REASON_CHARS]}", told.remedy)
-        if hello.swarm_id == self.swarm.swarm_id:
+        said, remedy = told.message[:MAX_REASON_CHARS], told.remedy[:MAX_REASON_CHARS]
+        problem = error(told.code, f"{peer} refused us: {said}", remedy)
+        if peer in self._members or (not self._members and self._may_refuse(peer, hello)):
             self._refusal = problem
             if peer not in self._strangers or str(self._strangers[peer][1]) != str(problem):
                 self._on_refused(problem)
         self._lose(peer, problem)
         return problem
+
+    def _may_refuse(self, peer: str, hello: Hello) -> bool:
+        """Whether it says so as a member: strangers shall not make us believe that we were put out."""
+        return hello.swarm_id == self.swarm.swarm_id and self.roll.is_credible(peer, hello.proof)
 
     def _lose(self, peer: str, problem: CorollaError) -> None:
         """It is no member, or none any longer, though it may be connected still."""

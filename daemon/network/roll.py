@@ -171,6 +171,17 @@ class Roll:
             return _revoked(f"invitation {seen.grant.invite_id}", peer)
         return None
 
+    def is_credible(self, peer: str, proof: Proof | None) -> bool:
+        """Whether a peer may be a member by what it shows; nothing is noted."""
+        charter = self.charter
+        if charter is None or peer == charter.owner_peer:
+            return True
+        try:
+            return proof is not None and bool(check_proof(proof, charter, peer, now_unix_s=self._clock()))
+        except CorollaError as problem:
+            _log.info("membership_not_believed", peer=peer, problem=str(problem))
+            return False
+
     def admit(self, peer: str, proof: Proof | None) -> None:
         """Note a peer as a member. Raises `NOT_INVITED` saying why it is none."""
         charter = self.charter

@@ -112,3 +112,11 @@ def test_a_swarm_of_ours_is_invited_if_so_founded(store: Store) -> None:
     assert entry.swarm == Swarm(entry.standing.charter.swarm_id, "roses")
     with pytest.raises(CorollaError, match="65 characters"):
         made.found("r" * 65, invited=True)
+
+
+def test_a_damaged_membership_is_said_to_be_so(store: Store) -> None:
+    store.save_membership(b"\xff not a standing")
+    with pytest.raises(CorollaError, match="membership is damaged") as caught:
+        inviting(store)
+    assert caught.value.code is Code.UNREADABLE
+    assert "state folder" in caught.value.remedy

@@ -12,14 +12,16 @@ from anyio import create_task_group
 from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.greeting import Swarm
 from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.roll import Roll, Standing
 from corolla.daemon.network.seam import Stream
-from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.invitations import Charter, Proof, accept
 from corolla.protocol.records import peer_id_of
+from corolla.protocol.registry import HELLO, HELLO_PROTOCOL, Hello
 
 pytestmark = pytest.mark.anyio
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -176,4 +178,27 @@ async def test_a_refusal_is_told_at_once_although_another_address_is_dead() -> N
             await eve.wait_joined(timeout_s=100)
         assert caught.value.code is Code.NOT_INVITED
         assert trio.current_time() - began < 100
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_stranger_does_not_make_a_member_believe_that_it_was_put_out() -> None:
+    async with memory_hub() as hub, create_task_group() as tasks:
+        owner = await enter(hub, tasks, OWNER)
+        bob = await enter(hub, tasks, "bob", proof(owner, "bob"))
+        await bob.wait_joined(timeout_s=5)
+        hub.kill(OWNER)
+        await trio.sleep(60)
+        assert not bob.members()
+        eve, bobs = hub.network("eve"), hub.find("bob")
+        assert bobs is not None
+        lie = Hello(
+            ROSES.swarm_id, "roses", "1", charter=ROSES, proof=bob.roll.proof,
+            problem=error(Code.NOT_INVITED, "you are out").to_wire(),
+        )  # fmt: skip
+        await eve.connect(bobs.addresses()[0], timeout_s=5)
+        stream = await eve.open("bob", HELLO_PROTOCOL, timeout_s=5)
+        await Conversation(stream, HELLO).say(lie)
+        await trio.sleep(60)
+        assert not eve.peers()  # it was heard, and parted with
+        assert bob.refusal is None
         tasks.cancel_scope.cancel()
