@@ -84,6 +84,33 @@ def test_a_cache_without_a_size_takes_what_is_left_within_reason(
     assert plan(checkpoint, memory_bytes=100 * memory) == (0, NUM_BLOCKS, 65536 // PAGE_TOKENS)
 
 
+def test_idle_sessions_get_host_memory_as_asked_or_out_of_what_is_left(
+    checkpoint: Checkpoint, block_bytes: int
+) -> None:
+    def num_host_pages(**changes: Any) -> int:
+        asked = configure(checkpoint, **changes)
+        return make_plan(asked, checkpoint, torch.float32, CPU).num_host_pages
+
+    assert num_host_pages(cache_tokens=640, parked_tokens=0) == 0
+    assert num_host_pages(cache_tokens=640, parked_tokens=130) == 3
+    assert num_host_pages(cache_tokens=640) == 20
+    tight = NUM_BLOCKS * (block_bytes + 10 * BLOCK_PAGE_BYTES)
+    assert num_host_pages(cache_tokens=640, memory_bytes=tight) == 0
+
+
+def test_blocks_with_windows_have_tables_of_their_own_and_the_cache_holds_as_much(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "gemma3")
+    gemma = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path / "cache")
+    loaded = load(configure(gemma, cache_tokens=640, parked_tokens=0), lambda stage, done, total: None)
+    assert loaded.grouping.windows == (None, 8, 8, 8)  # the one that attends everything is one block
+    assert loaded.num_pages == 4 * 10
+    assert loaded.ready().cache_tokens == 640
+    assert loaded.span is not None
+    assert loaded.span.cache is not None
+    assert loaded.span.cache.page_bytes * 4 == NUM_BLOCKS * BLOCK_PAGE_BYTES
+    assert loaded.speed.decode_tokens_per_s > 0
+
+
 def test_blocks_that_do_not_fit_are_refused_with_those_that_do(
     checkpoint: Checkpoint, block_bytes: int
 ) -> None:
