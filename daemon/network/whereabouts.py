@@ -150,7 +150,9 @@ class Whereabouts:
         return self._verdict.is_public is not False and address not in self._verdict.vain
 
 
-def _distance_outwards(address: str) -> int:
+def _distance_outwards(address: str) -> tuple[int, bool]:
+    """Of equals, IPv4 first: everybody has it."""
+    is_six = address.startswith("/ip6/")
     if reach_of(address) is Reach.NEAR:
-        return 2 if "/127." in address or "/::1/" in address else 1
-    return 0 if reach_of(address) is Reach.PUBLIC else 3
+        return 2 if "/127." in address or "/::1/" in address else 1, is_six
+    return 0 if reach_of(address) is Reach.PUBLIC else 3, is_six

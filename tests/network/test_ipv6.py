@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import pytest
 import trio
+from multiaddr import Multiaddr
 
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network import tcp as tcp_module
@@ -20,6 +21,7 @@ from corolla.daemon.network.membership import Membership
 from corolla.daemon.network.relaying import RelayLimits
 from corolla.daemon.network.seam import Stream
 from corolla.daemon.network.tcp import listenable
+from corolla.daemon.network.whereabouts import Whereabouts
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
 
@@ -73,6 +75,15 @@ async def test_one_listens_on_both_and_is_reached_on_both() -> None:
         assert await six.connect(addresses["ip6"], timeout_s=5) == both.peer
         await assert_echoes(four, both.peer)
         await assert_echoes(six, both.peer)
+
+
+def test_of_equal_addresses_those_of_ipv4_are_told_first() -> None:
+    where = Whereabouts((), Reachability.AUTO)
+    where.listens_on(
+        [Multiaddr("/ip6/fd00::2/tcp/1"), Multiaddr("/ip6/::1/tcp/1"), Multiaddr("/ip4/10.0.0.1/tcp/1")]
+    )
+    told = ("/ip4/10.0.0.1/tcp/1", "/ip6/fd00::2/tcp/1", "/ip6/::1/tcp/1")
+    assert where.all((), is_private=False) == told
 
 
 @needs_ipv6
