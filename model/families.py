@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from . import alibi, falcon
+from . import alibi, falcon, prequantized
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
 from .experts import STACKED, is_stack, is_transposed
@@ -108,15 +108,13 @@ def architecture(config: PretrainedConfig) -> str:
             f"models of the architecture {name} are not supported",
             f"choose one of {', '.join(sorted(CERTIFIED))}",
         )
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = (
-            quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
-        )
+    method = prequantized.refusal(config)
+    if method is not None:
         raise error(
             Code.UNSUPPORTED_FAMILY,
             f"weights stored quantized by {method} are not supported",
-            "use the model's float16 or bfloat16 weights, or a GGUF file",
+            f"use the model's float16 or bfloat16 weights, quantized by --quantization, a GGUF file, or weights in"
+            f" {', '.join(prequantized.METHODS)}",
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise error(Code.UNSUPPORTED_FAMILY, f"{name} with bidirectional attention cannot be cached")

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..protocol.errors import Code, error
-from . import hub
+from . import hub, prequantized
 from .checkpoint import Checkpoint, open_safetensors
 from .experts import STACKED, Experts, is_stack, weight_of
 from .families import Skeleton
@@ -54,11 +54,13 @@ def fetch_parts(checkpoint: Checkpoint, skeleton: Skeleton, prefixes: Iterable[s
         return
     wanted = tuple(prefixes)
     recipes = _recipes(checkpoint, skeleton)
+    made_of = prequantized.sources(checkpoint.tensors)
     files = {
         checkpoint.tensors[key]
         for target, recipe in recipes.items()
         if target.startswith(wanted)
-        for _, key in recipe.keys
+        for _, plain in recipe.keys
+        for key in made_of.get(plain, (plain,))
     }
     hub.fetch_files(checkpoint.origin, sorted(files), checkpoint.report)
 
@@ -126,7 +128,9 @@ def _recipes(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, _Recipe]:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = skeleton.model.base_model_prefix
     recipes: dict[str, _Recipe] = {}
-    for key in sorted(checkpoint.tensors, key=_natural):
+    made_of = prequantized.sources(checkpoint.tensors)
+    parts = {part for sources in made_of.values() for part in sources}
+    for key in sorted({*made_of, *checkpoint.tensors} - (parts - made_of.keys()), key=_natural):
         if key in skeleton.tensors:
             recipes[key] = _Recipe(None, [("", key)])
             continue
@@ -164,6 +168,7 @@ class _Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        self._made_of = prequantized.sources(checkpoint.tensors)
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
 
@@ -175,7 +180,13 @@ class _Reader:
         self._stack.close()
 
     def read(self, key: str) -> Tensor:
-        """A view of the file. Raises `DAMAGED_WEIGHTS`, `UNREADABLE`."""
+        """A view of the file, or what quantized tensors there stand for. Raises `DAMAGED_WEIGHTS`, `UNREADABLE`."""
+        parts = self._made_of.get(key)
+        if parts is not None:
+            return prequantized.plain(parts, self._stored, self._checkpoint.config)
+        return self._stored(key)
+
+    def _stored(self, key: str) -> Tensor:
         name = self._checkpoint.tensors[key]
         if name not in self._files:
             path = self._checkpoint.folder / name
