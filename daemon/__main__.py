@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import sys
@@ -73,8 +75,9 @@ if TYPE_CHECKING:
 )
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 @click.option("--log-format", metavar="FORM", help="text, json, or auto: text in a terminal.")
+@click.option("--check-config", is_flag=True, help="Print the settings as JSON, if they are right, and end.")
 @click.version_option(__version__, prog_name="corollad")
-def main(config: Path | None, **flags: Any) -> None:
+def main(config: Path | None, check_config: bool, **flags: Any) -> None:
     """Join a swarm and serve a run of a model's blocks, in the foreground.
 
     Each setting is also a key of the configuration file (~/.config/corolla/config.toml, or
@@ -83,6 +86,9 @@ def main(config: Path | None, **flags: Any) -> None:
     """
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     try:
+        if check_config:
+            click.echo(json.dumps(described(config or _usual_config(), given)))
+            return
         with _leaving_at_once():
             run(config or _usual_config(), given)
     except CorollaError as problem:
@@ -123,6 +129,22 @@ def run(config_file: Path | None, flags: dict[str, Any]) -> None:
         socket = _place(config.socket, user_socket())
         cache_folder = _place(config.cache_dir, user_cache_folder())
         anyio.run(_live, config, store, socket, cache_folder, sources, backend="trio")
+
+
+def described(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a daemon started so would do, without what `config.set` kept: its settings, file and folders.
+
+    Raises as `load_config`; takes no lock and changes nothing.
+    """
+    config = load_config(config_file, os.environ, flags)
+    return {
+        "version": 1,
+        "file": None if config_file is None else str(config_file),
+        "config": dataclasses.asdict(config),
+        "state_folder": str(_place(config.state_dir, user_state_folder())),
+        "cache_folder": str(_place(config.cache_dir, user_cache_folder())),
+        "socket": str(_place(config.socket, user_socket())),
+    }
 
 
 async def _live(config: Config, store: Store, socket: Path, cache_folder: Path, sources: Sources) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from ...protocol.bounds import BOUNDS, Bound
 from ..client import Daemon, connect
-from ..output import Output
+from ..output import Output, num_bytes
 from .options import asking
 
 
@@ -18,11 +19,15 @@ from .options import asking
     "--socket", metavar="PATH", envvar="COROLLA_SOCKET", help="The daemon's socket, if not the usual."
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer as JSON, for programs.")
-def config(context: click.Context, socket: str | None, as_json: bool) -> None:
-    """The daemon's configuration."""
+@click.option("--limits", is_flag=True, help="Show what others may do here at most, which nobody can change.")
+def config(context: click.Context, socket: str | None, as_json: bool, limits: bool) -> None:
+    """The daemon's configuration; with --limits, the fixed limits of this version, and why they are so."""
     if context.invoked_subcommand is not None:
         return
     output = Output(as_json)
+    if limits:
+        _show_limits(output)
+        return
     with connect(socket) as daemon:
         values = daemon.config()
     if as_json:
@@ -30,6 +35,27 @@ def config(context: click.Context, socket: str | None, as_json: bool) -> None:
         return
     for key, value in sorted(values.items()):
         output.line(f"{key} = {json.dumps(value, default=str)}")
+
+
+def _show_limits(output: Output) -> None:
+    """The table of `protocol.bounds`; it needs no daemon."""
+    if output.as_json:
+        output.envelope(limits=[bound._asdict() for bound in BOUNDS])
+        return
+    output.table(
+        ["what", "at most", "of", "why"],
+        [[bound.name, _amount(bound), bound.of, bound.reason] for bound in BOUNDS],
+    )
+
+
+def _amount(bound: Bound) -> str:
+    if bound.unit.startswith("bytes"):
+        return num_bytes(int(bound.value)) + bound.unit.removeprefix("bytes")
+    return (
+        f"{bound.value:,g} {bound.unit}".strip()
+        if bound.value < 1e6
+        else f"{bound.value:,.0f} {bound.unit}".strip()
+    )
 
 
 @config.command(name="set")

@@ -32,6 +32,7 @@ COMMANDS: Final = (
     Command("See", "peers", "network", "The members of the swarm: who, how far, direct or through whom"),
     Command("See", "ping", "network", "Measure the round trip to a member"),
     Command("See", "netcheck", "network", "How this machine is reached, what is wrong, and the remedy"),
+    Command("See", "doctor", "doctor", "Check everything on this machine; --bundle packs it without secrets"),
     Command("See", "metrics", "metrics", "The daemon in numbers, as Prometheus reads them"),
     Command("See", "events", "see", "What happened, and with --follow what happens"),
     Command("Use", "generate", "use", "Write on after a prompt"),
