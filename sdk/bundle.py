@@ -66,7 +66,9 @@ class Redactor:
         text = _IPV6.sub(lambda found: self._address(found[0]), text)
         text = _IPV4.sub(lambda found: self._address(found[0]), text)
         for name in self._names:
-            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", self._mask("name", name), text)
+            text = re.sub(
+                rf"(?<![\w<]){re.escape(name)}(?!\w)", lambda found: self._mask("name", found[0]), text
+            )
         return _LONG.sub("<long>", text)
 
     def _address(self, text: str) -> str:
