@@ -47,9 +47,7 @@ class Machines:
 def private(model: str, hops: int) -> Iterator[Machines]:
     """A swarm of this machine alone, gone at the end. model: a folder, a GGUF file or a hub id."""
     num_blocks = int(plain(model)["num_blocks"])
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # as Ctrl-C does: the daemons end with us
-    with DemoSwarm(model, "example") as swarm:
+    with _leaving_in_order(), DemoSwarm(model, "example") as swarm:
         spans = split(num_blocks, hops)
         names = [(f"hop-{a}-{b}", span) for a, span in enumerate(spans) for b in range(REPLICAS)]
         print(f"starting {len(names) + 1} daemons, each with a part of {Path(model).stem}", file=sys.stderr)
@@ -74,6 +72,17 @@ def _is_covered(daemon: Daemon) -> bool:
 
 def _is_lending(member: Member) -> bool:
     return member.blocks is not None and not member.is_killed
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Told to end, we end as with Ctrl-C, and the daemons with us."""
+    before = [(number, signal.signal(number, _leave)) for number in (signal.SIGTERM, signal.SIGHUP)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
