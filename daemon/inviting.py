@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
-
-import trio
+from typing import Final
 
 from ..protocol.errors import Code, error
-from ..protocol.guests import BannedPeer, Invite, Invited, InviteView, Revoke
+from ..protocol.guests import Invited
 from ..protocol.invitations import (
     Charter,
-    Grant,
     Proof,
     SwarmToken,
     accept,
@@ -28,17 +25,13 @@ from ..protocol.invitations import (
 )
 from ..protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
 from .belonging import Belonging, Entry
-from .control import Ask, Handler, Reply
 from .identity import Identity
 from .network.greeting import Swarm, found_swarm
 from .network.roll import Roll, Standing, decode_standing, encode_standing
 from .store import Store
 
-if TYPE_CHECKING:
-    from .node import Node
-
 MAX_VOUCHED: Final = 4 * MAX_ADDRESSES  # peers named by the last few tokens that we joined with
-_PEER: Final = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,64}")  # base58 of a multihash
+PEER: Final = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,64}")  # base58 of a multihash
 _INVITE: Final = re.compile(r"[0-9a-f]{16}")
 
 
@@ -154,7 +147,7 @@ class Inviting:
 
     def revoke(self, belonging: Belonging, name: str) -> None:
         """End the membership of a peer, or of all who joined by an invitation. Raises `BAD_REQUEST`, …"""
-        if not _PEER.fullmatch(name) and not _INVITE.fullmatch(name):
+        if not PEER.fullmatch(name) and not _INVITE.fullmatch(name):
             raise error(
                 Code.BAD_REQUEST,
                 f"{name[:80]!r} is neither a peer id nor the id of an invitation",
@@ -162,81 +155,3 @@ class Inviting:
             )
         belonging.membership.roll.revoke(name, self._identity.private_key)
         belonging.membership.review()
-
-
-class Guests:
-    """The handlers of `protocol.guests`."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def handlers(self) -> Mapping[str, Handler]:
-        """By the names of `protocol.control.METHODS`."""
-        return {
-            "invite": self.invite,
-            "invites": self.invites,
-            "bans": self.bans,
-            "ban": self.ban,
-            "unban": self.unban,
-            "revoke": self.revoke,
-        }
-
-    async def invite(self, ask: Ask) -> Reply:
-        arguments: Invite = ask.arguments
-        await trio.lowlevel.checkpoint()
-        invited = self._node.inviting.invite(self._node.the_belonging(), arguments.lifetime_s, arguments.uses)
-        self._node.events.emit("invited", f"invitation {invited.invite} for {invited.uses}")
-        return Reply(invited)
-
-    async def invites(self, ask: Ask) -> Reply:
-        await trio.lowlevel.checkpoint()
-        roll = self._node.inviting.roll(self._node.belonging)
-        return Reply(tuple(_view(grant, roll) for grant in roll.granted))
-
-    async def bans(self, ask: Ask) -> Reply:
-        await trio.lowlevel.checkpoint()
-        return Reply(self._node.inviting.roll(self._node.belonging).banned)
-
-    async def ban(self, ask: Ask) -> Reply:
-        arguments: BannedPeer = ask.arguments
-        await trio.lowlevel.checkpoint()
-        if not _PEER.fullmatch(arguments.peer):
-            raise error(
-                Code.BAD_REQUEST,
-                f"{arguments.peer[:80]!r} is no peer id",
-                "daemonctl peers lists those of the members",
-            )
-        belonging = self._node.belonging
-        self._node.inviting.roll(belonging).ban(arguments.peer)
-        if belonging is not None:
-            belonging.membership.review()
-        self._node.events.emit("banned", arguments.peer, peer=arguments.peer)
-        return Reply()
-
-    async def unban(self, ask: Ask) -> Reply:
-        arguments: BannedPeer = ask.arguments
-        await trio.lowlevel.checkpoint()
-        belonging = self._node.belonging
-        self._node.inviting.roll(belonging).unban(arguments.peer)
-        if belonging is not None:
-            belonging.membership.forgive(arguments.peer)
-        self._node.events.emit("unbanned", arguments.peer, peer=arguments.peer)
-        return Reply()
-
-    async def revoke(self, ask: Ask) -> Reply:
-        arguments: Revoke = ask.arguments
-        await trio.lowlevel.checkpoint()
-        self._node.inviting.revoke(self._node.the_belonging(), arguments.name)
-        self._node.events.emit("revoked", arguments.name, name=arguments.name)
-        return Reply()
-
-
-def _view(grant: Grant, roll: Roll) -> InviteView:
-    return InviteView(
-        invite=grant.invite_id,
-        issued_at=grant.issued_at,
-        expires_at=grant.expires_at,
-        uses=grant.uses,
-        peers=roll.accepted(grant),
-        revoked=grant.invite_id in roll.revoked,
-    )

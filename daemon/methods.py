@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import aclosing
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -32,8 +32,10 @@ from ..protocol.views import SwarmView
 from ..protocol.work import SourceKind
 from .control import Ask, Handler, Reply
 from .generation import Generation, event_piece
-from .inviting import Guests
+from .guests import Guests
+from .metrics import CONTENT_TYPE, Metrics
 from .netcheck import NetworkChecks
+from .pages import Pages
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
 from .training.parts import PartShelf
@@ -41,6 +43,9 @@ from .training.programs import Programs
 
 if TYPE_CHECKING:
     from .node import Node
+
+
+METRICS: Final = "/metrics"
 
 
 def handlers(node: Node) -> Mapping[str, Handler]:
@@ -73,6 +78,12 @@ def handlers(node: Node) -> Mapping[str, Handler]:
         **Guests(node).handlers(),
         **NetworkChecks(node).handlers(),
     }
+
+
+def pages(node: Node) -> Pages:
+    """What is answered over HTTP, by path."""
+    metrics = Metrics(node)
+    return {METRICS: lambda: (CONTENT_TYPE, metrics.text())}
 
 
 class Methods:
@@ -210,7 +221,7 @@ class Methods:
 
     async def metrics(self, ask: Ask) -> Reply:
         await trio.lowlevel.checkpoint()
-        return Reply(self._node.metrics.text().decode())
+        return Reply(self._node.pages[METRICS]()[1].decode())
 
     async def drain(self, ask: Ask) -> Reply:
         await trio.lowlevel.checkpoint()

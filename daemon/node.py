@@ -22,6 +22,7 @@ from .. import __version__
 from ..protocol.control import privacy_words
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import TOKEN_PREFIX, decode_token
+from ..protocol.settings import Applied
 from ..protocol.views import Status
 from .belonging import Belonging, Entry, Terms, belong, discover
 from .config import Config, rules_of, with_settings
@@ -31,7 +32,6 @@ from .events import EventLog
 from .identity import load_identity
 from .inviting import Inviting
 from .lending import Lending
-from .metrics import CONTENT_TYPE, Metrics
 from .network.dialling import Reachability
 from .network.host import check_port
 from .network.relaying import RelayLimits
@@ -64,7 +64,8 @@ _log = structlog.get_logger("corolla.node")
 class Node:
     """One daemon. `run` is its life; the rest is what calls ask of it.
 
-    methods: what answers the calls of this node's control socket. sources: the configuration anew, for reloads.
+    methods, pages: what answers the calls of this node's control socket, and HTTP. sources: the configuration
+    anew, for reloads.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Node:
         socket: Path,
         cache_folder: Path,
         methods: Callable[[Node], Mapping[str, Handler]],
+        pages: Callable[[Node], Pages],
         sources: Sources | None = None,
     ) -> None:
         self.config = config
@@ -81,15 +83,17 @@ class Node:
         self.events: Final = EventLog()
         self.traffic: Final = Traffic()
         self.tally: Final = Tally()
-        self.metrics: Final = Metrics(self)
-        self.door: Final = Door(self._pages(), lambda: self.config.metrics_port, self.events.emit)
+        self.pages: Final = pages(self)
+        self.door: Final = Door(self.pages, lambda: self.config.metrics_port, self.events.emit)
         self.jobs: Final = Jobs()
         self.profiles: Final = Profiles(store, __version__, self.events.emit)
         self.uplink: Final = Uplink(
             self.traffic, self.profiles, lambda: self.config.upload_bytes_per_s, self.events.emit
         )
         self.control: ControlServer
-        self.reloading: Final = Reloading(self, sources or partial(with_settings, config))
+        self.reloading: Final = Reloading(
+            store, sources or partial(with_settings, config), config, self._put_in_force, self.events.emit
+        )
         self.belonging: Belonging | None = None
         self.lending: Lending
         self.rebalancing: Rebalancing
@@ -172,7 +176,7 @@ class Node:
         nursery.start_soon(self._watch_signals)
         nursery.start_soon(self._keep_place)
         self._nursery = nursery
-        self.control = ControlServer(self._methods(self), operators, self._pages())
+        self.control = ControlServer(self._methods(self), operators, self.pages)
         nursery.start_soon(self._watch_reloads)
         await nursery.start(self.control.serve, listener)
         nursery.start_soon(self._manager.keep_informed, self._status_line)
@@ -361,6 +365,21 @@ class Node:
         if self._place_problem is not None:
             raise self._place_problem
 
+    def _put_in_force(self, config: Config, applied: Applied) -> None:
+        """Serve by another configuration. Raises `UNKNOWN_MODEL`, `BAD_CONFIG`, and then nothing has changed."""
+        operators = uids_of(config.operators)
+        self.config = config
+        self.control.allow(operators)
+        self.uplink.apply()
+        self.pausing.stir()
+        self.weights.stir()
+        self.door.stir()
+        if self.belonging is not None:
+            self.belonging.hops.keep_for(config.session_grace_s)
+        self.lending.reconfigure(config)
+        if "join" in applied.now and config.join:
+            self.join_configured()
+
     def join_configured(self) -> None:
         """Take up the `join` of the configuration, unless we are in its swarm already; events tell of it."""
         self._nursery.start_soon(self._join_configured)
@@ -462,9 +481,6 @@ class Node:
             owner=roll is not None and roll.is_owner,
             training=self.jobs.views(trio.current_time()),
         )
-
-    def _pages(self) -> Pages:
-        return {"/metrics": lambda: (CONTENT_TYPE, self.metrics.text())}
 
     def _status_line(self) -> str:
         """All of it in a line, for the service manager."""

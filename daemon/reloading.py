@@ -7,16 +7,14 @@ for `pausing.py`. Settings that are wrong change nothing: the old ones stay in f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ..protocol.errors import CorollaError
 from ..protocol.settings import Applied
 from .config import KEYS, Config, check_setting
 from .control import uids_of
 from .sources import source_of
-
-if TYPE_CHECKING:
-    from .node import Node
+from .store import Store
 
 WORKER_KEYS: Final = frozenset(
     {
@@ -66,72 +64,74 @@ def differences(old: Config, new: Config) -> Applied:
 
 
 class Reloading:
-    """Of one node. sources: the whole configuration anew, given what `config.set` kept."""
+    """Of one daemon. sources: the whole configuration anew, given what `config.set` kept. config: the one in force.
 
-    def __init__(self, node: Node, sources: Sources) -> None:
-        self._node = node
+    put_in_force: does it, and raises if it cannot be; then nothing has changed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sources: Sources,
+        config: Config,
+        put_in_force: Callable[[Config, Applied], None],
+        emit: Callable[[str, str], None],
+    ) -> None:
+        self._store = store
         self._sources = sources
-        self._started_with = node.config  # what the parts were made with that are made once
+        self._config = config
+        self._put_in_force = put_in_force
+        self._emit = emit
+        self._started_with = config  # what the parts were made with that are made once
         self.problem: CorollaError | None = None  # of the last reload
 
     def explain(self) -> str | None:
         """What its owner should know of the settings; None if all are in force."""
         if self.problem is not None:
             return f"the configuration was not reloaded, the old one is in force: {self.problem}"
-        waiting = differences(self._started_with, self._node.config).daemon
+        waiting = differences(self._started_with, self._config).daemon
         if waiting:
             return f"{', '.join(waiting)} will count when the daemon is started again: daemonctl stop, then corollad"
         return None
 
     def reload(self) -> None:
         """Read the files again: SIGHUP. Raises nothing: a daemon that runs is not ended by a file."""
-        node = self._node
         try:
-            config = self._sources(node.store.state.settings)
+            config = self._sources(self._store.state.settings)
             applied = self._apply(config)
         except CorollaError as problem:
             self.problem = problem
-            node.events.emit("reload_failed", f"the old configuration stays in force: {problem}")
+            self._emit("reload_failed", f"the old configuration stays in force: {problem}")
             return
         self.problem = None
-        node.events.emit("reloaded", describe(applied))
+        self._emit("reloaded", describe(applied))
 
     def set(self, key: str, value: Any) -> Applied:
         """Keep one setting and put it in force. Raises `BAD_CONFIG`, `UNKNOWN_MODEL`, `DISK_FULL`, `UNREADABLE`."""
-        node = self._node
         checked = check_setting(key, value)
-        settings = {**node.store.state.settings, key: checked}
+        settings = {**self._store.state.settings, key: checked}
         config = self._sources(settings)
-        self._check(config)
-        node.store.update(settings=settings)
+        _check(config)
+        self._store.update(settings=settings)
         applied = self._apply(config)
         if getattr(config, key) != checked:
             applied = Applied(applied.now, applied.workers, applied.daemon, overridden=True)
-        node.events.emit("config", f"{key} is {checked!r}: {describe(applied)}")
+        self._emit("config", f"{key} is {checked!r}: {describe(applied)}")
         return applied
-
-    def _check(self, config: Config) -> frozenset[int]:
-        """The operators, after a look at everything that could not be put in force."""
-        if config.model:
-            source_of(config.model)
-        return uids_of(config.operators)
 
     def _apply(self, config: Config) -> Applied:
-        node = self._node
-        operators = self._check(config)
-        applied = differences(node.config, config)
-        node.config = config
-        node.control.allow(operators)
-        node.uplink.apply()
-        node.pausing.stir()
-        node.weights.stir()
-        node.door.stir()
-        if node.belonging is not None:
-            node.belonging.hops.keep_for(config.session_grace_s)
-        node.lending.reconfigure(config)
-        if "join" in applied.now and config.join:
-            node.join_configured()
+        _check(config)
+        applied = differences(self._config, config)
+        self._put_in_force(config, applied)
+        self._config = config
         return applied
+
+
+def _check(config: Config) -> None:
+    """Raise what could not be put in force."""
+    if config.model:
+        source_of(config.model)
+    uids_of(config.operators)
 
 
 def describe(applied: Applied) -> str:

@@ -147,7 +147,7 @@ async def test_a_port_that_is_taken_is_told_and_nothing_else_suffers(folder: Pat
 async def test_lenders_tell_of_their_workers(folder: Path) -> None:
     async with node(folder, model=str(folder), blocks="0:1") as daemon:
         await heard(daemon, "worker_failed")
-        found = samples(daemon.metrics.text().decode())
+        found = samples(daemon.pages["/metrics"]()[1].decode())
         assert found[f"corolla_worker_state,auto,{folder},failed,0"] == 1
         assert found[f"corolla_worker_state,auto,{folder},online,0"] == 0
         assert found[f"corolla_worker_restarts_total,auto,{folder},0"] == 0

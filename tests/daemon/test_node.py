@@ -18,7 +18,7 @@ import trio
 import corolla
 from corolla.daemon import node as module
 from corolla.daemon.config import Config
-from corolla.daemon.methods import handlers
+from corolla.daemon.methods import handlers, pages
 from corolla.daemon.network.roll import Standing
 from corolla.daemon.node import HINT, Node
 from corolla.daemon.store import open_store
@@ -44,7 +44,7 @@ async def node(folder: Path, **settings: Any) -> AsyncIterator[Node]:
     """A daemon in this process, started; it is stopped at the end."""
     config = Config(**{"blocks": "none", "listen": (LOOPBACK,), **settings})
     with open_store(folder / "state") as store:
-        daemon = Node(config, store, folder / "s", folder / "cache", handlers)
+        daemon = Node(config, store, folder / "s", folder / "cache", handlers, pages)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.run)
             await heard(daemon, "started")
@@ -367,7 +367,7 @@ async def test_stopping_waits_for_running_sessions_and_takes_no_new_ones(folder:
 async def test_a_model_that_is_none_keeps_the_daemon_from_starting(folder: Path) -> None:
     with open_store(folder / "state") as store:
         config = Config(model=str(folder / "nothing here"), blocks="0:2", listen=(LOOPBACK,))
-        daemon = Node(config, store, folder / "s", folder / "cache", handlers)
+        daemon = Node(config, store, folder / "s", folder / "cache", handlers, pages)
         problem = await refused(daemon.run())
     assert problem.code is Code.UNKNOWN_MODEL
     assert "nothing here" in problem.message

@@ -19,7 +19,7 @@ from corolla.daemon import ends as ends_module
 from corolla.daemon import lending as lending_module
 from corolla.daemon import reloading as module
 from corolla.daemon.config import KEYS, Config, load_config
-from corolla.daemon.methods import handlers
+from corolla.daemon.methods import handlers, pages
 from corolla.daemon.node import Node
 from corolla.daemon.reloading import DAEMON_KEYS, NOW_KEYS, WORKER_KEYS, describe, differences
 from corolla.daemon.serving.environment import Environment
@@ -66,7 +66,7 @@ async def configured(
         load_config, folder / "config.toml", environment or {}, {"listen": ["/ip4/127.0.0.1/tcp/0"]}
     )
     with open_store(folder / "state") as store:
-        daemon = Node(sources({}), store, folder / "s", folder / "cache", handlers, sources)
+        daemon = Node(sources({}), store, folder / "s", folder / "cache", handlers, pages, sources)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.run)
             await heard(daemon, "started")
