@@ -262,6 +262,8 @@ class Swarm:
             case 7:
                 self.guilty.add(name)
                 await self._network.disconnect(name)
+            case 8:
+                daemon.worker.evict()
 
     async def break_link(self, at_s: float, one: str, other: str) -> None:
         """Two daemons do not reach each other any more."""
@@ -316,7 +318,7 @@ def play_daemons(seed: int, *, links_break: bool = False) -> Story:
                         nursery.start_soon(swarm.break_link, rng.choice((0.0, rng.uniform(0, 5))), one, other)
             for _ in range(rng.randint(0, 5)):
                 at_s = rng.choice((0.0, rng.uniform(0, 1), rng.uniform(0, 10)))
-                nursery.start_soon(swarm.misfortune, at_s, rng.randrange(8))
+                nursery.start_soon(swarm.misfortune, at_s, rng.randrange(9))
             with trio.fail_after(LIMIT_S):
                 await swarm.use(rng.randint(3, 12))
             nursery.cancel_scope.cancel()
