@@ -125,7 +125,12 @@ def invoke(*arguments: str, **environment: str) -> click.testing.Result:
 
 
 def test_each_flag_is_a_key_and_each_key_but_the_fine_ones_a_flag() -> None:
-    flags = {parameter.name for parameter in program.main.params} - {"config", "version", "help"}
+    flags = {parameter.name for parameter in program.main.params} - {
+        "config",
+        "check_config",
+        "version",
+        "help",
+    }
     assert flags <= set(KEYS)
     fine = {
         "operators",
