@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -124,6 +126,30 @@ async def test_pulling_tells_the_folder_or_why_not() -> None:
         assert await lends.ends.pull(ModelSource(SourceKind.HUB, "faithful"), emit) == ""  # the fake has none
         problem = await refused(lends.ends.pull(ModelSource(SourceKind.HUB, "unknown"), emit))
         assert problem.code is Code.UNKNOWN_MODEL
+
+
+# what people see meanwhile
+
+
+async def test_status_shows_what_is_being_installed_and_how_far_it_is() -> None:
+    async with lending(model="installs", blocks="0:4") as (lends, _):
+        await until(lambda: [status.stage for status in lends.statuses()] == ["installing torch"])
+        (status,) = lends.statuses()
+        assert (status.state, status.progress) == ("loading", 0.25)
+
+
+async def test_other_weights_in_the_same_place_are_told_as_another_model() -> None:
+    async with meadow() as swarm:
+        ours = await swarm.client()
+        async with lending(model="faithful", blocks="0:4") as (lends, told):
+            lends.enter(ours.belonging)
+            await until(lambda: bool(lends.serving()))
+            ((worker, ready),) = lends.serving()
+            assert worker.process is not None
+            lends._weights[worker.number] = replace(ready.facts, fingerprint="0" * 64)  # as it was before
+            os.kill(worker.process, signal.SIGKILL)
+            await until(lambda: "weights_changed" in told)
+            await until(lambda: bool(lends.serving()))
 
 
 # spans in public

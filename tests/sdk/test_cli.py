@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from corolla.protocol.errors import Code, Exit, error
 from corolla.protocol.messages import from_plain, to_plain
 from corolla.protocol.settings import Applied
 from corolla.protocol.tensors import DType
-from corolla.protocol.views import DaemonEvent, SpanView, SwarmView
+from corolla.protocol.views import DaemonEvent, LineView, SpanView, SwarmView, WorkerStatus
 from corolla.protocol.work import Sampling, TokenBias
 from corolla.sdk.cli import main
 from corolla.sdk.cli.program import COMMANDS
@@ -290,3 +290,14 @@ def test_setting_a_value_says_when_it_counts(ctl: Ctl, fake: FakeDaemon) -> None
     assert "wins" in ctl("config", "set", "hours", "1:00-2:00").err
     answer = json.loads(ctl("config", "set", "hours", "1:00-2:00", "--json").out)
     assert answer["applied"]["now"] == ["hours"]
+
+
+def test_status_says_what_a_worker_is_doing_until_it_serves(ctl: Ctl, fake: FakeDaemon) -> None:
+    loading = WorkerStatus(0, "loading", "tiny", 0, 4, progress=0.25, stage="installing torch")
+    fake.handlers["status"] = lambda c, call: replace(
+        fake.status(), workers=(loading,), lending="outside hours", line=LineView(2e6, 0.0, 1e6, 5, 6)
+    )
+    said = ctl("status").out
+    assert "loading (installing torch) 25%" in said
+    assert "outside hours" in said
+    assert "leave" in said

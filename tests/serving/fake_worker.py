@@ -57,6 +57,9 @@ def begin(connection: socket.socket, habit: str) -> None:
         print("first I say this,", file=sys.stderr)
         print("then I stumble", file=sys.stderr)
         sys.exit(3)
+    if habit == "installs":
+        say(connection, Loading("installing torch", 5, 20))
+        return
     say(connection, Loading("loading", 1, 2))
     say(connection, Ready(FACTS, 0, 4, DType.FLOAT32, None, "cpu", 100, 1000))
     if habit != "silent":
