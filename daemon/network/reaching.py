@@ -99,15 +99,15 @@ class Reaching:
         """Ask whenever something is to be learned, until cancelled."""
         while True:
             self._stirred = trio.Event()
+            looked_at = trio.current_time()
             async with trio.open_nursery() as nursery:
-                for question in self._due():
+                for question in self._due(looked_at):
                     nursery.start_soon(self._ask, question)
             self._judge()
-            with trio.move_on_after(self._pause_s()):
+            with trio.move_on_after(self._pause_s(looked_at)):
                 await self._stirred.wait()
 
-    def _due(self) -> list[Question]:
-        now = trio.current_time()
+    def _due(self, now: float) -> list[Question]:
         sightings = self._bell.sightings()
         self._later = {peer: later for peer, later in self._later.items() if peer in sightings}
         ready = {
@@ -118,11 +118,12 @@ class Reaching:
         wanted = questions(ready, self._bell.own(), self._proofs, now)
         return list({question.peer: question for question in reversed(wanted)}.values())  # one of each peer
 
-    def _pause_s(self) -> float:
-        now = trio.current_time()
+    def _pause_s(self, looked_at: float) -> float:
+        """Until something may be due that was not when we looked last."""
         times = [later.again_at for later in self._later.values()]
-        times += [proof.at + FRESH_S for proof in self._proofs if now - proof.at < FRESH_S]
-        return max(FIRST_AGAIN_S, min(times, default=now + FRESH_S) - now)
+        times += [proof.at + FRESH_S for proof in self._proofs]
+        soonest = min((at for at in times if at > looked_at), default=looked_at + FRESH_S)
+        return max(FIRST_AGAIN_S, soonest - trio.current_time())
 
     def _judge(self) -> None:
         seen = [sighting.address for sighting in self._bell.sightings().values() if sighting.place]

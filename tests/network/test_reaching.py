@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -344,6 +344,28 @@ async def test_who_does_not_speak_it_is_asked_ever_more_rarely() -> None:
         network.open = counted  # type: ignore[method-assign]
         assert await judged(home, 120.0) is None
         assert 4 <= len(opened) <= 7
+
+
+async def test_when_all_is_known_nothing_is_done_until_it_grows_old() -> None:
+    """Also where one that did not answer need not be asked any longer."""
+    async with world() as w:
+        _, home = w.member("home")
+        w.hub.network("old")
+        w.sees("old", "11.0.0.9")
+        assert await judged(home) is None
+        for number in range(ENOUGH):
+            w.member(f"p{number}")
+            w.sees(f"p{number}", f"11.0.0.{20 + number}")
+        num_looks = 0
+
+        def look() -> dict[str, Sighting]:
+            nonlocal num_looks
+            num_looks += 1
+            return w.sightings
+
+        home._bell = replace(home._bell, sightings=look)
+        assert await judged(home, FRESH_S - 60) is True
+        assert num_looks < 30
 
 
 async def test_nobody_is_made_to_dial_a_third_one() -> None:
