@@ -75,7 +75,7 @@ def test_a_schedule_of_the_machine_replays_exactly() -> None:
 
 
 def test_a_schedule_of_whole_daemons_replays_exactly() -> None:
-    first, second = play_daemons(8), play_daemons(8)
+    first, second = play_daemons(5), play_daemons(5)
     assert first.lines == second.lines
     assert first.num_repairs > 0
 
