@@ -117,14 +117,15 @@ class Relays:
         """Keep as many reservations as are useful, until cancelled."""
         while True:
             self._stirred = trio.Event()
+            looked_at = trio.current_time()
             if self._is_private():
                 await self._renew()
                 await self._reserve_more()
             elif self._held:
                 self._held.clear()
                 self._changed()
-            asks = (refusal.again_at for refusal in self._refused.values())
-            soonest = min(asks, default=trio.current_time() + RELAYS_EVERY_S) - trio.current_time()
+            asks = (one.again_at for one in self._refused.values() if one.again_at > looked_at)
+            soonest = min(asks, default=looked_at + RELAYS_EVERY_S) - trio.current_time()
             with trio.move_on_after(min(RELAYS_EVERY_S, max(FIRST_AGAIN_S, soonest))):
                 await self._stirred.wait()
 
