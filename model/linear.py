@@ -144,7 +144,8 @@ class _Joint:
         if self._num_left == 0:
             self._rows = self._output = None
         part: Tensor = output[..., first:last]
-        return part
+        # Some families clamp it in place, which a graph of views of one output does not survive.
+        return part.clone() if part.requires_grad else part
 
 
 class PartLinear(FrozenLinear):

@@ -185,6 +185,7 @@ OF_EVERY_KIND = [
     "gpt_oss",
     "qwen3_moe",
     "mixtral",
+    "olmo",  # it clamps queries, keys and values in place, which share a product
     *(family for family in FAMILIES if family.startswith(("bloom", "falcon"))),
 ]
 
