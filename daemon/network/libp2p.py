@@ -95,6 +95,7 @@ async def open_network(
             traffic=traffic or Traffic(),
         )
         network.restrict(guard)
+        nursery.start_soon(_stop_in_the_end, network)
         try:
             await nursery.start(network.run, tuple(listen), kad_protocol)
             try:
@@ -109,6 +110,14 @@ async def open_network(
     failure = failure or network.failure
     if failure is not None:
         raise failure
+
+
+async def _stop_in_the_end(network: Libp2pNetwork) -> None:
+    """Stop it when the block is cancelled, also while it still opens: its own task is shielded from that."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        network.stop()
 
 
 class Libp2pNetwork:

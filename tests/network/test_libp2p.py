@@ -103,6 +103,20 @@ async def test_a_port_can_be_opened_again_and_again_by_the_same_identity() -> No
                 await assert_echoes(one, one.peer)
 
 
+@pytest.mark.timeout(60)
+async def test_a_network_cancelled_while_it_opens_ends_whenever_that_is() -> None:
+    async def open_it() -> None:
+        async with network(kad_protocol=KAD):
+            await trio.sleep_forever()
+
+    for num_turns in range(0, 60, 3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_it)
+            for _ in range(num_turns):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:4001", "/ip4/127.0.0.1/udp/4001/quic-v1", "/ip4/127.0.0.1/tcp/99999"]
 )
