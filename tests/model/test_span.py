@@ -178,19 +178,7 @@ def test_batched_equals_alone(tiny: Callable[[str], Tiny], family: str) -> None:
         assert float((got - torch.cat(apart)).abs().max()) < TOLERANCE
 
 
-# Families whose gradients take ways of their own: through attention, or through experts.
-OF_EVERY_KIND = [
-    "llama",
-    "gemma2",
-    "gpt_oss",
-    "qwen3_moe",
-    "mixtral",
-    "olmo",  # it clamps queries, keys and values in place, which share a product
-    *(family for family in FAMILIES if family.startswith(("bloom", "falcon"))),
-]
-
-
-@pytest.mark.parametrize("family", OF_EVERY_KIND)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_a_stateless_pass_are_those_of_the_whole(
     tiny: Callable[[str], Tiny], family: str
 ) -> None:
