@@ -201,18 +201,18 @@ class Methods:
 
     async def create_swarm(self, ask: Ask) -> Reply:
         arguments: CreateSwarm = ask.arguments
-        return self._joined(await self._node.create_swarm(arguments.name, invited=arguments.invited))
+        return self._joined(await self._node.place.create(arguments.name, invited=arguments.invited))
 
     async def join(self, ask: Ask) -> Reply:
         arguments: Join = ask.arguments
-        return self._joined(await self._node.join(arguments.token))
+        return self._joined(await self._node.place.join(arguments.token))
 
     def _joined(self, token: str) -> Reply:
         swarm = self._node.the_belonging().swarm
         return Reply(Joined(swarm.name, swarm.swarm_id, token, self._node.privacy()))
 
     async def leave(self, ask: Ask) -> Reply:
-        await self._node.leave()
+        await self._node.place.leave()
         return Reply()
 
     async def rebalance(self, ask: Ask) -> Reply:

@@ -58,7 +58,7 @@ class NetworkChecks:
 
 def collect(node: Node) -> Netcheck:
     """The network as this daemon sees it now, not judged yet."""
-    config, belonging, problem = node.config, node.belonging, node.place_problem
+    config, belonging, problem = node.config, node.belonging, node.place.problem
     has_ipv4, has_ipv6 = (has_route(family, beyond) for family, beyond in _BEYOND)
     view = Netcheck(
         node.status().peer,

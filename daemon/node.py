@@ -21,10 +21,9 @@ import trio
 from .. import __version__
 from ..protocol.control import privacy_words
 from ..protocol.errors import Code, CorollaError, error
-from ..protocol.invitations import TOKEN_PREFIX, decode_token
 from ..protocol.settings import Applied
 from ..protocol.views import Status
-from .belonging import Belonging, Entry, Terms, belong, discover
+from .belonging import Belonging, Terms
 from .config import Config, rules_of, with_settings
 from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
@@ -35,15 +34,14 @@ from .lending import Lending
 from .network.dialling import Reachability
 from .network.host import check_port
 from .network.relaying import RelayLimits
-from .network.roll import Standing
 from .network.tcp import listenable
 from .network.traffic import Traffic
 from .pages import Door, Pages
 from .pausing import Pausing
+from .place import HINT, Place
 from .profiles import Profiles
 from .rebalancing import Rebalancing
 from .reloading import Reloading, Sources
-from .routes import no_swarm
 from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
@@ -52,11 +50,8 @@ from .training.jobs import Jobs
 from .uplink import Uplink
 from .weights import Weights
 
-JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
-REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
 SIGNAL_DEADLINE_S: Final = 30.0  # for sessions to move after SIGTERM; below the unit's TimeoutStopSec
 STOP_TIMEOUT_S: Final = 10.0  # of everything that is left when the daemon stops
-HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
 
 _log = structlog.get_logger("corolla.node")
 
@@ -94,7 +89,6 @@ class Node:
         self.reloading: Final = Reloading(
             store, sources or partial(with_settings, config), config, self._put_in_force, self.events.emit
         )
-        self.belonging: Belonging | None = None
         self.lending: Lending
         self.rebalancing: Rebalancing
         self.pausing: Pausing
@@ -111,13 +105,7 @@ class Node:
         self._num_sessions = 0
         self._no_sessions = trio.Event()
         self.inviting: Final = Inviting(store, self._identity)
-        self._entry = self.inviting.remembered()
-        self._entry_changed = trio.Event()
-        self._place_changed = trio.Event()
-        self._doubt: tuple[str, str] | None = None  # about ourselves, as other members' records raise it
-        self._place_problem: CorollaError | None = None
-        self._leaving = trio.CancelScope()
-        self._moving = trio.Lock()
+        self.place: Final = Place(self._terms, self.inviting, store, self.events)
         self._is_stopping = False
         self._stop_asked = trio.Event()
         self._stop_deadline_s = 0.0
@@ -174,7 +162,7 @@ class Node:
         nursery.start_soon(self.door.run)
         nursery.start_soon(self.pausing.follow)
         nursery.start_soon(self._watch_signals)
-        nursery.start_soon(self._keep_place)
+        nursery.start_soon(self.place.keep, self.lending)
         self._nursery = nursery
         self.control = ControlServer(self._methods(self), operators, self.pages)
         nursery.start_soon(self._watch_reloads)
@@ -182,13 +170,14 @@ class Node:
         nursery.start_soon(self._manager.keep_informed, self._status_line)
         self.events.emit("started", f"corollad {__version__} answers on {self._socket}")
         if self.config.join:
-            self.join_configured()
-        elif self._entry is None:
+            nursery.start_soon(self.place.join_configured, self.config.join)
+        elif not self.place.is_wanted:
             self.events.emit("idle", HINT)
 
     async def _stop(self) -> None:
         """Drain for as long as asked, then leave the swarm and end the workers."""
         self._is_stopping = True
+        self.place.close()
         self._manager.stopping()
         self.events.emit("stopping", f"stopping, at most {self._stop_deadline_s:g} s for running sessions")
         self._draining.deadline = trio.current_time() + self._stop_deadline_s
@@ -196,7 +185,7 @@ class Node:
             await self._drain()
         self.contributing.save()
         with trio.move_on_after(STOP_TIMEOUT_S):
-            await self._change_place(None)
+            await self.place.end()
         self.lending.stop()
 
     async def _drain(self) -> None:
@@ -218,52 +207,6 @@ class Node:
         with trio.open_signal_receiver(signal.SIGHUP) as signals:
             async for _ in signals:
                 self.reloading.reload()
-
-    async def _keep_place(self) -> None:
-        """Belong to the swarm of `_entry`, whichever that is at the time."""
-        while True:
-            self._entry_changed = trio.Event()
-            entry = self._entry
-            if entry is None or self._is_stopping:
-                self._tell_place(None)
-                await self._entry_changed.wait()
-                continue
-            with trio.CancelScope() as self._leaving:
-                try:
-                    await self._belong(entry)
-                except CorollaError as problem:
-                    self.events.emit("swarm_failed", str(problem))
-                    self._entry = None
-                    self._tell_place(problem)
-                    await self._entry_changed.wait()
-
-    async def _belong(self, entry: Entry) -> None:
-        async with belong(self._terms(), entry) as belonging:
-            try:
-                self.belonging = belonging
-                self.lending.enter(belonging)
-                self.events.emit("joined", f"in swarm {entry.swarm.name}", swarm_id=entry.swarm.swarm_id)
-                self._tell_place(None)
-                while True:
-                    await trio.sleep(REMEMBER_EVERY_S)
-                    self._remember(belonging)
-                    self._tell_doubts(belonging)
-            finally:
-                self._remember(belonging)
-                self._doubt = None
-                self.lending.leave()
-                self.belonging = None
-
-    def _tell_doubts(self, belonging: Belonging) -> None:
-        doubt = belonging.registry.doubts.words(trio.current_time())
-        if doubt is not None and (self._doubt is None or doubt[0] != self._doubt[0]):
-            self.events.emit(*doubt)
-        self._doubt = doubt
-
-    def _tell_place(self, problem: CorollaError | None) -> None:
-        self._place_problem = problem
-        self._place_changed.set()
-        self._place_changed = trio.Event()
 
     def _terms(self) -> Terms:
         return Terms(
@@ -292,78 +235,14 @@ class Node:
         if self._is_stopping:
             raise error(Code.BUSY, "this daemon is stopping", "use another peer")
 
-    # swarms
-
-    async def create_swarm(self, name: str, *, invited: bool = False) -> str:
-        """Found a swarm and enter it; its token. Raises `BAD_REQUEST` for a bad name or if we are in one."""
-        return await self._enter(self.inviting.found(name, invited), wait_for_member=False)
-
-    async def join(self, token: str) -> str:
-        """Enter a swarm by a token or a multiaddress; a token of it. Raises `BAD_TOKEN`, `NO_PEERS`, …"""
-        text = token.strip()
-        if text.startswith(TOKEN_PREFIX):
-            entry = self.inviting.by_token(text)
-        else:
-            entry = self.inviting.by_address(await discover(self._terms(), text), text)
-        return await self._enter(entry, wait_for_member=True)
-
-    async def leave(self) -> None:
-        """Leave the swarm; leaving none is no error."""
-        async with self._moving:
-            await self._change_place(None)
-            self.store.update(swarm_id="", swarm="", bootstrap=(), invited=False)
-            self.inviting.forget()
-        self.events.emit("left", HINT)
+    @property
+    def belonging(self) -> Belonging | None:
+        """Our place in a swarm, if we are in one."""
+        return self.place.belonging
 
     def the_belonging(self) -> Belonging:
         """Our place in a swarm. Raises `NO_SWARM`."""
-        if self.belonging is None:
-            raise no_swarm()
-        return self.belonging
-
-    async def _enter(self, entry: Entry, *, wait_for_member: bool) -> str:
-        async with self._moving:
-            old = self._entry
-            if old is not None and old.swarm.swarm_id != entry.swarm.swarm_id:
-                raise error(
-                    Code.BAD_REQUEST,
-                    f"this daemon is in swarm {old.swarm.name} already",
-                    "leave it first: daemonctl leave",
-                )
-            kept = self.inviting.standing
-            try:
-                if self.belonging is None or entry.bootstrap:
-                    await self._move(entry, entry.standing)
-                belonging = self.the_belonging()
-                if wait_for_member:
-                    await belonging.membership.wait_joined(timeout_s=JOIN_TIMEOUT_S)
-            except CorollaError:
-                await self._move(old, kept)
-                raise
-            self.store.update(
-                swarm_id=entry.swarm.swarm_id,
-                swarm=entry.swarm.name,
-                bootstrap=tuple(dict.fromkeys((*entry.bootstrap, *belonging.known_addresses()))),
-                invited=self.inviting.standing.charter is not None,
-            )
-            return belonging.token()
-
-    async def _move(self, entry: Entry | None, standing: Standing | None) -> None:
-        """Change our place and our standing together: whoever left the old place changes neither again."""
-        if standing is not None and standing != self.inviting.standing:
-            await self._change_place(None)
-            self.inviting.keep(standing)
-        await self._change_place(entry)
-
-    async def _change_place(self, entry: Entry | None) -> None:
-        """Leave where we are, enter what is given, and wait until that is done. Raises why it is not."""
-        self._entry = entry
-        changed = self._place_changed
-        self._entry_changed.set()
-        self._leaving.cancel()
-        await changed.wait()
-        if self._place_problem is not None:
-            raise self._place_problem
+        return self.place.the_belonging()
 
     def _put_in_force(self, config: Config, applied: Applied) -> None:
         """Serve by another configuration. Raises `UNKNOWN_MODEL`, `BAD_CONFIG`, and then nothing has changed."""
@@ -378,32 +257,7 @@ class Node:
             self.belonging.hops.keep_for(config.session_grace_s)
         self.lending.reconfigure(config)
         if "join" in applied.now and config.join:
-            self.join_configured()
-
-    def join_configured(self) -> None:
-        """Take up the `join` of the configuration, unless we are in its swarm already; events tell of it."""
-        self._nursery.start_soon(self._join_configured)
-
-    async def _join_configured(self) -> None:
-        token = self.config.join
-        try:
-            if self._entry is not None and token.startswith(TOKEN_PREFIX):
-                decoded = decode_token(token)
-                if decoded.swarm_id == self._entry.swarm.swarm_id:
-                    return
-            await self.join(token)
-        except CorollaError as problem:
-            self.events.emit("join_failed", str(problem))
-
-    def _remember(self, belonging: Belonging) -> None:
-        known = belonging.known_addresses()
-        if not known or set(known) == set(self.store.state.bootstrap):
-            return
-        if self.store.state.swarm_id == belonging.swarm.swarm_id:
-            try:
-                self.store.update(bootstrap=known)
-            except CorollaError as problem:
-                self.events.emit("store_failed", str(problem))
+            self._nursery.start_soon(self.place.join_configured, config.join)
 
     # what calls ask
 
@@ -412,6 +266,7 @@ class Node:
         self._stop_deadline_s = deadline_s
         self._draining.deadline = min(self._draining.deadline, trio.current_time() + deadline_s)
         self._is_stopping = True
+        self.place.close()
         self._stop_asked.set()
 
     @contextmanager
@@ -440,13 +295,6 @@ class Node:
         self.events.emit("notice", words)
         return words
 
-    @property
-    def place_problem(self) -> CorollaError | None:
-        """Why we are not in the swarm where we want to be, or why its members refuse us."""
-        if self._place_problem is not None or self.belonging is None:
-            return self._place_problem
-        return self.belonging.membership.refusal
-
     def privacy(self) -> str:
         """What users have to know of our swarm."""
         return privacy_words(self.inviting.standing.charter is not None)
@@ -456,7 +304,7 @@ class Node:
         belonging = self.belonging
         roll = belonging.membership.roll if belonging is not None else None
         token = belonging.token() if belonging is not None else ""
-        state = "idle" if self._entry is None else "joining" if belonging is None else "online"
+        state = "idle" if not self.place.is_wanted else "joining" if belonging is None else "online"
         return Status(
             version=__version__,
             state="stopping" if self._is_stopping else state,
@@ -491,17 +339,17 @@ class Node:
 
     def _hint(self) -> str | None:
         """What to do next, if anything."""
-        if (problem := self.place_problem) is not None:
+        if (problem := self.place.problem) is not None:
             return str(problem)
         if (lost := self.inviting.hint()) is not None:
             return lost
-        if self._doubt is not None:
-            return self._doubt[1]
+        if (doubt := self.place.doubt) is not None:
+            return doubt
         if (words := self.pausing.explain()) is not None:
             return words
         if (words := self.reloading.explain()) is not None:
             return words
-        return HINT if self._entry is None else None
+        return None if self.place.is_wanted else HINT
 
 
 def _resident_bytes() -> int:

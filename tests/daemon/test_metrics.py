@@ -58,7 +58,7 @@ async def test_what_happens_is_counted_and_prometheus_can_read_it(folder: Path) 
         assert alone["corolla_in_swarm"] == 0
         assert alone["corolla_lending,yes"] == 1
         assert alone["corolla_lending,paused"] == 0
-        await daemon.create_swarm("roses")
+        await daemon.place.create("roses")
         daemon.tally.steps += 3
         daemon.tally.block_tokens += 12
         daemon.tally.session_events["repaired"] += 2

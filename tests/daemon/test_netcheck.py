@@ -64,7 +64,7 @@ async def test_a_peer_that_cannot_be_pinged_is_a_clear_error(folder: Path) -> No
         assert (unknown.code, "daemonctl peers" in unknown.remedy) == (Code.BAD_REQUEST, True)
         assert "itself" in (await refused(program.ping(daemon.status().peer))).message
         async with node(folder / "b") as gone:
-            await gone.join(daemon.status().addresses[0])
+            await gone.place.join(daemon.status().addresses[0])
             peer = gone.status().peer
             await daemon.the_belonging().membership.wait_member(peer, timeout_s=30)
         lost = await refused(program.ping(peer, timeout_s=5.0))

@@ -16,11 +16,12 @@ import pytest
 import trio
 
 import corolla
-from corolla.daemon import node as module
+from corolla.daemon import place as module
 from corolla.daemon.config import Config
 from corolla.daemon.methods import handlers, pages
 from corolla.daemon.network.roll import Standing
-from corolla.daemon.node import HINT, Node
+from corolla.daemon.node import Node
+from corolla.daemon.place import HINT
 from corolla.daemon.store import open_store
 from corolla.protocol.control import PRIVACY, PRIVACY_INVITED
 from corolla.protocol.errors import Code, CorollaError, Exit, error
@@ -135,9 +136,9 @@ async def test_a_swarm_is_created_joined_remembered_and_left(folder: Path) -> No
 @pytest.mark.anyio
 async def test_a_members_address_is_enough_to_join(folder: Path) -> None:
     async with node(folder / "a") as first, node(folder / "b") as second:
-        await first.create_swarm("roses")
+        await first.place.create("roses")
         address = first.status().addresses[0]
-        await second.join(address)
+        await second.place.join(address)
         assert second.status().swarm == "roses"
         assert second.status().num_peers == 1
 
@@ -145,7 +146,7 @@ async def test_a_members_address_is_enough_to_join(folder: Path) -> None:
 @pytest.mark.anyio
 async def test_the_configured_swarm_is_entered_at_start_and_not_twice(folder: Path) -> None:
     async with node(folder / "a") as first:
-        token = await first.create_swarm("roses")
+        token = await first.place.create("roses")
         for _ in range(2):
             async with node(folder / "b", join=token) as second:
                 await heard(second, "joined")
@@ -156,8 +157,8 @@ async def test_the_configured_swarm_is_entered_at_start_and_not_twice(folder: Pa
 @pytest.mark.anyio
 async def test_a_second_swarm_has_to_wait_until_the_first_is_left(folder: Path) -> None:
     async with node(folder) as daemon:
-        await daemon.create_swarm("roses")
-        problem = await refused(daemon.create_swarm("thorns"))
+        await daemon.place.create("roses")
+        problem = await refused(daemon.place.create("thorns"))
         assert problem.code is Code.BAD_REQUEST
         assert "roses" in problem.message
         assert "daemonctl leave" in problem.remedy
@@ -168,7 +169,7 @@ async def test_a_second_swarm_has_to_wait_until_the_first_is_left(folder: Path) 
 @pytest.mark.parametrize("name", ["", "   ", "x" * 65])
 async def test_a_swarm_needs_a_name(folder: Path, name: str) -> None:
     async with node(folder) as daemon:
-        assert (await refused(daemon.create_swarm(name))).code is Code.BAD_REQUEST
+        assert (await refused(daemon.place.create(name))).code is Code.BAD_REQUEST
         assert daemon.status().state == "idle"
 
 
@@ -176,7 +177,7 @@ async def test_a_swarm_needs_a_name(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("token", ["corolla:nonsense", "roses", "", "/ip4/127.0.0.1"])
 async def test_a_bad_token_is_refused_and_the_daemon_idles_on(folder: Path, token: str) -> None:
     async with node(folder) as daemon:
-        problem = await refused(daemon.join(token))
+        problem = await refused(daemon.place.join(token))
         assert problem.code in (Code.BAD_TOKEN, Code.PEER_LOST)
         assert daemon.status().state == "idle"
 
@@ -187,9 +188,9 @@ async def test_a_swarm_in_which_nobody_answers_is_not_entered(
 ) -> None:
     monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 0.3)
     async with node(folder / "a") as first:
-        token = decode_token(await first.create_swarm("roses"))
+        token = decode_token(await first.place.create("roses"))
     async with node(folder / "b") as daemon:
-        problem = await refused(daemon.join(encode_token(token)))
+        problem = await refused(daemon.place.join(encode_token(token)))
         assert problem.code is Code.NO_PEERS
         assert token.addresses[0] in problem.message
         assert (daemon.status().state, daemon.store.state.swarm_id) == ("idle", "")
@@ -204,11 +205,11 @@ async def test_a_port_that_is_taken_meanwhile_is_named_to_whoever_joins(folder: 
         with socket.socket() as other:
             other.bind(("127.0.0.1", port))
             other.listen()
-            problem = await refused(daemon.create_swarm("roses"))
+            problem = await refused(daemon.place.create("roses"))
             assert problem.code is Code.PORT_TAKEN
             assert str(port) in problem.message
             assert daemon.status().state == "idle"
-        await daemon.create_swarm("roses")
+        await daemon.place.create("roses")
         assert daemon.status().state == "online"
 
 
@@ -250,14 +251,14 @@ async def test_settings_are_kept_for_the_next_start(folder: Path) -> None:
 @pytest.mark.anyio
 async def test_privacy_is_told_with_the_first_text_of_a_swarm_alone(folder: Path) -> None:
     async with node(folder) as daemon:
-        await daemon.create_swarm("roses")
+        await daemon.place.create("roses")
         assert daemon.first_text_words() == PRIVACY
         assert daemon.first_text_words() is None
     async with node(folder) as daemon:
         await heard(daemon, "joined")
         assert daemon.first_text_words() is None
-        await daemon.leave()
-        await daemon.create_swarm("thorns")
+        await daemon.place.leave()
+        await daemon.place.create("thorns")
         assert daemon.first_text_words() == PRIVACY
 
 
@@ -291,7 +292,7 @@ async def test_an_invited_swarm_is_founded_entered_by_invitation_and_remembered(
             await heard(second, "joined")
             await second.the_belonging().membership.wait_joined(timeout_s=30)
             assert second.first_text_words() == PRIVACY_INVITED
-            await second.leave()
+            await second.place.leave()
             assert second.inviting.standing == Standing()
 
 
@@ -352,7 +353,7 @@ async def test_a_ban_outside_a_swarm_holds_in_the_next(folder: Path) -> None:
 @pytest.mark.anyio
 async def test_stopping_waits_for_running_sessions_and_takes_no_new_ones(folder: Path) -> None:
     async with node(folder) as daemon:
-        await daemon.create_swarm("roses")
+        await daemon.place.create("roses")
         with daemon.session_open():
             daemon.stop(60.0)
             await heard(daemon, "stopping")

@@ -201,7 +201,7 @@ async def test_hours_and_operators_count_at_once(folder: Path) -> None:
 
 async def test_a_token_that_is_set_is_taken_up(folder: Path) -> None:
     async with configured(folder / "a", "") as first, configured(folder / "b", "") as second:
-        token = await first.create_swarm("roses")
+        token = await first.place.create("roses")
         second.reloading.set("join", token)
         assert await heard(second, "joined") == "in swarm roses"
 
