@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,6 +30,16 @@ def bar(label: str, steps: int) -> Iterator[OnStep]:
 def largest_difference(one: list[float], other: list[float]) -> float:
     """Of the losses of two runs, step by step."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def report(out: Path, told: dict[str, Any], drawn: dict[str, list[float]], title: str) -> None:
+    """Leave what came of a run in its folder, and say where."""
+    (out / "losses.json").write_text(json.dumps(told, indent=2))
+    if plot(out / "loss.png", drawn, title):
+        print(f"plot: {out / 'loss.png'}")
+    else:
+        print("no plot: pip install matplotlib")
+    print(f"adapter: {out / 'adapter'}")
 
 
 def plot(path: Path, curves: dict[str, list[float]], title: str) -> bool:

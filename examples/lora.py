@@ -12,11 +12,9 @@ adapter, checkpoints (run it again after an interruption: it goes on), the losse
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _options(arguments)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading: ours are enough
     options.out.mkdir(parents=True, exist_ok=True)
-    with _machines(options) as swarm:
+    with machines.chosen(options) as swarm:
         ours, run, folder = through_the_swarm(swarm, options)
     told: dict[str, Any] = {
         "steps": options.steps,
@@ -181,12 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
         told["largest_difference"] = curves.largest_difference(ours.losses, theirs.losses)
         print(f"largest difference of the losses: {told['largest_difference']:.1e}")
-    (options.out / "losses.json").write_text(json.dumps(told, indent=2))
-    if curves.plot(options.out / "loss.png", drawn, "LoRA on the Jargon File"):
-        print(f"plot: {options.out / 'loss.png'}")
-    else:
-        print("no plot: pip install matplotlib")
-    print(f"adapter: {options.out / 'adapter'}")
+    curves.report(options.out, told, drawn, "LoRA on the Jargon File")
     return told
 
 
@@ -195,21 +188,11 @@ def _pieces(tokenizer: Any, part: str, length: int) -> Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _machines(options: argparse.Namespace) -> AbstractContextManager[machines.Machines]:
-    if options.socket is not None:
-        return machines.own(options.socket, options.model)
-    return machines.private(options.model, options.hops)
-
-
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder, GGUF file or hub id"
-    )
-    parser.add_argument("--socket", help="of your own daemon; else a private swarm is started")
-    parser.add_argument("--hops", type=int, default=2, help="of the private swarm, each on two daemons")
+    machines.add_options(parser)
     parser.add_argument("--text", type=Path, help="learn from this file instead of the Jargon File")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=4, help="texts of one step")

@@ -5,11 +5,12 @@ In the private swarm every block is served twice, so that a daemon can be killed
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -41,6 +42,22 @@ class Machines:
         self._swarm.kill(victim)
         self._swarm.members.remove(victim)
         self._swarm.add(f"successor-{next(self._numbers)}", victim.blocks)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `chosen` reads."""
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder, GGUF file or hub id"
+    )
+    parser.add_argument("--socket", help="of your own daemon; else a private swarm is started")
+    parser.add_argument("--hops", type=int, default=2, help="of the private swarm, each on two daemons")
+
+
+def chosen(options: argparse.Namespace) -> AbstractContextManager[Machines]:
+    """The machines that the options ask for."""
+    if options.socket is not None:
+        return own(options.socket, options.model)
+    return private(options.model, options.hops)
 
 
 @contextmanager

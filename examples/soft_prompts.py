@@ -12,9 +12,7 @@ The model is asked for one word after each definition, and the loss compares jus
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -150,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     start = options.out / "start"
     with (
-        _machines(options) as swarm,
+        machines.chosen(options) as swarm,
         DistributedModelForCausalLM.from_pretrained(
             swarm.model, daemon=swarm.daemon, encoding="float32", dtype=torch.float32
         ) as model,
@@ -180,12 +178,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         told["peft"] = {"losses": theirs.losses, "accuracy": {"before": theirs.before, "after": theirs.after}}
         told["largest_difference"] = curves.largest_difference(ours.losses, theirs.losses)
         print(f"largest difference of the losses: {told['largest_difference']:.1e}")
-    (options.out / "losses.json").write_text(json.dumps(told, indent=2))
-    if curves.plot(options.out / "loss.png", drawn, "Noun or verb, by soft prompts"):
-        print(f"plot: {options.out / 'loss.png'}")
-    else:
-        print("no plot: pip install matplotlib")
-    print(f"adapter: {options.out / 'adapter'}")
+    curves.report(options.out, told, drawn, "Noun or verb, by soft prompts")
     return told
 
 
@@ -195,21 +188,11 @@ def _config(options: argparse.Namespace) -> Any:
     return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=options.virtual_tokens)
 
 
-def _machines(options: argparse.Namespace) -> AbstractContextManager[machines.Machines]:
-    if options.socket is not None:
-        return machines.own(options.socket, options.model)
-    return machines.private(options.model, options.hops)
-
-
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder, GGUF file or hub id"
-    )
-    parser.add_argument("--socket", help="of your own daemon; else a private swarm is started")
-    parser.add_argument("--hops", type=int, default=2, help="of the private swarm, each on two daemons")
+    machines.add_options(parser)
     parser.add_argument("--text", type=Path, help="another file of the Jargon File's form")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=8, help="words of one step")
