@@ -28,6 +28,7 @@ from .fleet import peer_of
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 TOLERANCE = 1e-4
+WIRING_TOLERANCE = 1e-6  # between two ways through the same swarm
 
 # PEFT asks transformers for a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -404,6 +405,22 @@ def test_dropout_drops_what_its_numbers_say(setting: Setting, daemon: Daemon, tm
     with torch.no_grad():
         undropped = model(IDS, labels=IDS, use_cache=False).loss.item()
     assert abs(undropped - losses[1][0]) > 1e-3  # or nothing was ever dropped
+
+
+def test_any_wiring_gives_the_same_gradients(model: Model, setting: Setting) -> None:
+    setting.swarm.serve("whole", 0, NUM_BLOCKS).wait_online()
+    setting.swarm.wait_covered(setting.client, [2] * 2 + [3] * (NUM_BLOCKS - 2))
+    hidden, gradient = states(3, 7, 64, seed=1), states(3, 7, 64, seed=2)
+    by_hops: dict[int, Tensor] = {}
+    for _ in range(100):  # each micro-batch draws its way; soon both were drawn
+        with model.passing(hidden) as passed:
+            inputs = model.backward(passed, gradient).inputs
+            first = by_hops.setdefault(passed.num_hops, inputs)
+        assert distance(inputs, first) < WIRING_TOLERANCE
+        if len(by_hops) == 2:
+            break
+    assert by_hops.keys() == {1, 2}
+    assert distance(by_hops[1], by_hops[2]) < WIRING_TOLERANCE
 
 
 def test_a_hop_killed_before_backward_costs_only_the_rerun(model: Model, setting: Setting) -> None:
