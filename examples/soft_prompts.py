@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import PromptTuningConfig, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -31,6 +31,7 @@ from corolla.sdk.torch import DistributedModelForCausalLM
 from . import curves, jargon, machines
 
 CLASSES: Final = {" noun": ("n",), " verb": ("v", "vt", "vi")}
+BEGIN: Final = "Tell whether the word that is defined is a noun or a verb."
 QUESTION: Final = "Definition: {definition}\nPart of speech:"
 
 
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         data = questions(tokenizer, options)
         if not start.exists():
             torch.manual_seed(options.seed)
-            model.add_adapter(_config(options))
+            model.add_adapter(_config(folder, options))
             model.save_adapter(start)
         model.load_adapter(start)
         ours = train(model, model.adapter_parameters(), data, answers, options)
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     drawn = {"swarm": ours.losses}
     if not options.deep and not options.no_local:
         whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        local: Any = get_peft_model(whole, _config(options))
+        local: Any = get_peft_model(whole, _config(folder, options))
         set_peft_model_state_dict(local, load_file(start / "adapter_model.safetensors"))
         parameters = [parameter for parameter in local.parameters() if parameter.requires_grad]
         theirs = train(local, parameters, data, answers, options)
@@ -182,10 +183,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return told
 
 
-def _config(options: argparse.Namespace) -> Any:
+def _config(folder: str, options: argparse.Namespace) -> Any:
     if options.deep:
         return DeepPromptConfig(options.virtual_tokens)
-    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=options.virtual_tokens)
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=options.virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.TEXT,  # random vectors are far from any token's
+        prompt_tuning_init_text=BEGIN,
+        tokenizer_name_or_path=folder,
+    )
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -200,7 +207,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=80, help="words that are not trained on")
     parser.add_argument("--virtual-tokens", type=int, default=8)
     parser.add_argument("--deep", action="store_true", help="prompts in every block too")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-local", action="store_true", help="leave out the run by PEFT")
     parser.add_argument("--out", type=Path, default=Path("build/soft-prompts"))
