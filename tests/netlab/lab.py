@@ -58,12 +58,16 @@ class Quality:
 
 @dataclass(frozen=True)
 class Host:
-    """One machine of the lab. address: its own; public_address: as the internet sees it; gateway: if it has one."""
+    """One machine of the lab. address: its own; public_address: as the internet sees it.
+
+    gateway: address of its router, if it has one; router: namespace of that one.
+    """
 
     namespace: str
     address: str
     public_address: str
     gateway: str = ""
+    router: str = ""
 
     def command(self, *command: str) -> list[str]:
         """A command line that runs inside."""
@@ -125,7 +129,7 @@ class Lab:
             outer, inside = inner, self._inside()
             _translate(inner, nat, inside)
         self._connect(namespace, outer, inside)
-        return Host(namespace, f"{inside}.2", public, f"{inside}.1")
+        return Host(namespace, f"{inside}.2", public, f"{inside}.1", outer)
 
     # building
 

@@ -16,6 +16,8 @@ import select
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TUNSETIFF = 0x400454CA
 IFF_TAP_NO_PI = 0x0002 | 0x1000
@@ -23,20 +25,27 @@ CLONE_NEWNET = 0x40000000
 MAX_QUEUED_S = 0.5  # what a router's buffer holds, of the link's rate; more is dropped
 
 
-def open_tap(namespace: str, name: str) -> int:
-    """A TAP device in another namespace; reading and writing it works from here."""
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """What this thread opens in the block belongs to another namespace, and can be used from here afterwards."""
     libc = ctypes.CDLL(None, use_errno=True)
-    here = os.open("/proc/self/ns/net", os.O_RDONLY)
+    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
     if libc.setns(there, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
     try:
-        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-        fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP_NO_PI))
+        yield
     finally:
         libc.setns(here, CLONE_NEWNET)
         os.close(here)
         os.close(there)
+
+
+def open_tap(namespace: str, name: str) -> int:
+    """A TAP device in another namespace."""
+    with inside(namespace):
+        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP_NO_PI))
     return tap
 
 

@@ -13,16 +13,27 @@ from ..processes import DaemonProcess, LocalSwarm, wait_until
 from .lab import PORT, Host, Lab
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+# The system's clock is one for all hosts: this shows the daemon's program another time of day.
+SKEWED = """
+import time
+real = time.time
+time.time = lambda: real() + {ahead_s}
+from corolla.daemon.__main__ import main
+main()
+"""
 
 
 @dataclass
 class LabDaemon(DaemonProcess):
-    """A `corollad` on a host, listening there on `PORT`."""
+    """A `corollad` on a host, listening there on `PORT`. clock_ahead_s: by how much its clock is wrong."""
 
     host: Host | None = field(default=None)
+    clock_ahead_s: float = 0.0
 
     def command(self) -> list[str]:
-        command = [sys.executable, "-m", "corolla.daemon", "--state-dir", str(self.folder / "state")]
+        program = ("-c", SKEWED.format(ahead_s=self.clock_ahead_s)) if self.clock_ahead_s else ()
+        command = [sys.executable, *(program or ("-m", "corolla.daemon"))]
+        command += ["--state-dir", str(self.folder / "state")]
         command += ["--socket", str(self.socket), "--listen", f"/ip4/0.0.0.0/tcp/{PORT}", *self.arguments]
         return self.host.command(*command) if self.host is not None else command
 
@@ -30,9 +41,10 @@ class LabDaemon(DaemonProcess):
 class LabSwarm(LocalSwarm):
     """A swarm whose daemons live on hosts of a lab; control sockets are reached from outside."""
 
-    def on(self, host: Host, name: str, *arguments: str) -> DaemonProcess:
+    def on(self, host: Host, name: str, *arguments: str, clock_ahead_s: float = 0.0) -> DaemonProcess:
         """Start a daemon on a host."""
-        daemon = LabDaemon(name, self.folder / name, (*arguments, *self.options), host=host)
+        options = (*arguments, *self.options)
+        daemon = LabDaemon(name, self.folder / name, options, host=host, clock_ahead_s=clock_ahead_s)
         self.daemons[name] = daemon
         daemon.start()
         return daemon
@@ -57,7 +69,7 @@ class LabSwarm(LocalSwarm):
 
 
 @contextmanager
-def lab_swarm(model: Path) -> Iterator[tuple[Lab, LabSwarm]]:
+def lab_swarm(model: Path | None) -> Iterator[tuple[Lab, LabSwarm]]:
     """A lab and a swarm for it, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="lab-") as folder, Lab() as lab:
         swarm = LabSwarm(Path(folder), model, OPTIONS)

@@ -1,4 +1,4 @@
-"""A router for tests: answers UPnP on the loopback interface, as a home's does on its LAN."""
+"""A router for tests: answers UPnP on one interface, as a home's does on its LAN."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class Router:
 
 
 @contextmanager
-def upnp(router: Router) -> Iterator[Router]:
-    """The router answers until the block ends."""
-    server = ThreadingHTTPServer((LOOPBACK, 0), _handler(router))
+def upnp(router: Router, address: str = LOOPBACK) -> Iterator[Router]:
+    """The router answers at this address of its own until the block ends."""
+    server = ThreadingHTTPServer((address, 0), _handler(router))
     server.daemon_threads = True
     searches = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     searches.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     searches.bind((GROUP, PORT))
-    group = struct.pack("4s4s", socket.inet_aton(GROUP), socket.inet_aton(LOOPBACK))
+    group = struct.pack("4s4s", socket.inet_aton(GROUP), socket.inet_aton(address))
     searches.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
     searches.settimeout(0.1)
     over = threading.Event()
     threads = [
         threading.Thread(target=server.serve_forever, args=(0.05,)),
-        threading.Thread(target=_be_found, args=(searches, server.server_port, over)),
+        threading.Thread(target=_be_found, args=(searches, server.server_address, over)),
     ]
     for thread in threads:
         thread.start()
@@ -77,10 +77,10 @@ def upnp(router: Router) -> Iterator[Router]:
         searches.close()
 
 
-def _be_found(searches: socket.socket, port: int, over: threading.Event) -> None:
+def _be_found(searches: socket.socket, server: Any, over: threading.Event) -> None:
     kind = DEVICE.format("InternetGatewayDevice")
     lines = ["HTTP/1.1 200 OK", f"ST: {kind}", f"USN: uuid:router::{kind}", "EXT:", "SERVER: test"]
-    lines += ["CACHE-CONTROL: max-age=120", f"LOCATION: http://{LOOPBACK}:{port}/device.xml", "", ""]
+    lines += ["CACHE-CONTROL: max-age=120", f"LOCATION: http://{server[0]}:{server[1]}/device.xml", "", ""]
     while not over.is_set():
         try:
             _, asker = searches.recvfrom(4096)
