@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from ..network.router import Router, upnp
@@ -45,10 +45,8 @@ class Gateway(Router):
 @contextmanager
 def gateway_of(host: Host) -> Iterator[Gateway]:
     """The router next to a host answers it by UPnP until the block ends."""
-    with inside(host.router):
-        answering = upnp(Gateway(host.public_address, namespace=host.router), host.gateway)
-        gateway = answering.__enter__()
-    try:
+    gateway = Gateway(host.public_address, namespace=host.router)
+    with ExitStack() as stack:
+        with inside(host.router):
+            stack.enter_context(upnp(gateway, host.gateway))
         yield gateway
-    finally:
-        answering.__exit__(None, None, None)

@@ -85,6 +85,12 @@ def is_relayed(daemon: DaemonProcess, peer: str) -> bool:
         return any(view.relayed for view in asked.peers() if view.peer == peer)
 
 
+def carrier_of(daemon: DaemonProcess, peer: str) -> str:
+    """The relay through which a daemon reaches a peer; "" if it does so directly."""
+    with daemon.connect() as asked:
+        return next((view.through for view in asked.peers() if view.peer == peer), "")
+
+
 def wait_relayed_address(daemon: DaemonProcess) -> None:
     """Wait until a private daemon can be called through a relay."""
     wait_until(

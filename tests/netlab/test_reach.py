@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
 from ..model.tiny import save_tiny
 from ..processes import DaemonProcess, wait_until
 from .lab import PORT, Lab, Nat, why_not
-from .members import LabSwarm, is_relayed, lab_swarm, wait_reachable, wait_relayed_address
+from .members import LabSwarm, carrier_of, is_relayed, lab_swarm, wait_reachable, wait_relayed_address
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 PROMPT = [3, 14, 15, 92, 65]
-KINDS = (None, *Nat)
+# The last is a router at home behind one of the provider's.
+KINDS = ((), *((kind,) for kind in Nat), (Nat.PORT_RESTRICTED, Nat.PORT_RESTRICTED))
+
+
+def named(kind: tuple[Nat, ...]) -> str:
+    """For people."""
+    return " behind ".join(nat.name.lower().replace("_", " ") for nat in kind) or "none"
 
 
 @pytest.fixture(scope="module")
@@ -147,36 +154,88 @@ def test_in_one_network_members_find_each_other_without_an_address(lab: tuple[La
     assert other.status().num_peers == 1
 
 
+@dataclass(frozen=True)
+class Row:
+    """What was seen of one pair. way: in the end; pause_s: the longest between tokens once the relay was killed."""
+
+    client: str
+    way: str
+    first_s: float
+    carried: bool
+    pause_s: float
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_the_matrix_of_nats(model: tuple[Path, Any]) -> None:
-    """Every kind of NAT at the server's with every kind at the client's; the relay is killed amid the text."""
+@pytest.mark.parametrize("server", KINDS, ids=named)
+def test_the_matrix_of_nats(model: tuple[Path, Any], server: tuple[Nat, ...]) -> None:
+    """One kind of NAT at the server's with every kind at the client's; amid each text a relay is killed.
+
+    It is the relay that carries the connection then, if one does.
+    """
     rows = []
-    for server_nat, client_nat in itertools.product(KINDS, KINDS):
-        with lab_swarm(model[0]) as (net, swarm):
-            swarm.found_on(net.host("one"), "one", "--model", str(model[0]), "--blocks", "0:2").wait_online()
-            relays = [
-                swarm.daemons["one"],
-                swarm.on(net.host("two"), "two", "--blocks", "none", "--join", swarm.token),
-            ]
-            host = net.host("home", *([server_nat] if server_nat else []))
-            home = swarm.serve_on(host, "home", 2, 4)
-            client = swarm.use_on(net.host("cafe", *([client_nat] if client_nat else [])), "cafe")
-            home.wait_online()
-            client.wait_ready()
+    with lab_swarm(model[0]) as (net, swarm):
+        first = swarm.found_on(
+            net.host("one"), "one", "--model", str(model[0]), "--blocks", "0:2", "--no-relay"
+        )
+        relays = [
+            swarm.on(net.host(name), name, "--blocks", "none", "--join", swarm.token)
+            for name in ("two", "three")
+        ]
+        host = net.host("home", *server)
+        home = swarm.serve_on(host, "home", 2, 4)
+        first.wait_online()
+        home.wait_online()
+        for number, kind in enumerate(KINDS):
             wait_reachable(home, host)
+            client = swarm.use_on(net.host(f"cafe{number}", *kind), f"cafe{number}")
+            client.wait_ready()
             swarm.wait_covered(client, [1, 1, 1, 1])
+            row = seen_with_a_relay_killed(client, home, relays, model[1])
+            if can_be_direct(server, kind):
+                wait_until(lambda: not is_relayed(client, peer_of(home)), "a direct connection")  # noqa: B023
+                row = replace(row, way="direct")
+            rows.append(replace(row, client=named(kind)))
+            assert (row.way == "direct") == can_be_direct(server, kind)
+            client.end()
+    print(f"\nserver: {named(server)}")
+    for row in rows:
+        after = "carried, then" if row.carried else "not needed, then"
+        print(
+            f"  client: {row.client:28} {row.way:8} first token {row.first_s:5.2f} s;"
+            f" relay killed: {after} at most {row.pause_s:.2f} s between tokens"
+        )
 
-            def kill_relay(count: int, relay: DaemonProcess = relays[1]) -> None:
-                if count == 100:
-                    relay.kill()
 
-            tokens, first_s = generated(client, 240, kill_relay)
-            assert tokens == expected(model[1], 240)
-            way = "relayed" if is_relayed(client, peer_of(home)) else "direct"
-            rows.append((server_nat, client_nat, way, first_s))
-            assert way == "direct" or server_nat is not None
-    print(f"\n{'server':>45} {'client':>45} way      first token")
-    for server_nat, client_nat, way, first_s in rows:
-        names = [nat.value if nat is not None else "public" for nat in (server_nat, client_nat)]
-        print(f"{names[0]:>45.45} {names[1]:>45.45} {way:8} {first_s:.2f} s")
+def can_be_direct(one: tuple[Nat, ...], other: tuple[Nat, ...]) -> bool:
+    """Whether connections between hosts behind these can be made at all: one lets callers in, or both keep ports."""
+    is_open = any(set(kinds) <= {Nat.FULL_CONE} for kinds in (one, other))
+    return is_open or Nat.SYMMETRIC not in (*one, *other)
+
+
+def seen_with_a_relay_killed(
+    client: DaemonProcess, home: DaemonProcess, relays: list[DaemonProcess], whole: Any
+) -> Row:
+    """A text with a relay killed amid it, and back afterwards. Every token is the whole model's."""
+    peers = {peer_of(relay): relay for relay in relays}
+    times: list[float] = []
+    killed: list[DaemonProcess] = []
+    carried = False
+
+    def kill_relay(count: int) -> None:
+        nonlocal carried
+        if count == 100:
+            carrier = peers.get(carrier_of(client, peer_of(home)))
+            carried = carrier is not None
+            killed.append(carrier or relays[0])
+            killed[0].kill()
+        if killed:
+            times.append(time.monotonic())
+
+    tokens, first_s = generated(client, 240, kill_relay)
+    assert tokens == expected(whole, 240)
+    way = "relayed" if is_relayed(client, peer_of(home)) else "direct"
+    killed[0].start()
+    killed[0].wait_for(lambda status: status.num_peers >= 2, "is back")
+    pause_s = max(after - before for before, after in pairwise(times))
+    return Row("", way, first_s, carried, pause_s)
