@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from ...protocol.errors import Code, error
+import structlog
+
+from ...protocol.errors import Code, CorollaError, error
 from ...protocol.invitations import Charter
 from ...protocol.limits import HELLO_TIMEOUT_S, MAX_HELLO_BYTES
 from ...protocol.messages import Message
@@ -20,6 +22,8 @@ from .conversation import Conversation
 from .seam import Network, Stream
 
 PROTOCOL_MAJORS: Final = (1,)  # of the peer protocols that this program speaks
+
+_log = structlog.get_logger("corolla.greeting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +92,24 @@ def as_hello(message: Message | None, peer: str) -> Hello:
     if not isinstance(message, Hello):
         raise error(Code.PROTOCOL_VIOLATION, f"{peer} did not greet")
     return message
+
+
+async def let_it_hear(stream: Stream) -> None:
+    """Wait for the far side's end: a stranger has heard why, and a member has admitted us.
+
+    Only then may we part with the one, and open streams to the other.
+    """
+    try:
+        while await stream.receive():
+            pass
+    except CorollaError as problem:
+        _log.debug("greeter_left", peer=stream.peer, problem=str(problem))
+
+
+def another_swarm(peer: str, hello: Hello, ours: Swarm) -> CorollaError:
+    """Why one who greets so is none of ours."""
+    return error(
+        Code.WRONG_SWARM,
+        f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}), we to {ours.name} ({ours.swarm_id[:8]})",
+        "ask for a token of the right swarm",
+    )

@@ -27,14 +27,15 @@ from ...protocol.limits import (
     MAX_ADDRESSES,
     MAX_MEMBERS_TOLD,
     MAX_NAME_CHARS,
-    MAX_PEERS_REMEMBERED,
 )
 from ...protocol.registry import HELLO_PROTOCOL, Hello, PeerAddresses
-from .acquaintances import FORGET_AFTER_S, REDIAL_FIRST_S, REDIAL_MAX_S, Acquaintances, of_peer, tell_of
+from .acquaintances import Acquaintances, of_peer, tell_of
 from .allowance import Paces, Rate
-from .greeting import PROTOCOL_MAJORS, Swarm, as_hello, converse, greet_with
+from .bootstrap import Bootstrap
+from .greeting import PROTOCOL_MAJORS, Swarm, another_swarm, as_hello, converse, greet_with, let_it_hear
 from .roll import Roll
 from .seam import Network, Stream
+from .strangers import Strangers
 
 GOSSIP_EVERY_S: Final = 30.0
 FAREWELL_S: Final = 2.0  # for one put out to hear why
@@ -55,14 +56,6 @@ class Member:
     majors: tuple[int, ...]
     addresses: tuple[str, ...]
     clock_ahead_s: float | None = None
-
-
-@dataclass(slots=True)
-class _Bootstrap:
-    """An address to start from; it never is forgotten."""
-
-    address: str
-    problem: CorollaError | None = None
 
 
 class Membership:
@@ -90,14 +83,14 @@ class Membership:
         self.swarm = swarm
         self.roll = roll or Roll(network.peer)
         self._network = network
-        self._bootstrap = [_Bootstrap(address) for address in dict.fromkeys(bootstrap)]
         self._version = version
         self._rng = rng or random.Random()  # noqa: S311 - picks whom to tell of, guards nothing
         self._clock = clock
         self._unix = unix
+        self._bootstrap = Bootstrap(bootstrap, self._rng, clock)
         self._members: dict[str, Member] = {}
         self._known = Acquaintances(self._rng, clock)
-        self._strangers: dict[str, tuple[float, CorollaError]] = {}  # when it proved to be one, and why
+        self._strangers = Strangers()
         self._greetings = Paces(Rate(GREETINGS_PER_S, GREETINGS_AT_ONCE))
         self._listeners: list[Callable[[str, bool], None]] = []
         self._reviewers: list[Callable[[], None]] = []
@@ -157,28 +150,20 @@ class Membership:
         Raises `NO_PEERS` naming what was tried; `NOT_INVITED` as soon as all of it failed and a member refused us.
         """
         with anyio.move_on_after(timeout_s):
-            while not self._members and not self._is_refused():
+            while not self._members and not self._bootstrap.is_refused():
                 await self._wait_changed()
         if not self._members:
-            if self._refusal is not None and self._is_refused():
+            if self._refusal is not None and self._bootstrap.is_refused():
                 raise error(self._refusal.code, self._refusal.message, self._refusal.remedy)
-            tried = "; ".join(
-                f"{b.address}: {b.problem.message if b.problem else 'no answer'}" for b in self._bootstrap
-            )
             raise error(
                 Code.NO_PEERS,
-                f"no member of swarm {self.swarm.name} answered in {timeout_s:g} s ({tried or 'none known'})",
+                f"no member of swarm {self.swarm.name} answered in {timeout_s:g} s ({self._bootstrap})",
                 "check that a member runs and can be reached, or paste a fresh token",
             )
 
     def unreached(self) -> tuple[tuple[str, str], ...]:
         """The bootstrap addresses that did not answer when last dialled, and why."""
-        return tuple((b.address, b.problem.message) for b in self._bootstrap if b.problem is not None)
-
-    def _is_refused(self) -> bool:
-        """Whether every address has been tried, and somebody there would not have us."""
-        problems = [entry.problem for entry in self._bootstrap]
-        return None not in problems and any(p is not None and p.code is Code.NOT_INVITED for p in problems)
+        return self._bootstrap.unreached()
 
     def may_speak(self, peer: str, protocol: str) -> bool:
         """May a peer use a protocol of ours? Everyone may greet; the rest is for members."""
@@ -200,7 +185,7 @@ class Membership:
 
     def forgive(self, peer: str) -> None:
         """A peer is no longer banned: it may come, and be dialled, as one never met."""
-        self._strangers.pop(peer, None)
+        self._strangers.forgive(peer)
 
     # life
 
@@ -265,8 +250,7 @@ class Membership:
 
         To greet one that left would be to dial it.
         """
-        shunned = self._strangers.get(peer)
-        if self.is_member(peer) or (shunned is not None and shunned[0] >= since):
+        if self.is_member(peer) or self._strangers.proved(peer, since) is not None:
             return True
         return not any(view.peer == peer for view in self._network.peers())
 
@@ -288,7 +272,7 @@ class Membership:
         if hello.swarm_id == self.swarm.swarm_id:
             return
         if hello.swarm_id:
-            stranger = self._of_another_swarm(peer, hello)
+            stranger = another_swarm(peer, hello, self.swarm)
             self._shun(peer, stranger)
             raise stranger
         await self.wait_member(peer, timeout_s=HELLO_TIMEOUT_S)  # a guest: it may join yet
@@ -314,22 +298,14 @@ class Membership:
                 refusal = problem
             await conversation.say(self._hello(stream.peer, refusal))
             await stream.close()
-            await self._let_it_hear(stream)
+            await let_it_hear(stream)
             if is_new and stream.peer in self._members:
                 self._tell(stream.peer, True)
             if refusal is not None or (hello.swarm_id and not is_ours):
-                self._shun(stream.peer, refusal or self._of_another_swarm(stream.peer, hello))
+                self._shun(stream.peer, refusal or another_swarm(stream.peer, hello, self.swarm))
                 await self._network.disconnect(stream.peer)
             return
         stream.reset()
-
-    def _of_another_swarm(self, peer: str, hello: Hello) -> CorollaError:
-        return error(
-            Code.WRONG_SWARM,
-            f"{peer} belongs to swarm {hello.name} ({hello.swarm_id[:8]}),"
-            f" we to {self.swarm.name} ({self.swarm.swarm_id[:8]})",
-            "ask for a token of the right swarm",
-        )
 
     # parting
 
@@ -351,7 +327,7 @@ class Membership:
         problem = error(told.code, f"{peer} refused us: {said}", remedy)
         if peer in self._members or (not self._members and self._may_refuse(peer, hello)):
             self._refusal = problem
-            if peer not in self._strangers or str(self._strangers[peer][1]) != str(problem):
+            if self._strangers.said(peer) != str(problem):
                 self._on_refused(problem)
         self._lose(peer, problem)
         return problem
@@ -365,17 +341,6 @@ class Membership:
         self._shun(peer, problem)
         if self._members.pop(peer, None) is not None:
             self._tell(peer, False)
-
-    async def _let_it_hear(self, stream: Stream) -> None:
-        """Wait for the far side's end: a stranger has heard why, and a member has admitted us.
-
-        Only then may we part with the one, and open streams to the other.
-        """
-        try:
-            while await stream.receive():
-                pass
-        except CorollaError as problem:
-            _log.debug("greeter_left", peer=stream.peer, problem=str(problem))
 
     def _hello(self, to: str, refusal: CorollaError | None = None) -> Hello:
         """What we say. Members and memberships go to members alone."""
@@ -415,7 +380,7 @@ class Membership:
         self._refusal = None
         ahead_s = hello.unix_s - self._unix() if hello.unix_s else None
         self._members[peer] = Member(peer, hello.version, hello.majors, addresses, ahead_s)
-        self._strangers.pop(peer, None)
+        self._strangers.forgive(peer)
         if hello.observed:
             self._network.observed_by(peer, hello.observed)
         if addresses:
@@ -432,11 +397,7 @@ class Membership:
 
     def _shun(self, peer: str, reason: CorollaError) -> None:
         self._known.forget(peer)
-        now = self._clock()
-        self._strangers = {p: s for p, s in self._strangers.items() if now - s[0] < FORGET_AFTER_S}
-        self._strangers[peer] = (now, reason)
-        for forgotten in tuple(self._strangers)[:-MAX_PEERS_REMEMBERED]:
-            del self._strangers[forgotten]
+        self._strangers.note(peer, reason, self._clock())
         self._wake()
 
     def _tell(self, peer: str, connected: bool) -> None:
@@ -473,28 +434,26 @@ class Membership:
 
     async def _keep_acquaintance(self) -> None:
         """Dial members heard of until we have enough; the bootstrap addresses, too, while we have none."""
-        backoff_s, bootstrap_at = REDIAL_FIRST_S, self._clock()
         while True:
-            if self._members or not self._bootstrap:
-                backoff_s, bootstrap_at = REDIAL_FIRST_S, self._clock()
-            elif bootstrap_at <= self._clock():
+            if self._members:
+                self._bootstrap.rest()
+            elif self._bootstrap.due_at() <= self._clock():
                 await self._dial_bootstrap()
-                bootstrap_at = self._clock() + backoff_s * self._rng.uniform(0.8, 1.2)
-                backoff_s = min(2 * backoff_s, REDIAL_MAX_S)
+                self._bootstrap.dialled()
             due = self._known.due(self._members)
             async with anyio.create_task_group() as tasks:
                 for peer in due:
                     tasks.start_soon(self._dial, peer)
             if not due:
-                with anyio.move_on_after(self._pause_s(bootstrap_at)):
+                with anyio.move_on_after(self._pause_s()):
                     await self._wait_changed()
 
-    def _pause_s(self, bootstrap_at: float) -> float:
+    def _pause_s(self) -> float:
         """Until somebody may be dialled."""
         now = self._clock()
         soonest = min(self._known.due_at(self._members), now + GOSSIP_EVERY_S)
-        if self._bootstrap and not self._members:
-            soonest = min(soonest, bootstrap_at)
+        if not self._members:
+            soonest = min(soonest, self._bootstrap.due_at())
         return max(0.05, soonest - now)
 
     async def _dial(self, peer: str) -> None:
@@ -512,23 +471,23 @@ class Membership:
         peer = await self._network.connect(address, timeout_s=CONNECT_TIMEOUT_S)
         with anyio.move_on_after(HELLO_TIMEOUT_S):
             while not self.is_member(peer):
-                shunned = self._strangers.get(peer)
-                if shunned is not None and shunned[0] >= dialled_at:
-                    raise error(shunned[1].code, shunned[1].message, shunned[1].remedy)
+                reason = self._strangers.proved(peer, dialled_at)
+                if reason is not None:
+                    raise error(reason.code, reason.message, reason.remedy)
                 await self._wait_changed()
             return
         raise error(Code.TIMEOUT, "it did not greet")
 
     async def _dial_bootstrap(self) -> None:
         async with anyio.create_task_group() as tasks:
-            for entry in self._bootstrap:
-                tasks.start_soon(self._dial_address, entry)
+            for address in self._bootstrap.addresses:
+                tasks.start_soon(self._dial_address, address)
 
-    async def _dial_address(self, entry: _Bootstrap) -> None:
+    async def _dial_address(self, address: str) -> None:
         try:
-            await self._connect(entry.address)
+            await self._connect(address)
         except CorollaError as problem:
-            entry.problem = problem
+            self._bootstrap.tried(address, problem)
         else:
-            entry.problem = None
+            self._bootstrap.tried(address, None)
         self._wake()

@@ -1,13 +1,11 @@
 """Which spans and models the swarm serves: announces ours, holds others', looks up what is asked for.
 
-It owns the shelf of records, and says our announcements. It chooses no route and opens no session. In a small
-swarm every member holds everything, so that news arrives by itself; in a large one the holders of a key are
-the dialable peers nearest to it (Maymounkov and Mazières 2002, Kademlia), and readers ask them.
+It owns the shelf of records, and says our announcements. It chooses no route and opens no session. Who holds
+which records for all, `holders.py` knows; readers take the union of several of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import (
-    HOLDERS_PER_KEY,
     MAX_KEYS_PER_FIND,
     MAX_RECORD_LIFETIME_S,
     MAX_RECORDS_PER_KEY,
@@ -60,12 +57,11 @@ from .allowance import Paces, Rate
 from .announcements import Announcements, Offer
 from .conversation import Conversation
 from .doubts import Doubts
+from .holders import Holders
 from .membership import Membership
 from .seam import Network, Stream
 from .shelf import Kept, Shelf, batches, origin_of
 
-SMALL_SWARM: Final = 16  # members, with us: up to here every member holds every record
-HOLDERS_TTL_S: Final = 600.0
 LOOKUP_EVERY_S: Final = 10.0  # how old an answer about a model may get while somebody is interested
 INTEREST_S: Final = 120.0  # how long after the last question we keep looking
 READ_HOLDERS: Final = 4  # whose union a reader takes: some may be behind, or lie by leaving out
@@ -124,7 +120,7 @@ class Registry:
         self._shelf = Shelf(self._swarm_id)
         self._ours = Announcements(self._swarm_id, key, stored_seq=stored_seq, save_seq=save_seq, unix=unix)
         self._paces = Paces(Rate(RECORDS_PER_S, RECORDS_AT_ONCE))  # of those whose records we check
-        self._holders: dict[bytes, tuple[tuple[str, ...], float]] = {}
+        self._holders = Holders(network, membership, clock)
         self._interests: dict[str, _Interest] = {}
         self._models_looked_at: float | None = None
         self._lost: dict[str, float] = {}  # suspect peer → when we lost it
@@ -169,20 +165,8 @@ class Registry:
             entries = self._ours.sign_all(self._network.addresses())
             for entry in entries:
                 self._keep(entry, owner=self._network.peer)
-            await self._find_holders(dict.fromkeys(key for entry in entries for key in entry.keys))
-            return await self._send_all(self._address(entries))
-
-    def _address(self, entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-        """What goes to whom: each holder gets an entry once, with those of its keys that it shall hold."""
-        outbox: dict[str, list[Entry]] = {}
-        for entry in entries:
-            by_holder: dict[str, list[bytes]] = {}
-            for key in entry.keys:
-                for holder in self._holders_of(key):
-                    by_holder.setdefault(holder, []).append(key)
-            for holder, keys in by_holder.items():
-                outbox.setdefault(holder, []).append(dataclasses.replace(entry, keys=tuple(keys)))
-        return outbox
+            await self._holders.find(dict.fromkeys(key for entry in entries for key in entry.keys))
+            return await self._send_all(self._holders.address(entries))
 
     async def _send_all(self, outbox: dict[str, list[Entry]]) -> int:
         """Send each holder its entries; how many holders acknowledged."""
@@ -204,7 +188,7 @@ class Registry:
             answers = await self._ask(holder, [Store(batch) for batch in batches(entries)])
         except CorollaError as problem:
             _log.info("store_failed", holder=holder, problem=str(problem))
-            self._forget_holder(holder)
+            self._holders.failed(holder)
             return False
         for answer in answers:
             for refusal in answer.refused if isinstance(answer, Stored) else ():
@@ -279,10 +263,10 @@ class Registry:
 
     async def _look_up(self, keys: list[bytes]) -> None:
         """Merge what several holders of each key know. A holder that fails is passed over."""
-        await self._find_holders(keys)
+        await self._holders.find(keys)
         questions: dict[str, list[bytes]] = {}
         for key in keys:
-            holders = list(self._holders_of(key))
+            holders = list(self._holders.of(key))
             for holder in self._rng.sample(holders, min(READ_HOLDERS, len(holders))):
                 questions.setdefault(holder, []).append(key)
         async with anyio.create_task_group() as tasks:
@@ -304,7 +288,7 @@ class Registry:
                 after = answer.next
         except CorollaError as problem:
             _log.info("find_failed", holder=holder, problem=str(problem))
-            self._forget_holder(holder)
+            self._holders.failed(holder)
 
     async def _ask(self, holder: str, questions: Iterable[Message]) -> list[Message]:
         """Ask one holder, on one stream. Raises `PEER_LOST`, `TIMEOUT`, `UNSUPPORTED`, or as it answers."""
@@ -402,41 +386,6 @@ class Registry:
             await anyio.lowlevel.checkpoint()  # a signature takes 0.1 ms, a batch has 64
         return Stored(tuple(refused))
 
-    # who holds what
-
-    @property
-    def _is_small(self) -> bool:
-        return self._membership.num_known + 1 <= SMALL_SWARM
-
-    def _holders_of(self, key: bytes) -> tuple[str, ...]:
-        """Whom a key's records are stored with and asked of, without us."""
-        if self._is_small:
-            return tuple(member.peer for member in self._membership.members())
-        return self._holders.get(key, ((), 0.0))[0]
-
-    async def _find_holders(self, keys: Iterable[bytes]) -> None:
-        """Look up the holders of keys whose holders are not known, or have not been looked up for long."""
-        if self._is_small:
-            return
-        now = self._clock()
-        limiter = anyio.CapacityLimiter(MAX_SENDING)
-
-        async def look_up(key: bytes) -> None:
-            async with limiter:
-                peers = await self._network.closest_peers(key, HOLDERS_PER_KEY)
-            if peers:
-                self._holders[key] = (peers, now)
-
-        async with anyio.create_task_group() as tasks:
-            for key in keys:
-                holders, looked_at = self._holders.get(key, ((), 0.0))
-                if not holders or now - looked_at > HOLDERS_TTL_S:
-                    tasks.start_soon(look_up, key)
-
-    def _forget_holder(self, holder: str) -> None:
-        """Look the holders of its keys up again: it failed."""
-        self._holders = {key: item for key, item in self._holders.items() if holder not in item[0]}
-
     # life
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -461,13 +410,13 @@ class Registry:
         if connected:
             if self._lost.pop(peer, None) is not None:
                 self._notify()
-            if self._tasks is not None and self._is_small:
+            if self._tasks is not None and self._holders.are_all:
                 self._tasks.start_soon(self._welcome, peer)
             if len(self._membership.members()) == 1:
                 self._urgent.set()
         else:
             self._lost[peer] = self._clock()
-            self._forget_holder(peer)
+            self._holders.failed(peer)
             self._notify()
 
     def _on_review(self) -> None:

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from anyio.abc import TaskGroup
 
-from corolla.daemon.network import membership as membership_module
+from corolla.daemon.network import strangers as strangers_module
 from corolla.daemon.network.acquaintances import FORGET_AFTER_S, MAX_KNOWN
 from corolla.daemon.network.greeting import Swarm, discover_swarm, found_swarm
 from corolla.daemon.network.membership import GOSSIP_EVERY_S, Membership
@@ -209,7 +209,7 @@ async def test_who_greets_without_end_is_no_longer_heard_and_others_are() -> Non
 
 
 async def test_strangers_are_remembered_in_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership_module, "MAX_PEERS_REMEMBERED", 3)
+    monkeypatch.setattr(strangers_module, "MAX_PEERS_REMEMBERED", 3)
     async with garden() as g:
         ada = await g.join("ada")
         for number in range(6):
