@@ -39,14 +39,15 @@ class Alibi:
     """
 
     def __init__(self, num_heads: int, *, rounded: bool = False, scale: float = 1.0) -> None:
-        self._slopes = slopes(num_heads)[:, None]
+        self._slopes = slopes(num_heads)
         self._rounded = rounded
         self._scale = scale
 
-    def __call__(self, first: int, last: int, device: torch.device) -> Tensor:
-        """(num_heads, last - first) float32, for keys at the positions [first, last) of a row."""
-        steep = self._slopes.to(device)
-        positions = torch.arange(first, last, device=device)[None]
+    def __call__(self, positions: Tensor) -> Tensor:
+        """(num_heads, …) float32, for keys at these positions (…) int64 of a row."""
+        if self._slopes.device != positions.device:
+            self._slopes = self._slopes.to(positions.device)
+        steep = self._slopes.view(-1, *(1 for _ in positions.shape))
         if self._rounded:
             return (steep.bfloat16() * positions).float() * self._scale
         return steep * positions * self._scale

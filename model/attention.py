@@ -4,8 +4,9 @@ Registered with transformers' `AttentionInterface`, it is called by the unchange
 certified families with a flattened batch `(1, …, total_tokens, …)`; what belongs to which row stands in the
 `Placement` that travels through the layers' keyword arguments. It knows nothing of sessions or models.
 
-Pages are read in place: a row's pages form a few runs of neighbouring slots, each a view of the cache.
-Keys are never gathered for a decode on a CPU (measured: gathering costs more than attending).
+On a CPU pages are read in place: a row's pages form a few runs of neighbouring slots, each a view of the cache.
+Keys are never gathered for a decode there (measured: gathering costs more than attending). Where the cache is
+paged, rows with a few new tokens are attended together over tables that are tensors; see `paged`.
 
 Source: Kwon et al. 2023, PagedAttention; Milakov and Gimelshein 2018, for merging partial softmaxes.
 """
@@ -13,7 +14,6 @@ Source: Kwon et al. 2023, PagedAttention; Milakov and Gimelshein 2018, for mergi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -24,14 +24,15 @@ from transformers import AttentionInterface
 
 from ..protocol.errors import Code, error
 from .cache import Cache
-from .pages import GONE, Segment
+from .form import Form as _Form
+from .paged import FEW_TOKENS, Group, TokenTable, attend_table, groups_of, numbers_of, shape_of
+from .pages import Segment
+from .pool import GONE
+from .transfers import to_device
 
 __all__ = ["ATTENTION", "Batch", "Placement", "Segment", "attend", "register"]
 
 ATTENTION: Final = "corolla"
-
-# (first, last, device) → (num_heads, last - first): added to the scores of the keys at these positions of a row.
-Bias = Callable[[int, int, torch.device], Tensor]
 
 # Up to so many new tokens of a row, one small product per head is faster than the flash kernel's start.
 _FEW_TOKENS: Final = 8
@@ -90,10 +91,15 @@ class _Reach(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where a batch lies in one group of blocks. slots: of the new tokens, (num_tokens,), or empty."""
+    """Where a batch lies in one group of blocks. slots: of the new tokens, (num_tokens,), or empty.
+
+    table: of rows with few new tokens, in a paged cache; lined: which tokens it has lines for, None is all.
+    """
 
     reaches: tuple[_Reach, ...]
     slots: Tensor
+    table: TokenTable | None = None
+    lined: Tensor | None = None
 
 
 class Placement:
@@ -107,9 +113,22 @@ class Placement:
         self._places = self.cache.grouping.places if self.cache is not None else {}
         num_groups = self.cache.grouping.num_groups if self.cache is not None else 1
         self._layouts = [self._laid_out(batch, group, device) for group in range(num_groups)]
+        if self.cache is not None and self.cache.is_paged:
+            self._layouts = _with_tables(self._layouts, batch, self.cache, device)
         self.reaches = self._layouts[0].reaches
         positions = [reach.start + i for reach in self.reaches for i in range(reach.n)]
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)  # (num_tokens,)
+
+    @classmethod
+    def recorded(cls, cache: Cache, positions: Tensor, groups: tuple[Group, ...]) -> Placement:
+        """A batch that stands in tensors alone, every token of it in the tables."""
+        placement = cls.__new__(cls)
+        placement.cache = cache
+        placement.positions = positions
+        placement.reaches = ()
+        placement._places = cache.grouping.places
+        placement._layouts = [_Layout((), group.slots, group.table) for group in groups]
+        return placement
 
     def at(self, block: int, window: int | None) -> _Layout:
         """Where the batch lies in a block that attends so far back. Raises `INTERNAL` if not all of that is kept."""
@@ -138,6 +157,25 @@ class Placement:
         return _Layout(tuple(reaches), torch.tensor(slots, dtype=torch.int64, device=device))
 
 
+def _with_tables(layouts: list[_Layout], batch: Batch, cache: Cache, device: torch.device) -> list[_Layout]:
+    few = [segment for segment in batch.segments if segment.pages and 0 < segment.n <= FEW_TOKENS]
+    if not few:
+        return layouts
+    num_tokens = sum(segment.n for segment in few)
+    windows = cache.grouping.windows
+    shape = shape_of(few, windows, cache.page_tokens)._replace(num_tokens=num_tokens)
+    numbers = numbers_of(few, shape, windows, cache.page_tokens, cache.spare_page)
+    _, groups = groups_of(to_device(torch.tensor(numbers), device), shape)
+    lined = None
+    if num_tokens < batch.num_tokens:
+        short = [reach for reach in layouts[0].reaches if reach.n <= FEW_TOKENS]
+        places = [reach.offset + i for reach in short for i in range(reach.n)]
+        lined = to_device(torch.tensor(places), device)
+    return [
+        layout._replace(table=group.table, lined=lined) for layout, group in zip(layouts, groups, strict=True)
+    ]
+
+
 def _slots(pages: tuple[int, ...], start: int, end: int, page_tokens: int) -> list[int]:
     slots = []
     for position in range(start, end):
@@ -159,21 +197,6 @@ def _runs(pages: tuple[int, ...], end: int, page_tokens: int) -> tuple[_Run, ...
         runs.append(_Run(pages[index] * page_tokens, first, min(last * page_tokens, end) - first))
         index = last
     return tuple(runs)
-
-
-class _Form(NamedTuple):
-    """How a module wants its scores: scaled, limited to a window, capped, with a sink or a bias for each head."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None  # (num_heads,)
-    bias: Bias | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the kernels of `scaled_dot_product_attention` compute it."""
-        return self.softcap is None and self.sinks is None and self.bias is None
 
 
 def attend(
@@ -208,20 +231,42 @@ def attend(
     layout = placement.at(block, form.window)
     cache.write(block, layout.slots, key[0], value[0])
     keys, values = cache.keys(block), cache.values(block)
+    if cache.is_paged:
+        output = _attend_paged(query[0], keys, values, layout, form, cache.page_tokens)
+        return output.transpose(0, 1)[None], None
     outputs = []
     for reach in layout.reaches:
         tokens = slice(reach.offset, reach.offset + reach.n)
         row_query = query[0, :, tokens]  # (num_heads, n, head_dim)
         if reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
             outputs.append(_attend_runs(row_query, keys, values, reach, form))
-        elif query.device.type == "cpu":
+        else:
             outputs.append(
                 _attend_flash(row_query, (key[0, :, tokens], value[0, :, tokens]), keys, values, reach, form)
             )
-        else:
-            outputs.append(_attend_gathered(row_query, keys, values, reach, form))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output.transpose(0, 1)[None], None  # (1, num_tokens, num_heads, value_dim)
+
+
+def _attend_paged(
+    query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: _Form, page_tokens: int
+) -> Tensor:
+    """(num_heads, num_tokens, value_dim): few new tokens of all rows together, many of one row after the other."""
+    rows, table = query.transpose(0, 1), layout.table
+    if table is not None and layout.lined is None:
+        return attend_table(rows, keys, values, table, form, page_tokens).transpose(0, 1)
+    output = query.new_empty((*query.shape[:2], values.shape[-1]))
+    if table is not None and layout.lined is not None:
+        lines = attend_table(rows[layout.lined], keys, values, table, form, page_tokens)
+        output.index_copy_(1, layout.lined, lines.transpose(0, 1))
+    for reach in layout.reaches:
+        if reach.n <= FEW_TOKENS:
+            continue
+        tokens = slice(reach.offset, reach.offset + reach.n)
+        is_joined = form.is_plain and not _is_windowed(reach, form)
+        attend_row = _attend_gathered if is_joined else _attend_runs
+        output[:, tokens] = attend_row(query[:, tokens], keys, values, reach, form)
+    return output
 
 
 def _is_windowed(reach: _Reach, form: _Form) -> bool:
@@ -273,7 +318,8 @@ def _attend_parts(
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     if form.bias is not None:
-        biases = form.bias(starts[1], starts[1] + scores.shape[-1], scores.device)
+        places = torch.arange(starts[1], starts[1] + scores.shape[-1], device=scores.device)
+        biases = form.bias(places)
         by_head = scores.view(num_heads, num_queries, -1) + biases[:, None]
         scores = by_head.view(num_kv_heads, group * num_queries, -1)
     hidden = _hidden_mask(num_queries, scores.shape[-1], starts, form.window, scores.device)
@@ -340,7 +386,7 @@ def _attend_flash(
 
 
 def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
-    """Many new tokens on a GPU: the row's keys joined, and torch's fused kernel with a mask."""
+    """Many new tokens in a paged cache: the row's keys joined, and torch's fused kernel with a mask."""
     row_keys = torch.cat([keys[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
     row_values = torch.cat([values[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
     hidden = _hidden_mask(reach.n, row_keys.shape[1], (reach.start, 0), None, query.device)

@@ -5,7 +5,8 @@ business of `pages`. A slot is one token's place: slot = page * page_tokens + of
 
 A CPU reads one head of one row at a time, so there all slots of a head lie together and a run of pages is
 one stream of memory (measured at 4096 tokens and 16 heads: 1.1 ms a block, against 1.8 with the heads of a
-slot together). Paged kernels of CUDA want `(page, slot, head, dim)`, so there the heads of a slot do.
+slot together). What reads pages by tables of their numbers wants `(page, slot, head, dim)`: such a cache is
+called paged, and has one page more, which belongs to nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from .groups import Grouping
-from .pages import PAGE_TOKENS, Memory, PageMove
+from .pool import PAGE_TOKENS, Memory, PageMove
 
 
 class CacheShape(NamedTuple):
@@ -52,10 +53,13 @@ class Cache:
         *,
         num_host_pages: int = 0,
         grouping: Grouping | None = None,
+        is_paged: bool = False,
     ) -> None:
-        """num_host_pages: room in host memory for the pages of sessions that are idle."""
+        """num_host_pages: room in host memory for the pages of sessions that are idle. is_paged: see above."""
         self.num_pages = num_pages
         self.page_tokens = page_tokens
+        self.is_paged = is_paged
+        self.spare_page = num_pages  # where a paged cache takes what fills up a batch
         self.grouping = grouping or Grouping.whole(tuple(shapes))
         self._places = {block: place for block, (_, place) in self.grouping.places.items()}
         shapes = {self._places[block]: shape for block, shape in shapes.items()}
@@ -69,7 +73,7 @@ class Cache:
                 if num_host_pages:
                     sizes = (shape.key_dim, shape.value_dim)
                     keys, values = (
-                        _host_pages(shape.num_heads, num_host_pages * page_tokens, dim, dtype, device)
+                        self._host_pages(shape.num_heads, num_host_pages * page_tokens, dim, dtype, device)
                         for dim in sizes
                     )
                     self._parked[place] = keys, values
@@ -88,10 +92,19 @@ class Cache:
 
     def _allocate(self, num_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(num_heads, num_slots, dim), whatever lies under it. Memory is touched first when it is written."""
-        num_slots = self.num_pages * self.page_tokens
-        if device.type == "cpu":
-            return torch.empty((num_heads, num_slots, dim), dtype=dtype)
+        num_slots = (self.num_pages + self.is_paged) * self.page_tokens
+        if not self.is_paged:
+            return torch.empty((num_heads, num_slots, dim), dtype=dtype, device=device)
         return torch.empty((num_slots, num_heads, dim), dtype=dtype, device=device).transpose(0, 1)
+
+    def _host_pages(
+        self, num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """(num_heads, num_slots, dim) in host memory, laid out as on the device, and pinned for one that copies."""
+        if not self.is_paged:
+            return torch.empty((num_heads, num_slots, dim), dtype=dtype)
+        is_pinned = device.type != "cpu"
+        return torch.empty((num_slots, num_heads, dim), dtype=dtype, pin_memory=is_pinned).transpose(0, 1)
 
     def keys(self, block: int) -> Tensor:
         """All keys of a block, (num_heads, num_slots, key_dim); a view."""
@@ -125,14 +138,8 @@ class Cache:
                     if to is Memory.BETWEEN:
                         self._between[place, kind, target] = slots.clone()
                     else:
-                        (host if to is Memory.HOST else device)[:, target : target + num] = slots
-
-
-def _host_pages(num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(num_heads, num_slots, dim) in host memory, laid out as on the device, and pinned for one that copies."""
-    if device.type == "cpu":
-        return torch.empty((num_heads, num_slots, dim), dtype=dtype)
-    return torch.empty((num_slots, num_heads, dim), dtype=dtype, pin_memory=True).transpose(0, 1)
+                        goal = (host if to is Memory.HOST else device)[:, target : target + num]
+                        goal.copy_(slots, non_blocking=True)  # pinned; the device keeps to the order asked
 
 
 def _runs(moves: Iterable[PageMove], page_tokens: int) -> Iterator[tuple[Memory, int, Memory, int, int]]:

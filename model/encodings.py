@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import INT8_BLOCK, DType, Encoding, count_tokens, int8_blocks
+from .transfers import to_device
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     DType.FLOAT32.value: torch.float32,
@@ -57,7 +58,7 @@ def decode(
         wire = _DTYPES[encoding.value]
         hidden = torch.frombuffer(bytearray(payload), dtype=wire).view(num_tokens, hidden_size)
     check_finite(hidden)
-    return hidden.to(device=device, dtype=dtype)
+    return to_device(hidden, device).to(dtype)
 
 
 def _encode_int8(hidden: Tensor) -> bytes:

@@ -47,9 +47,10 @@ from .encodings import check_finite, decode, encode
 from .failures import explain
 from .generation import Generations
 from .groups import Grouping
-from .pages import PageCopy, PageMove
+from .pool import PageCopy, PageMove
 from .sessions import Begun, Session, Sessions, undo
 from .training import Room, Trainer
+from .transfers import to_host
 
 logger = logging.getLogger(__name__)
 
@@ -450,7 +451,7 @@ class Engine:
         if batch.num_tokens:
             output = self._blocks().forward(output, batch, blocks, overlays)
         self._num_tokens += batch.num_tokens
-        return torch.split(output, [part.num for part, _ in running])
+        return torch.split(to_host(output), [part.num for part, _ in running])
 
     def _take_output(self, part: Part, step: _Step, output: Tensor) -> None:
         """Add a part's output to its step's answer, and send that once it is whole."""

@@ -235,7 +235,7 @@ class Skeleton:
             if not getattr(part, "is_sliding", True):
                 return None
             window = getattr(part, "sliding_window", getattr(self.config, "sliding_window", None))
-            return None if window is None else int(window)
+            return int(window) if window else None  # Qwen2-MoE says 0 where it has none
         return None
 
     def rotary(self) -> Rotary | None:

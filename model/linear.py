@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .quantization import Stored, can_hold, from_nf4, quantize
+from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
@@ -303,7 +303,11 @@ class Int4Linear(_Rounded):
 
 
 class Nf4Linear(FrozenLinear):
-    """NF4 as bitsandbytes keeps it, on any device: dequantized whole for each product."""
+    """NF4 as bitsandbytes keeps it, on any device.
+
+    On a GPU bitsandbytes chooses the kernel by the number of rows: up to some tens it reads the codes as they are,
+    above that it dequantizes. On a CPU it always does, and so do we, at once.
+    """
 
     def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
         codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
@@ -311,7 +315,9 @@ class Nf4Linear(FrozenLinear):
         self._codes, self._scales = codes, scales
 
     def multiply(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self._weight(rows.dtype), self.bias)
+        if rows.device.type == "cpu":
+            return F.linear(rows, self._weight(rows.dtype), self.bias)
+        return multiply_nf4(rows, self._codes, self._scales, (self.out_features, self.in_features), self.bias)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
         return gradient @ self._weight(gradient.dtype)

@@ -25,7 +25,7 @@ from .families import Skeleton
 from .generation import end_tokens
 from .groups import Grouping, grouped
 from .linear import check_scheme
-from .pages import PAGE_TOKENS
+from .pool import PAGE_TOKENS
 from .profile import Speed, measure
 from .quantization import Shelf, scheme_of
 from .span import Span

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
-from .pages import PagePool
+from .pool import PagePool
 
 
 class Prefixes:

@@ -181,6 +181,20 @@ def from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch
     return weight
 
 
+def multiply_nf4(
+    rows: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """`rows @ weights.T + bias` of NF4 codes, (…, in_features) → (…, out_features), all on one device."""
+    import bitsandbytes  # type: ignore[import-untyped]
+    from bitsandbytes import functional
+
+    state = functional.QuantState(  # type: ignore[no-untyped-call]
+        absmax=scales, shape=torch.Size(shape), dtype=rows.dtype, blocksize=_NF4_GROUP, quant_type="nf4"
+    )
+    product: Tensor = bitsandbytes.matmul_4bit(rows, codes, state, bias=bias)
+    return product
+
+
 @dataclass(frozen=True, slots=True)
 class Shelf:
     """Quantized weights of one model on disk, so that a restart need not quantize again.

@@ -16,9 +16,11 @@ from ..protocol.steps import NEW_ROW, PREFIX_STEP
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, OpenCache, Restore
 from .groups import Grouping
-from .pages import ROLLBACK_TOKENS, Applied, Memory, PageMove, PagePool, SessionPages
+from .pages import Applied, SessionPages
 from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, Room, View, make_room
+from .pool import Memory, PageMove, PagePool
 from .prefixes import Prefixes
+from .tables import ROLLBACK_TOKENS
 
 
 @dataclass(slots=True)

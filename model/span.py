@@ -17,9 +17,11 @@ from .adapters import Overlay, prompted, worn
 from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
+from .device import Ways, ways_of
 from .families import Rotary, Skeleton
+from .graphs import Graphs
 from .groups import Grouping
-from .pages import PAGE_TOKENS, PageCopy, PageMove
+from .pool import PAGE_TOKENS, PageCopy, PageMove
 from .quantization import Shelf
 from .weights import fetch_parts, load_part
 
@@ -47,6 +49,7 @@ class Span:
         self.device = torch.device("cpu")
         self._blocks = blocks
         self._rotary = rotary
+        self._graphs: Graphs | None = None
 
     @classmethod
     def load(
@@ -117,11 +120,14 @@ class Span:
         *,
         num_host_pages: int = 0,
         grouping: Grouping | None = None,
+        ways: Ways | None = None,
     ) -> Cache:
         """Make the KV cache of all blocks, and room in host memory for its pages. Raises `OUT_OF_MEMORY`.
 
-        grouping: of the blocks into tables; without one all pages are kept in all blocks.
+        grouping: of the blocks into tables; without one all pages are kept in all blocks. ways: others than suit
+        the device best.
         """
+        ways = ways or ways_of(self.device)
         self.cache = Cache(
             self.cache_shapes,
             num_pages,
@@ -130,7 +136,10 @@ class Span:
             page_tokens,
             num_host_pages=num_host_pages,
             grouping=grouping,
+            is_paged=ways.is_paged,
         )
+        if ways.recorder is not None and not self.depends_on_length:
+            self._graphs = Graphs(ways.recorder, self.cache, self._compute)
         return self.cache
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
@@ -165,7 +174,15 @@ class Span:
         if batch.is_stateless:
             return self._run(hidden, Placement(batch, None, self.device), range(first, last), overlays)
         with torch.inference_mode():
+            if self._graphs is not None and not overlays:
+                played = self._graphs.forward(hidden, batch, range(first, last))
+                if played is not None:
+                    self.num_blocks_computed += last - first
+                    return played
             return self._run(hidden, Placement(batch, self.cache, self.device), range(first, last), overlays)
+
+    def _compute(self, hidden: Tensor, placement: Placement, blocks: range) -> Tensor:
+        return self._run(hidden, placement, blocks, ())
 
     def _run(
         self, hidden: Tensor, placement: Placement, blocks: range, overlays: Sequence[Overlay]

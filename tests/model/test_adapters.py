@@ -17,7 +17,7 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.dropout import kept
 from corolla.model.engine import Engine
 from corolla.model.linear import packed
-from corolla.model.pages import PAGE_TOKENS
+from corolla.model.pool import PAGE_TOKENS
 from corolla.model.span import Span
 from corolla.model.training import Room
 from corolla.protocol.errors import Code, CorollaError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corolla.model.cache import Cache, CacheShape, page_bytes
-from corolla.model.pages import Memory, PageMove
+from corolla.model.pool import Memory, PageMove
 from corolla.protocol.errors import Code, CorollaError
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from corolla.model.batch import Policy
 from corolla.model.checkpoint import open_checkpoint
 from corolla.model.engine import Engine, cut
 from corolla.model.failures import explain
-from corolla.model.pages import PAGE_TOKENS, Memory, PageCopy, PageMove
 from corolla.model.parking import IDLE_S, PATIENCE_S
+from corolla.model.pool import PAGE_TOKENS, Memory, PageCopy, PageMove
 from corolla.model.span import Span
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.messages import Message

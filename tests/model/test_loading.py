@@ -11,7 +11,7 @@ import torch
 from corolla.model.checkpoint import Checkpoint, open_checkpoint
 from corolla.model.families import Skeleton
 from corolla.model.loading import choose_device, fitting, free_bytes, load, make_plan
-from corolla.model.pages import PAGE_TOKENS
+from corolla.model.pool import PAGE_TOKENS
 from corolla.model.profile import Speed, measure
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.tensors import DType

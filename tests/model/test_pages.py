@@ -7,7 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from corolla.model.pages import GONE, ROLLBACK_TOKENS, PagePool, SessionPages
+from corolla.model.pages import SessionPages
+from corolla.model.pool import GONE, PagePool
+from corolla.model.tables import ROLLBACK_TOKENS
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Row
 

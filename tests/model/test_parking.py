@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from corolla.model.pages import PAGE_TOKENS, Memory, PageMove
 from corolla.model.parking import (
     EVICTION_PATIENCE_S,
     IDLE_S,
@@ -21,6 +20,7 @@ from corolla.model.parking import (
     View,
     make_room,
 )
+from corolla.model.pool import PAGE_TOKENS, Memory, PageMove
 from corolla.model.sessions import Begun, Sessions, undo
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Reply, Row

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from corolla.model.pages import PAGE_TOKENS, PagePool
 from corolla.model.parking import IDLE_S
+from corolla.model.pool import PAGE_TOKENS, PagePool
 from corolla.model.prefixes import Prefixes
 from corolla.model.sessions import Sessions
 from corolla.protocol.steps import NEW_ROW, PREFIX_STEP, Row

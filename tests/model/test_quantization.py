@@ -14,7 +14,8 @@ from corolla.model.checkpoint import Checkpoint, open_checkpoint
 from corolla.model.ends import Ends
 from corolla.model.families import Skeleton
 from corolla.model.linear import FrozenLinear, quantized
-from corolla.model.pages import PagePool, SessionPages
+from corolla.model.pages import SessionPages
+from corolla.model.pool import PagePool
 from corolla.model.quantization import Shelf, can_hold, dequantize, quantize, weight_bytes
 from corolla.model.span import Span
 from corolla.protocol.steps import NEW_ROW, Row

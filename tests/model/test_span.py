@@ -22,8 +22,10 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.ends import Ends
 from corolla.model.families import CERTIFIED
 from corolla.model.groups import grouped
-from corolla.model.pages import GONE, ROLLBACK_TOKENS, PagePool, SessionPages
+from corolla.model.pages import SessionPages
+from corolla.model.pool import GONE, PagePool
 from corolla.model.span import Span
+from corolla.model.tables import ROLLBACK_TOKENS
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Row
 from corolla.protocol.work import ModelSource, SourceKind
