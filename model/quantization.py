@@ -185,7 +185,7 @@ def multiply_nf4(
     rows: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     """`rows @ weights.T + bias` of NF4 codes, (…, in_features) → (…, out_features), all on one device."""
-    import bitsandbytes  # type: ignore[import-untyped]
+    import bitsandbytes
     from bitsandbytes import functional
 
     state = functional.QuantState(  # type: ignore[no-untyped-call]

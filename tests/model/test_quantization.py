@@ -16,7 +16,7 @@ from corolla.model.families import Skeleton
 from corolla.model.linear import FrozenLinear, quantized
 from corolla.model.pages import SessionPages
 from corolla.model.pool import PagePool
-from corolla.model.quantization import Shelf, can_hold, dequantize, quantize, weight_bytes
+from corolla.model.quantization import Shelf, can_hold, dequantize, multiply_nf4, quantize, weight_bytes
 from corolla.model.span import Span
 from corolla.protocol.steps import NEW_ROW, Row
 from corolla.protocol.tensors import Quantization
@@ -236,3 +236,15 @@ def test_the_head_is_kept_in_eight_bits_and_the_embeddings_as_they_are(tmp_path:
     assert torch.equal(light.embed(tokens), exact.embed(tokens))
     saved = 64 * VOCAB_SIZE * 4 - weight_bytes(Quantization.INT8, VOCAB_SIZE, 64)
     assert exact.bytes - light.bytes == saved
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_kernel_of_nf4_on_a_gpu_multiplies_by_the_same_weights(num_rows: int, bias: bool) -> None:
+    """Run here on a CPU, where it is not chosen."""
+    _, weight, added = layer(Quantization.NF4, bias=bias)
+    stored = quantize(weight, Quantization.NF4)
+    rows = torch.randn(1, num_rows, 192)
+    codes, scales = stored.tensors["codes"], stored.tensors["scales"]
+    got = multiply_nf4(rows, codes, scales, stored.shape, added)
+    assert distance(got, nn.functional.linear(rows, weight, added)) < ROUNDING
