@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ class CudaRecorder:
     """CUDA graphs, which share one pool of memory, since one is played at a time."""
 
     def __init__(self) -> None:
-        self._pool: object | None = None
+        self._pool: Any = None
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """One run beside, for kernels to be chosen and memory to be allotted, and the recording."""
-        beside = torch.cuda.Stream()
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             compute()

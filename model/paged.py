@@ -181,9 +181,10 @@ def _attend_some(
 
 def _gathered(slots: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
     """(num_heads, num_slots, dim) → (num_tokens, num_heads, num_pages * page_tokens, dim), a copy."""
-    by_page = slots.transpose(0, 1).unflatten(0, (-1, page_tokens))  # (pages, page_tokens, heads, dim)
+    num_heads, _, dim = slots.shape
+    by_page = slots.transpose(0, 1).view(-1, page_tokens, num_heads, dim)
     found = by_page.index_select(0, pages.flatten())
-    return found.view(pages.shape[0], -1, *found.shape[2:]).transpose(1, 2)
+    return found.view(pages.shape[0], -1, num_heads, dim).transpose(1, 2)
 
 
 def _num_columns(longest: int, window: int | None, page_tokens: int) -> int:

@@ -191,7 +191,7 @@ def multiply_nf4(
     state = functional.QuantState(  # type: ignore[no-untyped-call]
         absmax=scales, shape=torch.Size(shape), dtype=rows.dtype, blocksize=_NF4_GROUP, quant_type="nf4"
     )
-    product: Tensor = bitsandbytes.matmul_4bit(rows, codes, state, bias=bias)
+    product: Tensor = bitsandbytes.matmul_4bit(rows, codes, state, bias=bias)  # type: ignore[attr-defined]
     return product
 
 

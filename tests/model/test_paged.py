@@ -19,7 +19,8 @@ from corolla.model.pool import GONE
 from corolla.model.span import Span
 from corolla.protocol.steps import NEW_ROW, Row
 
-from .test_span import FAMILIES, NUM_BLOCKS, NUM_PAGES, PAGE_TOKENS, TOLERANCE, Session, Tiny, tiny
+from .test_span import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Session, Tiny, tiny
+from .tiny import FAMILIES, NUM_BLOCKS
 
 __all__ = ["tiny"]  # the fixture
 
