@@ -22,7 +22,7 @@ from corolla.daemon.network.announcements import Offer
 from corolla.daemon.pausing import Pausing
 from corolla.daemon.rebalancing import Rebalancing
 from corolla.daemon.schedule import Lends, Rules, Seen, Verdict, parse_hours
-from corolla.daemon.serving.priority import NICENESS, half_of_cores
+from corolla.daemon.serving.priority import NICENESS, autogroup, half_of_cores
 from corolla.daemon.serving.workers import Worker
 from corolla.daemon.sessions import Wanted, opened
 from corolla.daemon.store import Store, open_store
@@ -518,13 +518,17 @@ async def test_a_model_may_be_allowed_by_name_or_fingerprint(allowed: tuple[str,
 async def test_workers_that_serve_others_stand_behind_other_programs() -> None:
     async with meadow() as swarm:
         member = await swarm.client()
-        for polite, niceness, policy in ((True, NICENESS, os.SCHED_BATCH), (False, 0, os.SCHED_OTHER)):
+        own = os.nice(0)
+        behind, beside = (max(NICENESS, own), os.SCHED_BATCH, NICENESS), (own, os.SCHED_OTHER, 0)
+        for polite, (niceness, policy, group) in ((True, behind), (False, beside)):
             async with lender(member, low_priority=polite) as (lends, _, _):
                 await until(lambda lends=lends: bool(lends.serving()))  # type: ignore[misc]
                 ((worker, _),) = lends.serving()
                 assert worker.process is not None
-                assert os.getpriority(os.PRIO_PROCESS, worker.process) == max(niceness, os.nice(0))
+                assert os.getpriority(os.PRIO_PROCESS, worker.process) == niceness
                 assert os.sched_getscheduler(worker.process) == policy
+                if autogroup(worker.process).exists():
+                    assert autogroup(worker.process).read_text().split()[-1] == str(group)
 
 
 async def test_half_of_the_cores_are_lent_unless_told() -> None:
