@@ -41,6 +41,8 @@ _MAX_SCORES: Final = 1 << 24
 # Queries that share a mask under a window, where no cache is: shorter runs are more calls than work.
 _RUN_TOKENS: Final = 128
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 
 def register() -> None:
     """Make `attend` known to transformers under the name `ATTENTION`. May be called again."""
@@ -227,25 +229,78 @@ def attend(
     if placement.cache is None:
         return _attend_alone(query[0], key[0], value[0], placement, form), None
     block: int = module.layer_idx  # type: ignore[assignment]
+    return _attend_cached(block, query[0], key[0], value[0], placement, form)[None], None
+
+
+def attend_rows(
+    block: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    placement: Placement,
+    *,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """As `attend`, for blocks of our own in the plainest form: (num_tokens, heads, dim) in and out."""
+    form = _Form(scaling, window, softcap=None, sinks=None, bias=None)
+    heads = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    if placement.cache is None:
+        return _attend_alone(*heads, placement, form)[0]
+    return _attend_cached(block, *heads, placement, form)
+
+
+def _attend_cached(
+    block: int, query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: _Form
+) -> Tensor:
+    """(num_tokens, num_heads, value_dim); query, key and value: (heads, num_tokens, dim)."""
     cache = placement.cache
+    if cache is None:
+        raise error(Code.INTERNAL, "rows without a cache have nothing to attend there")
     layout = placement.at(block, form.window)
-    cache.write(block, layout.slots, key[0], value[0])
+    cache.write(block, layout.slots, key, value)
     keys, values = cache.keys(block), cache.values(block)
     if cache.is_paged:
-        output = _attend_paged(query[0], keys, values, layout, form, cache.page_tokens)
-        return output.transpose(0, 1)[None], None
+        return _attend_paged(query, keys, values, layout, form, cache.page_tokens).transpose(0, 1)
     outputs = []
     for reach in layout.reaches:
         tokens = slice(reach.offset, reach.offset + reach.n)
-        row_query = query[0, :, tokens]  # (num_heads, n, head_dim)
-        if reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
+        row_query = query[:, tokens]  # (num_heads, n, head_dim)
+        if reach.n == 1 and form.is_plain:
+            outputs.append(_attend_one(row_query, keys, values, reach, form))
+        elif reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
             outputs.append(_attend_runs(row_query, keys, values, reach, form))
         else:
-            outputs.append(
-                _attend_flash(row_query, (key[0, :, tokens], value[0, :, tokens]), keys, values, reach, form)
-            )
+            fresh = key[:, tokens], value[:, tokens]
+            outputs.append(_attend_flash(row_query, fresh, keys, values, reach, form))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return output.transpose(0, 1)[None], None  # (1, num_tokens, num_heads, value_dim)
+    return output.transpose(0, 1)
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
+    """(num_heads, 1, value_dim): one new token on a CPU, by flash attention over each run, itself included.
+
+    Query heads that share a key head are folded into queries of it, so that its keys are read once.
+    """
+    num_heads, num_kv_heads = query.shape[0], keys.shape[0]
+    folded = query.reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
+    first_key = 0 if form.window is None else max(0, reach.start - form.window + 1)
+    parts = []
+    for run in reach.runs:
+        end = run.first + run.num
+        if end > first_key:
+            first, last = run.slot + max(first_key - run.first, 0), run.slot + run.num
+            parts.append(
+                _flash(
+                    folded,
+                    keys[None, :, first:last],
+                    values[None, :, first:last],
+                    0.0,
+                    False,
+                    scale=form.scaling,
+                )
+            )
+    return _merged(parts).view(num_heads, 1, -1)
 
 
 def _attend_paged(
@@ -365,24 +420,30 @@ def _attend_flash(
 
     fresh: the new tokens' own keys and values. The parts are merged by their log-sum-exps.
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     fresh_keys, fresh_values = fresh
-    parts = [flash(query[None], fresh_keys[None], fresh_values[None], 0.0, True, scale=form.scaling)]
+    parts = [_flash(query[None], fresh_keys[None], fresh_values[None], 0.0, True, scale=form.scaling)]
     for run in reach.runs:
         num = min(run.num, reach.start - run.first)
         if num > 0:
             run_keys = keys[None, :, run.slot : run.slot + num]
             run_values = values[None, :, run.slot : run.slot + num]
-            parts.append(flash(query[None], run_keys, run_values, 0.0, False, scale=form.scaling))
+            parts.append(_flash(query[None], run_keys, run_values, 0.0, False, scale=form.scaling))
+    return _merged(parts)
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(num_heads, n, value_dim): attention over all keys, of what it is over parts of them.
+
+    parts: outputs (1, num_heads, n, value_dim), and log-sum-exps of the scores (1, num_heads, n).
+    """
     if len(parts) == 1:
-        alone: Tensor = parts[0][0]
-        return alone[0]
+        return parts[0][0][0]
     sums = torch.stack([lse for _, lse in parts])  # (num_parts, 1, num_heads, n)
     shares = torch.exp(sums - torch.logsumexp(sums, dim=0))[..., None]
-    merged = torch.zeros_like(query[None], dtype=torch.float32)
+    merged = torch.zeros_like(parts[0][0], dtype=torch.float32)
     for share, (output, _) in zip(shares, parts, strict=True):
         merged = torch.addcmul(merged, share, output.float())
-    return merged[0].to(query.dtype)
+    return merged[0].to(parts[0][0].dtype)
 
 
 def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who is about to ask again: sessions that were just answered, and when the next request of each is due.
+"""Who is about to ask again: sessions that were just answered, and how long a pass waits for them.
 
 A device computes eight tokens in little more than the time of one, so it pays to wait a moment for sessions that
 are on their way back, instead of starting a pass without them, after which they wait for that pass. Without this,
@@ -16,6 +16,9 @@ from typing import Final
 _REMEMBERED: Final = 3  # absences, of which the median counts: one long pause says nothing of the next
 _LATE: Final = 1.5  # times the usual absence: whoever is not back then is not waited for
 _SLACK_S: Final = 0.001
+# A pass may wait so long for sessions that are due: apart, two halves of them take two passes for each token.
+_GRACE: Final = 0.5  # of the last pass
+_MAX_GRACE_S: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -56,3 +59,58 @@ class Company:
         if member.left_s + usual_s > now_s + within_s:
             return 0.0
         return min(within_s, max(0.0, member.left_s + usual_s * _LATE + _SLACK_S - now_s))
+
+
+class Rhythm:
+    """A worker's passes, and all who come back between two of them: sessions with steps, generations to sample."""
+
+    def __init__(self) -> None:
+        self._pass_s = 0.0  # that the last pass took
+        self._ready_s = 0.0  # since when the next pass could run
+        self._decoding = Company()  # sessions, by id
+        self._sampling = Company()  # generations, by number, which are due after a pass
+        self._sampled: set[int] = set()  # since the last pass
+
+    def grace_s(self, now_s: float, *, to_sample: bool) -> float:
+        """How long to wait for more requests than there are: a part of what a pass takes, at most.
+
+        to_sample: somebody waits for a sample, which comes before the next pass.
+        """
+        within_s = self._ready_s + min(self._pass_s * _GRACE, _MAX_GRACE_S) - now_s
+        if within_s <= 0:
+            return 0.0
+        due_s = self._sampling.wait_s(now_s, within_s)
+        return due_s if to_sample else max(due_s, self._decoding.wait_s(now_s, within_s))
+
+    def begin(self, now_s: float) -> None:
+        """From now on the next pass could run."""
+        self._ready_s = now_s
+
+    def passed(self, began_s: float, now_s: float) -> None:
+        """A pass ran; whoever was sampled before it is due after it."""
+        self._ready_s, self._pass_s = now_s, now_s - began_s
+        for generation in self._sampled:
+            self._sampling.leave(generation, now_s)
+        self._sampled.clear()
+
+    def step_comes(self, session: bytes, now_s: float) -> None:
+        """A session asks for a step."""
+        self._decoding.come(session, now_s)
+
+    def step_answered(self, session: bytes, now_s: float) -> None:
+        """It has its answer."""
+        self._decoding.leave(session, now_s)
+
+    def sample_comes(self, generation: int, now_s: float) -> None:
+        """A generation asks for a sample."""
+        self._sampling.come(generation, now_s)
+        self._sampled.add(generation)
+
+    def session_ends(self, session: bytes) -> None:
+        """It does not come again."""
+        self._decoding.forget(session)
+
+    def generation_ends(self, generation: int) -> None:
+        """It does not come again."""
+        self._sampling.forget(generation)
+        self._sampled.discard(generation)

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatchmethod
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.messages import Message
-from ..protocol.steps import Reply, Row, check_payload
 from ..protocol.work import (
     Backward,
     Beat,
@@ -41,66 +39,21 @@ from ..protocol.work import (
 from .adapters import Overlay
 from .adapters import Part as AdapterPart
 from .attention import Batch, Segment
-from .batch import Job, Part, Pass, Policy, Scheduler
-from .company import Company
-from .encodings import check_finite, decode, encode
+from .batch import Part, Pass, Policy, Scheduler
+from .company import Rhythm
 from .failures import explain
 from .generation import Generations
 from .groups import Grouping
-from .pool import PageCopy, PageMove
-from .sessions import Begun, Session, Sessions, undo
+from .pool import PageMove
+from .sessions import Sessions
+from .steps import Blocks, Step, Steps
 from .training import Room, Trainer
 from .transfers import to_host
 
 logger = logging.getLogger(__name__)
 
-# A row that brings so few tokens is being written on: one, or a guess of a few that is to be confirmed.
-_DECODE_TOKENS: Final = 8
 # How often steps look for pages while nothing else can run; a session is idle after a second.
 _BLOCKED_S: Final = 0.02
-# A pass may wait so long for sessions that are due: apart, two halves of them take two passes for each token.
-_GRACE: Final = 0.5  # of the last pass
-_MAX_GRACE_S: Final = 0.05
-
-
-class Blocks(Protocol):
-    """What the engine needs of `span.Span`."""
-
-    start: int
-    end: int
-    hidden_size: int
-    dtype: torch.dtype
-    device: torch.device
-    num_blocks_computed: int
-
-    @property
-    def modules(self) -> Mapping[int, nn.Module]:
-        """Block → its module."""
-
-    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
-        """Carry out a step's copies."""
-
-    def move_pages(self, moves: Iterable[PageMove]) -> None:
-        """Copy pages to host memory, and back."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        batch: Batch,
-        blocks: tuple[int, int] | None = None,
-        overlays: Sequence[Overlay] = (),
-    ) -> Tensor:
-        """(num_tokens, hidden_size) after these blocks, with these adapters over some of the tokens."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step that has begun: its input, and what is computed of its answer."""
-
-    begun: Begun
-    hidden: Tensor  # (num_tokens, hidden_size)
-    wanted: tuple[int, ...] | None  # tokens whose output is asked for; None is all of them
-    answer: list[bytes] = field(default_factory=list)
 
 
 class _Worn(NamedTuple):
@@ -143,19 +96,13 @@ class Engine:
             blocks, num_pages, num_host_pages, self._move_pages, grouping, depends_on_length=depends_on_length
         )
         self._scheduler = Scheduler(policy or Policy())
-        self._asked: dict[int, Compute] = {}  # steps that wait, by request
-        self._steps: dict[int, _Step] = {}  # those of them that have begun
-        self._blocked: dict[int, Part] = {}  # those that wait for pages, in the order in which they came
+        self._steps = Steps(self._sessions, clock)
         self._samples: list[Sample] = []
         self._trainer = Trainer(span, room or Room()) if span else None
         self._worn: dict[bytes, _Worn] = {}  # by session
         self._num_loops = 0
         self._num_tokens = 0
-        self._pass_s = 0.0  # that the last pass took
-        self._ready_s = 0.0  # since when the next pass could run
-        self._decoding = Company()  # sessions, by id
-        self._sampling = Company()  # generations, by number, which are due after a pass
-        self._sampled: set[int] = set()  # since the last pass
+        self._rhythm = Rhythm()
         self._last_beat = (time.monotonic(), 0)
 
     @property
@@ -166,20 +113,14 @@ class Engine:
     @property
     def blocked_s(self) -> float:
         """How long to wait for requests first, where nothing can run before somebody makes room; else 0."""
-        is_blocked = self._blocked and self._blocked.keys() >= self._asked.keys() and not self._samples
-        return _BLOCKED_S if is_blocked else 0.0
+        return _BLOCKED_S if self._steps.are_blocked and not self._samples else 0.0
 
     @property
     def grace_s(self) -> float:
         """How long it pays to wait for more requests before `run`: a part of what a pass takes, at most."""
-        now = self._clock()
-        within = self._ready_s + min(self._pass_s * _GRACE, _MAX_GRACE_S) - now
-        if within <= 0 or not (self._samples or self._scheduler.has_steps):
+        if not (self._samples or self._scheduler.has_steps):
             return 0.0
-        due = self._sampling.wait_s(now, within)
-        if self._samples:
-            return due
-        return max(due, self._decoding.wait_s(now, within))
+        return self._rhythm.grace_s(self._clock(), to_sample=bool(self._samples))
 
     def beat(self, num_unread: int = 0) -> Beat:
         """A sign of life, for another thread to send. num_unread: requests not handed over yet.
@@ -213,7 +154,7 @@ class Engine:
         if self._samples:
             self._sample()
             if not self._scheduler.has_steps:
-                self._ready_s = self._clock()
+                self._rhythm.begin(self._clock())
             if self.grace_s:  # those who got tokens ask for the next at once
                 return
         training = self._scheduler.next_training()
@@ -221,15 +162,11 @@ class Engine:
             self._run_turn(training)
             return
         self._unblock()
-        chosen = self._scheduler.next(self._blocked)
+        chosen = self._scheduler.next(self._steps.blocked)
         if chosen is not None:
             began = self._clock()
             self._run_pass(chosen)
-            self._ready_s = self._clock()
-            self._pass_s = self._ready_s - began
-            for generation in self._sampled:
-                self._sampling.leave(generation, self._ready_s)
-            self._sampled.clear()
+            self._rhythm.passed(began, self._clock())
 
     @singledispatchmethod
     def _handle(self, message: Message) -> None:
@@ -252,18 +189,9 @@ class Engine:
 
     @_handle.register
     def _compute(self, ask: Compute) -> None:
-        session, span = self._sessions.get(ask.session), self._blocks()
-        check_payload(ask.rows, ask.payload, session.encoding.token_bytes(span.hidden_size))
-        job = Job(
-            request=ask.request,
-            session=ask.session,
-            blocks=session.blocks,
-            num_tokens=sum(row.n for row in ask.rows),
-            is_decode=all(row.n <= _DECODE_TOKENS for row in ask.rows),
-        )
+        job = self._steps.ask(ask, self._blocks().hidden_size)
         self._note_arrival()
-        self._decoding.come(ask.session, self._clock())
-        self._asked[ask.request] = ask
+        self._rhythm.step_comes(ask.session, self._clock())
         self._scheduler.add(job)
 
     @_handle.register
@@ -277,7 +205,7 @@ class Engine:
         self._drop_steps(ask.session)
         self._sessions.close(ask.session, self._clock())
         self._take_off(self._worn.pop(ask.session, None))
-        self._decoding.forget(ask.session)
+        self._rhythm.session_ends(ask.session)
 
     @_handle.register
     def _train(self, ask: Forward | Backward) -> None:
@@ -297,21 +225,19 @@ class Engine:
     def _take_sample(self, ask: Sample) -> None:
         self._ends()
         self._note_arrival()
-        self._sampling.come(ask.generation, self._clock())
-        self._sampled.add(ask.generation)
+        self._rhythm.sample_comes(ask.generation, self._clock())
         self._samples.append(ask)
 
     @_handle.register
     def _end(self, ask: EndGeneration) -> None:
         if self._generations is not None:
             self._generations.end(ask.generation)
-        self._sampling.forget(ask.generation)
-        self._sampled.discard(ask.generation)
+        self._rhythm.generation_ends(ask.generation)
 
     def _note_arrival(self) -> None:
         """Who comes to an idle engine may be waited with from now on."""
         if self.is_idle:
-            self._ready_s = self._clock()
+            self._rhythm.begin(self._clock())
 
     def _blocks(self) -> Blocks:
         if self._span is None:
@@ -337,11 +263,7 @@ class Engine:
 
     def _drop_steps(self, session: bytes) -> None:
         for job in self._scheduler.drop(session):
-            self._asked.pop(job.request)
-            self._blocked.pop(job.request, None)
-            step = self._steps.pop(job.request, None)
-            if step is not None:
-                undo(step.begun)
+            self._steps.give_up(job.request)
 
     def _sample(self) -> None:
         asks, self._samples = self._samples, []
@@ -369,14 +291,14 @@ class Engine:
             self._send(answer)
 
     def _run_pass(self, chosen: Pass) -> None:
-        running: list[tuple[Part, _Step]] = []
+        running: list[tuple[Part, Step]] = []
         for part in chosen.parts:
             try:
-                if self._has_begun(part):
-                    running.append((part, self._steps[part.job.request]))
+                step = self._steps.begun(part, self._blocks(), self._scheduler.sessions)
+                if step is not None:
+                    running.append((part, step))
                 else:
                     self._scheduler.put_back(part)
-                    self._blocked[part.job.request] = part
             except Exception as problem:
                 self._fail_step(part, problem)
         if not running:
@@ -391,61 +313,42 @@ class Engine:
             for part, step in running:
                 self._run_alone(part, step, chosen.blocks)
             return
-        for (part, step), output in zip(running, outputs, strict=True):
-            self._take_output(part, step, output)
+        for (part, _), output in zip(running, outputs, strict=True):
+            self._take_output(part, output)
 
-    def _run_alone(self, part: Part, step: _Step, blocks: tuple[int, int]) -> None:
+    def _run_alone(self, part: Part, step: Step, blocks: tuple[int, int]) -> None:
         """Run one of a failed batch; what the batch wrote already is written again with the same values."""
         try:
             (output,) = self._forward([(part, step)], blocks)
         except Exception as problem:
             self._fail_step(part, problem)
             return
-        self._take_output(part, step, output)
+        self._take_output(part, output)
 
     def _unblock(self) -> None:
         """Begin the steps that wait for pages, as far as there are any now."""
-        for request, part in tuple(self._blocked.items()):
+        for part in tuple(self._steps.blocked.values()):
             try:
-                if self._has_begun(part):
-                    del self._blocked[request]
+                self._steps.begun(part, self._blocks(), self._scheduler.sessions)
             except Exception as problem:
                 self._fail_step(part, problem)
-
-    def _has_begun(self, part: Part) -> bool:
-        """Whether the step of a part has its pages; its first part begins it, unless it has to wait for them."""
-        request = part.job.request
-        if request not in self._steps:
-            ask, span = self._asked[request], self._blocks()
-            begun = self._sessions.begin(ask, self._clock(), self._scheduler.sessions)
-            if begun is None:
-                return False
-            try:
-                encoding = begun.session.encoding
-                hidden = decode(ask.payload, encoding, span.hidden_size, span.dtype, span.device)
-            except CorollaError:
-                undo(begun)
-                raise
-            self._steps[request] = _Step(begun, hidden, _wanted(ask.reply, ask.rows))
-            span.copy_pages(begun.applied.copies)
-        return True
 
     def _move_pages(self, moves: tuple[PageMove, ...]) -> None:
         self._blocks().move_pages(moves)
 
-    def _forward(self, running: list[tuple[Part, _Step]], blocks: tuple[int, int]) -> tuple[Tensor, ...]:
+    def _forward(self, running: list[tuple[Part, Step]], blocks: tuple[int, int]) -> tuple[Tensor, ...]:
         """One pass with these parts side by side; each one's output (part.num, hidden_size)."""
         segments: list[Segment] = []
         overlays: list[Overlay] = []
         offset = 0
         for part, step in running:
-            mine = cut(step.begun.applied.segments, part.first, part.num)
+            mine = step.segments_of(part)
             segments.extend(mine)
             worn = self._worn.get(part.job.session)
             if worn is not None:
                 overlays.append(_overlay(worn, mine, offset, self._blocks().device))
             offset += part.num
-        inputs = [step.hidden[part.first : part.first + part.num] for part, step in running]
+        inputs = [step.input_of(part) for part, step in running]
         batch = Batch(tuple(segments))
         output = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
         if batch.num_tokens:
@@ -453,28 +356,21 @@ class Engine:
         self._num_tokens += batch.num_tokens
         return torch.split(to_host(output), [part.num for part, _ in running])
 
-    def _take_output(self, part: Part, step: _Step, output: Tensor) -> None:
+    def _take_output(self, part: Part, output: Tensor) -> None:
         """Add a part's output to its step's answer, and send that once it is whole."""
         try:
-            step.answer.append(_encoded(output, part, step))
+            answer = self._steps.take_output(part, output)
         except Exception as problem:
             self._fail_step(part, problem)
             return
-        if part.is_last:
-            request = part.job.request
-            del self._steps[request], self._asked[request]
-            self._sessions.end(step.begun, self._clock())
-            self._send(Done(request, b"".join(step.answer)))
-            self._decoding.leave(part.job.session, self._clock())
+        if answer is not None:
+            self._send(Done(part.job.request, answer))
+            self._rhythm.step_answered(part.job.session, self._clock())
 
     def _fail_step(self, part: Part, problem: Exception) -> None:
         """Answer that a step failed, and leave its session as it was before."""
         self._scheduler.cancel(part.job)
-        self._asked.pop(part.job.request, None)
-        self._blocked.pop(part.job.request, None)
-        step = self._steps.pop(part.job.request, None)
-        if step is not None:
-            undo(step.begun)
+        self._steps.give_up(part.job.request)
         self._fail(part.job.request, problem)
 
     def _fail(self, request: int, problem: Exception) -> None:
@@ -482,18 +378,6 @@ class Engine:
         if explained is not problem:
             logger.error("request %d failed", request, exc_info=problem)
         self._send(Failed.of(request, explained))
-
-
-def cut(segments: tuple[Segment, ...], first: int, num: int) -> tuple[Segment, ...]:
-    """Tokens [first, first + num) of a step, counted over its segments; those left empty are left out."""
-    parts = []
-    offset = 0
-    for segment in segments:
-        start, end = max(first - offset, 0), min(first + num - offset, segment.n)
-        if start < end:
-            parts.append(segment._replace(start=segment.start + start, n=end - start))
-        offset += segment.n
-    return tuple(parts)
 
 
 def _overlay(worn: _Worn, segments: Sequence[Segment], offset: int, device: torch.device) -> Overlay:
@@ -506,41 +390,3 @@ def _overlay(worn: _Worn, segments: Sequence[Segment], offset: int, device: torc
         places=torch.tensor(places, dtype=torch.int64, device=device),
         earliest=min(places, default=0),
     )
-
-
-def _wanted(reply: Reply, rows: tuple[Row, ...]) -> tuple[int, ...] | None:
-    """Indexes of the tokens that an answer holds; None is all of them."""
-    if reply is Reply.ALL:
-        return None
-    indexes = []
-    end = 0
-    for row in rows:
-        end += row.n
-        if row.n and reply is Reply.LAST:
-            indexes.append(end - 1)
-    return tuple(indexes)
-
-
-def _encoded(states: Tensor, part: Part, step: _Step) -> bytes:
-    """What the answer holds of a part's output (part.num, hidden_size).
-
-    Raises `INTERNAL`, not `NOT_FINITE`, for what the blocks themselves made: the sender is innocent.
-    """
-    session: Session = step.begun.session
-    wanted = states
-    if step.wanted is not None:
-        indexes = [i - part.first for i in step.wanted if part.first <= i < part.first + part.num]
-        wanted = states[indexes]
-    try:
-        if wanted is not states:
-            check_finite(states)
-        return encode(wanted, session.encoding)
-    except CorollaError as problem:
-        start, end = session.blocks
-        raise error(
-            Code.INTERNAL,
-            f"blocks {start}:{end} made numbers that are not finite or too large for {session.encoding}:"
-            f" {problem.message}",
-            "use a wider encoding or dtype; if it stays, this worker's weights or memory are damaged",
-            not_finite="output",
-        ) from problem

@@ -11,8 +11,9 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_LOCAL_PAYLOAD_BYTES, MAX_ROWS
 from ..protocol.tensors import Encoding
 from ..protocol.work import BeginGeneration, Begun, Chosen, Sample, Sampled, Sampling, TokenRow
-from .encodings import check_finite, decode, encode
+from .encodings import decode, encode
 from .failures import explain
-from .sampling import check, choose, noise_of
+from .sampling import Summary, check, choose, noise_of, summaries
 from .text import BlindReader, Reader, TextReader
 
 logger = logging.getLogger(__name__)
@@ -100,42 +101,84 @@ class Generations:
         An answer may be `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`, `INTERNAL` if the logits are not finite, or
         `OUT_OF_MEMORY`: where the device has no memory for all requests together, each is tried alone.
         """
-        answers: list[Sampled | CorollaError | None] = []
+        problems: list[CorollaError | None] = []
         hidden: list[Tensor] = []
         for ask in asks:
             try:
                 hidden.append(self._hidden_of(ask))
-                answers.append(None)
+                problems.append(None)
             except CorollaError as problem:
-                answers.append(problem)
+                problems.append(problem)
         if not hidden:
-            return [answer for answer in answers if answer is not None]
-        logits = iter(self._logits(hidden))
-        return [
-            self._answered(ask, next(logits)) if answer is None else answer
-            for ask, answer in zip(asks, answers, strict=True)
+            return [problem for problem in problems if problem is not None]
+        scores = iter(self._scores(hidden))
+        chosen = [
+            self._chosen(ask, next(scores)) if problem is None else problem
+            for ask, problem in zip(asks, problems, strict=True)
         ]
+        return self._with_embeddings(asks, chosen)
 
-    def _logits(self, hidden: list[Tensor]) -> list[Tensor | CorollaError]:
-        """Of each request, (len(rows), vocab_size) on the CPU."""
+    def _scores(self, hidden: list[Tensor]) -> list[_Scores | CorollaError]:
+        """Of each request."""
         try:
             together = self._ends.head(torch.cat(hidden)).cpu()
+            known = iter(summaries(together))
         except Exception as problem:
             if len(hidden) == 1:
                 return [explain(problem)]
             logger.warning("the head failed for %d requests, each is tried alone: %s", len(hidden), problem)
-            return [logits for part in hidden for logits in self._logits([part])]
-        return list(torch.split(together, [len(part) for part in hidden]))
+            return [scores for part in hidden for scores in self._scores([part])]
+        each = torch.split(together, [len(part) for part in hidden])
+        return [_Scores(logits, list(islice(known, len(logits)))) for logits in each]
 
-    def _answered(self, ask: Sample, logits: Tensor | CorollaError) -> Sampled | CorollaError:
-        """The answer to one request; one that fails half way ends its generation, whose rows disagree then."""
-        if isinstance(logits, CorollaError):
-            return logits
+    def _chosen(self, ask: Sample, scores: _Scores | CorollaError) -> list[Chosen] | CorollaError:
+        """What each row of a request chose; one that fails half way ends its generation, whose rows disagree then."""
+        if isinstance(scores, CorollaError):
+            return scores
         try:
-            return self._answer(ask, logits)
+            return self._advanced(ask, scores)
         except Exception as problem:
             self.end(ask.generation)
             return explain(problem)
+
+    def _with_embeddings(
+        self, asks: Sequence[Sample], chosen: Sequence[list[Chosen] | CorollaError]
+    ) -> list[Sampled | CorollaError]:
+        """The answers: with what was chosen, embedded in one go where that works."""
+        going_on = [
+            [choice.token for choice in choices if choice.finish is None] if isinstance(choices, list) else []
+            for choices in chosen
+        ]
+        tokens = torch.tensor([token for ids in going_on for token in ids], dtype=torch.int64)
+        try:
+            together = self._ends.embed(tokens) if len(tokens) else tokens
+            embedded = torch.split(together, [len(ids) for ids in going_on])
+        except Exception as problem:
+            if len(asks) == 1:
+                self.end(asks[0].generation)
+                return [explain(problem)]
+            logger.warning("embedding failed for %d requests, each is tried alone: %s", len(asks), problem)
+            return [
+                answer
+                for ask, choices in zip(asks, chosen, strict=True)
+                for answer in self._with_embeddings([ask], [choices])
+            ]
+        return [
+            self._answered(ask, choices, states)
+            for ask, choices, states in zip(asks, chosen, embedded, strict=True)
+        ]
+
+    def _answered(
+        self, ask: Sample, choices: list[Chosen] | CorollaError, embedded: Tensor
+    ) -> Sampled | CorollaError:
+        if isinstance(choices, CorollaError):
+            return choices
+        try:
+            payload = encode(embedded, self._under_way[ask.generation].encoding) if len(embedded) else b""
+        except Exception as problem:
+            self.end(ask.generation)
+            return explain(problem)
+        return Sampled(ask.request, tuple(choices), payload)
 
     def end(self, generation: int) -> None:
         """Forget a generation; one that is unknown is forgotten already."""
@@ -193,27 +236,19 @@ class Generations:
             )
         return hidden
 
-    def _answer(self, ask: Sample, logits: Tensor) -> Sampled | CorollaError:
+    def _advanced(self, ask: Sample, scores: _Scores) -> list[Chosen]:
+        """The next token of each row. Raises `INTERNAL`."""
+        if not all(summary.is_finite for summary in scores.summaries):
+            raise error(Code.INTERNAL, "the head made logits that are not finite", not_finite="output")
         generation = self._under_way[ask.generation]
-        try:
-            check_finite(logits)
-        except CorollaError as problem:
-            return error(
-                Code.INTERNAL,
-                f"the head made logits that are not finite: {problem.message}",
-                not_finite="output",
-            )
-        chosen = [
-            self._advance(generation, row, scores) for row, scores in zip(ask.rows, logits, strict=True)
-        ]
-        going_on = [choice.token for choice in chosen if choice.finish is None]
-        return Sampled(ask.request, tuple(chosen), self._embedded(going_on, generation.encoding))
+        each = zip(ask.rows, scores.logits, scores.summaries, strict=True)
+        return [self._advance(generation, row, logits, summary) for row, logits, summary in each]
 
-    def _advance(self, generation: _Generation, index: int, logits: Tensor) -> Chosen:
+    def _advance(self, generation: _Generation, index: int, logits: Tensor, summary: Summary) -> Chosen:
         """One row's next token. logits: (vocab_size,)."""
         row, sampling = generation.rows[index], generation.sampling
         noise = noise_of(sampling.seed, index, len(row.prompt) + len(row.generated))
-        choice = choose(logits, sampling, row.prompt, row.generated, noise)
+        choice = choose(logits, sampling, row.prompt, row.generated, noise, summary)
         row.generated.append(choice.token)
         finish: str | None = None
         if choice.token in sampling.stop_token_ids or (
@@ -233,6 +268,13 @@ class Generations:
         if not ids:
             return b""
         return encode(self._ends.embed(torch.tensor(ids, dtype=torch.int64)), encoding)
+
+
+class _Scores(NamedTuple):
+    """Of one request: logits (num_rows, vocab_size) on the CPU, and what is known of each row of them."""
+
+    logits: Tensor
+    summaries: list[Summary]
 
 
 @dataclass(slots=True)

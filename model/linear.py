@@ -12,6 +12,7 @@ layers stay as they are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -163,6 +164,15 @@ class PartLinear(FrozenLinear):
     def forward(self, rows: Tensor) -> Tensor:
         return self._joint.part(rows, *self._range)
 
+    def whole_with(self, layers: Sequence[nn.Module]) -> FrozenLinear | None:
+        """The layer that these, in this order, are all parts of, if they are."""
+        end = 0
+        for layer in layers:
+            if not isinstance(layer, PartLinear) or layer._joint is not self._joint or layer._range[0] != end:
+                return None
+            end = layer._range[1]
+        return self._joint.layer if end == self._joint.layer.out_features else None
+
     def multiply(self, rows: Tensor) -> Tensor:
         return self._joint.layer.multiply(rows)[..., slice(*self._range)]
 
@@ -183,6 +193,16 @@ def joined(layer: FrozenLinear, sizes: list[int]) -> list[PartLinear]:
         parts.append(PartLinear(joint, first, first + size))
         first += size
     return parts
+
+
+def whole_of(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """The outputs of these layers for the same rows, one after the other: in one product where they share it."""
+    first = layers[0]
+    if isinstance(first, PartLinear):
+        whole = first.whole_with(layers)
+        if whole is not None:
+            return whole.multiply
+    return lambda rows: torch.cat([layer(rows) for layer in layers], dim=-1)
 
 
 class _Rounded(FrozenLinear):
@@ -346,6 +366,11 @@ class PlainInt8Linear(FrozenLinear):
 
     def dense_weight(self) -> Tensor:
         return self._codes.float() * self._scales.float()[:, None]
+
+
+def is_rounding(module: nn.Module) -> bool:
+    """Whether some layer of it rounds its rows to bfloat16, whatever their dtype."""
+    return any(isinstance(layer, _Rounded) for layer in module.modules())
 
 
 def check_scheme(scheme: Quantization | None, device: torch.device) -> None:

@@ -38,6 +38,26 @@ class Choice:
     top: tuple[Logprob, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What every choice asks of a row's logits, computed for many rows at once.
+
+    best: the likeliest token, the first of several. norm: the logarithm of the sum of their exponentials.
+    is_finite: all of them are.
+    """
+
+    best: int
+    norm: float
+    is_finite: bool
+
+
+def summaries(logits: Tensor) -> list[Summary]:
+    """Of each of the rows (num_rows, vocab_size), float32 on the CPU."""
+    best, norms = logits.argmax(dim=1).tolist(), torch.logsumexp(logits, dim=1).tolist()
+    finite = logits.sum(dim=1).isfinite().tolist()  # one number that is not makes the sum so, too
+    return [Summary(*each) for each in zip(best, norms, finite, strict=True)]
+
+
 def check(sampling: Sampling, vocab_size: int) -> None:
     """Raise `BAD_REQUEST` naming the value that is out of range."""
     biases = sampling.logit_bias
@@ -66,28 +86,33 @@ def check(sampling: Sampling, vocab_size: int) -> None:
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, prompt: Collection[int], generated: Collection[int], noise: float
+    logits: Tensor,
+    sampling: Sampling,
+    prompt: Collection[int],
+    generated: Collection[int],
+    noise: float,
+    summary: Summary | None = None,
 ) -> Choice:
     """The next token of one row.
 
     logits: (vocab_size,) float32 on the CPU, finite; not changed. prompt, generated: tokens of the row.
-    noise: `noise_of` the place; greedy choice does not look at it.
+    noise: `noise_of` the place; greedy choice does not look at it. summary: of the logits, if it is known.
     Repetition counts tokens of prompt and generated, presence those generated alone.
     """
+    known = summary or summaries(logits[None])[0]
     scores = penalized(logits, sampling, prompt, generated)
     if sampling.temperature == 0:
-        token = int(scores.argmax())
+        token = known.best if scores is logits else int(scores.argmax())
     else:
         token = draw(filtered(scores / sampling.temperature, sampling), noise)
-    norm = float(torch.logsumexp(logits, dim=0))
     top: tuple[Logprob, ...] = ()
     if sampling.top_logprobs:
         values, tokens = logits.topk(min(sampling.top_logprobs, logits.numel()))
         top = tuple(
-            Logprob(index, value - norm)
+            Logprob(index, value - known.norm)
             for index, value in zip(tokens.tolist(), values.tolist(), strict=True)
         )
-    return Choice(token, float(logits[token]) - norm, top)
+    return Choice(token, float(logits[token]) - known.norm, top)
 
 
 def penalized(

@@ -17,6 +17,7 @@ from .adapters import Overlay, prompted, worn
 from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
+from .classic import Classic, Turns, classic
 from .device import Ways, ways_of
 from .families import Rotary, Skeleton
 from .graphs import Graphs
@@ -50,6 +51,7 @@ class Span:
         self._blocks = blocks
         self._rotary = rotary
         self._graphs: Graphs | None = None
+        self._classics: dict[int, Classic] = {}
 
     @classmethod
     def load(
@@ -97,6 +99,13 @@ class Span:
         rotary = skeleton.rotary()
         span = cls(blocks, shapes, rotary.to(device) if rotary is not None else None)
         span.windows = windows
+        span._classics = {
+            block: form
+            for block, module in blocks.items()
+            if rotary is not None
+            and device.type == "cpu"
+            and (form := classic(module, block, windows[block], span._rotary)) is not None
+        }
         span.bytes = sum(sizes)
         span.hidden_size = skeleton.hidden_size
         span.dtype = dtype
@@ -192,7 +201,17 @@ class Span:
         embeddings: dict[int, Any] = dict.fromkeys(blocks)
         if self._rotary is not None:
             embeddings = self._rotary(states[None], placement, blocks)
+        classics = self._classics if not overlays and torch.is_inference_mode_enabled() else {}
+        turns: dict[int, Turns] = {}
         for block in blocks:
+            form = classics.get(block)
+            if form is not None:
+                embedded = embeddings[block]
+                if id(embedded) not in turns:
+                    turns[id(embedded)] = Turns.of(embedded)
+                states = form.forward(states, turns[id(embedded)], placement)
+                self.num_blocks_computed += 1
+                continue
             module = self._blocks[block]
             with worn(module, block, overlays, len(states)):
                 states = module(

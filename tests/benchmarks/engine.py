@@ -1,8 +1,8 @@
 """One worker's engine beside plain transformers: decode, prefill, many clients, a prompt beside decodes, memory.
 
-The clients are sessions on the worker's own socket, without daemons. The model is the random Llama of 16 × 1024, and
-whatever else `--model` names (a folder or a GGUF file, such as SmolLM2's), both in float32 unless a part says
-otherwise. The plain process runs before or after each of ours, since machines drift.
+The clients are sessions on the worker's own socket, without daemons, and again through three of them. The model is the
+random Llama of 16 × 1024, and what `--model` names (a folder or a GGUF file, such as SmolLM2's), both in float32
+unless a part says otherwise. The plain process runs before or after each of ours, since machines drift.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.plain import source_of
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.tensors import DType
-from tests.benchmarks import plain
+from tests.benchmarks import llamacpp, plain, swarmed
 from tests.benchmarks.clients import Client, Crowd, ServedModel, Setup
 from tests.benchmarks.report import Measured, Report, arguments, median
 
@@ -37,6 +37,8 @@ class Subject:
     label: str
     model: str
     folder: Path
+    num_blocks: int
+    vocab_size: int
     threads: int
     quick: bool
     contexts: tuple[int, ...]
@@ -141,6 +143,43 @@ def clients(report: Report, subject: Subject) -> None:
             report.add(Measured(f"{name}, slowest to mean", fair, "", target=0.75))
 
 
+def daemons(report: Report, subject: Subject) -> None:
+    """The same clients, as sessions through three daemons."""
+    seconds = 4.0 if subject.quick else 10.0
+    beside = 1 / median(subject.plain(128, 16 if subject.quick else 48)["decode_s"])
+    with swarmed.served(subject.folder, subject.num_blocks, 3, subject.threads) as client:
+        swarmed.crowd(client, subject.vocab_size, 1, 16, 0.1)  # loads the ends
+        for num_clients in subject.crowds:
+            counted = swarmed.crowd(client, subject.vocab_size, num_clients, 128, seconds)
+            name = f"{subject.label}: {num_clients} clients through 3 daemons"
+            tokens = counted.tokens
+            report.add(Measured(name, sum(tokens) / counted.seconds, "tokens/s", beside))
+            fair = min(tokens) * num_clients / max(sum(tokens), 1)
+            report.add(Measured(f"{name}, slowest to mean", fair, "", target=0.75))
+
+
+def llama_cpp(report: Report, subject: Subject) -> None:
+    """One client, beside llama.cpp with the same file: eight bits a weight here, what the file has there."""
+    name = f"{subject.label}: decode at 128 beside llama.cpp"
+    reason = llamacpp.reason_missing(subject.model)
+    if reason is not None:
+        print(f"{name}: left out, {reason}")
+        return
+    new_tokens = 16 if subject.quick else 48
+    ours: dict[str, list[float]] = {}
+    beside: list[float] = []
+    for _ in range(1 if subject.quick else 3):
+        found = llamacpp.measure(
+            subject.model, threads=subject.threads, prompt_tokens=128, new_tokens=new_tokens
+        )
+        beside += found["decode_s"]
+        for quantization in ("int8", "int4"):
+            with ServedModel(subject.setup(quantization=quantization)) as served:
+                ours.setdefault(quantization, []).extend(one_client(served, 128, new_tokens).gaps_s())
+    for quantization, gaps in ours.items():
+        report.add(Measured(f"{name}, {quantization}", 1 / median(gaps), "tokens/s", 1 / median(beside)))
+
+
 def stall(report: Report, subject: Subject) -> None:
     """The time between tokens of seven decoding clients while an eighth brings a long prompt."""
     num_tokens = 60 if subject.quick else 200
@@ -216,7 +255,8 @@ def start(report: Report, subject: Subject) -> None:
 
 
 PARTS: dict[str, Callable[[Report, Subject], None]] = {
-    part.__name__: part for part in (decode, precision, prefill, clients, stall, memory, start)
+    part.__name__: part
+    for part in (decode, precision, prefill, clients, daemons, llama_cpp, stall, memory, start)
 }
 
 
@@ -237,6 +277,8 @@ def main() -> None:
             checkpoint.name,
             model,
             checkpoint.folder,
+            int(checkpoint.config.num_hidden_layers),
+            int(checkpoint.config.vocab_size),
             options.threads,
             options.quick,
             tuple(options.contexts),

@@ -13,11 +13,12 @@ from corolla.model.adapters import Overlay
 from corolla.model.attention import Batch, Segment
 from corolla.model.batch import Policy
 from corolla.model.checkpoint import open_checkpoint
-from corolla.model.engine import Engine, cut
+from corolla.model.engine import Engine
 from corolla.model.failures import explain
 from corolla.model.parking import IDLE_S, PATIENCE_S
 from corolla.model.pool import PAGE_TOKENS, Memory, PageCopy, PageMove
 from corolla.model.span import Span
+from corolla.model.steps import cut
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.messages import Message
 from corolla.protocol.steps import NEW_ROW, Reply, Row
