@@ -83,6 +83,9 @@ def main() -> None:
             for message in waiting(inbox, for_s=grace_s):
                 engine.handle(message)
         engine.run()
+        if engine.lost is not None:
+            connection.send(Failed.of(0, engine.lost))
+            leave(1, str(engine.lost))
 
 
 Inbox = queue.SimpleQueue[Message]

@@ -104,6 +104,7 @@ class Engine:
         self._num_tokens = 0
         self._rhythm = Rhythm()
         self._last_beat = (time.monotonic(), 0)
+        self.lost: CorollaError | None = None  # why the device computes no more; then this process should end
 
     @property
     def is_idle(self) -> bool:
@@ -274,7 +275,10 @@ class Engine:
                 self._fail(ask.request, problem)
             return
         for ask, answer in zip(asks, answers, strict=True):
-            self._send(Failed.of(ask.request, answer) if isinstance(answer, CorollaError) else answer)
+            if isinstance(answer, CorollaError):
+                self._fail(ask.request, answer)
+            else:
+                self._send(answer)
 
     def _run_turn(self, request: int) -> None:
         """One block of a training request; its answer, once it is through."""
@@ -377,6 +381,9 @@ class Engine:
         explained = explain(problem)
         if explained is not problem:
             logger.error("request %d failed", request, exc_info=problem)
+        if explained.code is Code.DEVICE_LOST:  # this request fails with all others, when the process ends
+            self.lost = explained
+            return
         self._send(Failed.of(request, explained))
 
 

@@ -86,7 +86,7 @@ class Loaded:
 def load(ask: Configure, report: Report) -> Loaded:
     """Load what was asked for.
 
-    Raises `BAD_CONFIG`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
+    Raises `BAD_CONFIG`, `DEVICE_LOST`, `BLOCKS_OUT_OF_RANGE`, `DOES_NOT_FIT`, `OUT_OF_MEMORY`, and what
     `open_checkpoint` and `Span.load` raise.
     """
     device = choose_device(ask.device)
@@ -137,7 +137,7 @@ def load(ask: Configure, report: Report) -> Loaded:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; `auto` is the first GPU, or the CPU. Raises `BAD_CONFIG`."""
+    """The device of this name; `auto` is the first GPU, or the CPU. Raises `BAD_CONFIG`, `DEVICE_LOST`."""
     num_gpus = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda:0" if num_gpus else "cpu")
@@ -149,7 +149,7 @@ def choose_device(name: str) -> torch.device:
         ) from problem
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise error(
-            Code.BAD_CONFIG,
+            Code.DEVICE_LOST,
             f"device {name}, but torch sees {num_gpus} GPUs here",
             "choose cpu, or install a torch built for your GPU",
         )

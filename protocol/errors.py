@@ -50,6 +50,7 @@ class Code(StrEnum):
     DAMAGED_WEIGHTS = "damaged_weights"
     OUT_OF_MEMORY = "out_of_memory"
     WORKER_LOST = "worker_lost"
+    DEVICE_LOST = "device_lost"
     INTERNAL = "internal"
     # the swarm's weather
     NO_SWARM = "no_swarm"
@@ -142,7 +143,8 @@ _USER: Final = (
 )  # fmt: skip
 _LOCAL: Final = (
     Code.DOES_NOT_FIT, Code.STATE_IN_USE, Code.PORT_TAKEN, Code.NO_DAEMON, Code.UNREADABLE, Code.DISK_FULL,
-    Code.DAMAGED_WEIGHTS, Code.OUT_OF_MEMORY, Code.WORKER_LOST, Code.INTERNAL,
+    Code.DAMAGED_WEIGHTS, Code.OUT_OF_MEMORY, Code.WORKER_LOST, Code.DEVICE_LOST,
+    Code.INTERNAL,
 )  # fmt: skip
 _PEER: Final = (
     Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.BAD_RECORD, Code.WRONG_SWARM, Code.BAD_ANSWER,

@@ -105,6 +105,7 @@ class Worker:
         self._silence_s = silence_s
         self._backoff_s = backoff_s
         self._ready: Ready | None = None
+        self._has_served = False
         self._loading: Loading | None = None
         self._beat: Beat | None = None
         self._heard_at = 0.0  # the last beat, and the last one that told of progress
@@ -215,7 +216,7 @@ class Worker:
             while True:
                 began = trio.current_time()
                 problem = await self._live()
-                if problem.code in _PERMANENT:
+                if self._is_permanent(problem):
                     _log.error("worker_failed", worker=self.number, problem=str(problem))
                     self._enter(WorkerState.FAILED, problem)
                     return
@@ -226,6 +227,12 @@ class Worker:
                 await trio.sleep(pause_s)
                 self.restarts += 1
         self._enter(WorkerState.FAILED if self._refusal else WorkerState.STOPPED, self._refusal)
+
+    def _is_permanent(self, problem: CorollaError) -> bool:
+        """Would another attempt be in vain? A device that was there may come back, with another driver say."""
+        if problem.code is Code.DEVICE_LOST:
+            return not self._has_served
+        return problem.code in _PERMANENT
 
     def stop(self) -> None:
         """End the process and `run`."""
@@ -281,6 +288,7 @@ class Worker:
                 self._heard_at = self._progressed_at = now
             case Ready():
                 self._ready = message
+                self._has_served = True
                 self._heard_at = self._progressed_at = now
                 self._enter(WorkerState.ONLINE, None)
                 _log.info(

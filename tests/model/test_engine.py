@@ -424,6 +424,20 @@ def test_a_defect_is_internal_and_the_session_goes_on(desk: Desk, caplog: pytest
     assert desk.step(2, [(0, 2, 1)], [3]) == [6]
 
 
+def test_a_lost_device_ends_the_worker_and_no_request_alone(desk: Desk) -> None:
+    def broken(batch: Batch) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
+
+    desk.open(B)
+    desk.blocks.before_pass = broken
+    desk.ask(1, [(NEW_ROW, 0, 1)], [1], session=A)
+    desk.ask(1, [(NEW_ROW, 0, 1)], [1], session=B)
+    assert desk.run() == {}  # they fail with the process: their sessions go on elsewhere
+    assert desk.engine.lost is not None
+    assert desk.engine.lost.code is Code.DEVICE_LOST
+    assert "unspecified launch failure" in desk.engine.lost.message
+
+
 def test_a_failed_part_of_a_prefill_undoes_the_parts_before_it(desk: Desk) -> None:
     desk.open(tokens=256)
     desk.step(1, [(NEW_ROW, 0, 2)], [1, 2])
@@ -678,6 +692,11 @@ def test_a_cut_of_segments_is_counted_over_all_of_them() -> None:
             Code.OUT_OF_MEMORY,
         ),
         (RuntimeError("std::bad_alloc"), Code.OUT_OF_MEMORY),
+        (RuntimeError("No CUDA GPUs are available"), Code.DEVICE_LOST),
+        (RuntimeError("HIP error: an illegal memory access was encountered"), Code.DEVICE_LOST),
+        (RuntimeError("CUDA error: invalid configuration argument"), Code.INTERNAL),
+        (torch.OutOfMemoryError("CUDA out of memory"), Code.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory"), Code.OUT_OF_MEMORY),
         (RuntimeError("shapes differ\nmore"), Code.INTERNAL),
         (CorollaError(Code.BUSY, "later"), Code.BUSY),
     ],

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 from corolla.protocol.errors import Code, error
 from corolla.protocol.framing import FrameParser
@@ -50,6 +51,9 @@ def main() -> None:
 
 
 def begin(connection: socket.socket, habit: str) -> None:
+    if habit.startswith("gone") or (Path(habit).is_absolute() and Path(habit).exists()):
+        say(connection, Failed.of(0, error(Code.DEVICE_LOST, "torch sees 0 GPUs here")))
+        sys.exit(1)
     if habit == "unknown":
         say(connection, Failed.of(0, error(Code.UNKNOWN_MODEL, "no model is called so", "call it otherwise")))
         sys.exit(1)
@@ -84,6 +88,10 @@ def answer(connection: socket.socket, message: Message, habit: str, waiting: lis
     elif isinstance(message, Compute):
         if habit == "dies":
             os._exit(9)
+        if Path(habit).is_absolute():
+            Path(habit).touch()  # the device is gone, and stays so until this is
+            say(connection, Failed.of(0, error(Code.DEVICE_LOST, "the device is lost")))
+            sys.exit(1)
         if habit == "babbles":
             connection.sendall(b"\x00\x00\x00\x04\x00\x00\x00\x00oops")
         if habit == "boasts":

@@ -141,6 +141,26 @@ async def test_a_worker_that_cannot_load_fails_for_good() -> None:
         assert worker.status().error["code"] == "unknown_model"
 
 
+async def test_a_device_that_vanishes_is_told_and_served_again_when_it_is_back(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    async with a_worker(str(gone)) as worker:
+        await worker.wait_ready()
+        assert (await problem_of(worker.submit(compute(1)))).code is Code.WORKER_LOST
+        await until(worker, lambda: worker.restarts >= 2)
+        assert worker.state is WorkerState.LOADING
+        assert worker.status().error["code"] == "device_lost"
+        gone.unlink()
+        await worker.wait_ready()
+        assert worker.status().error is None
+
+
+async def test_a_device_that_was_never_there_fails_for_good() -> None:
+    async with a_worker("gone") as worker:
+        await until(worker, lambda: worker.state is WorkerState.FAILED)
+        assert worker.status().error["code"] == "device_lost"
+        assert worker.restarts == 0
+
+
 async def test_the_last_words_of_a_worker_are_reported() -> None:
     async with a_worker("stumbles") as worker:
         await until(worker, lambda: worker.problem is not None)
