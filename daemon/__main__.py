@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from .. import __version__
-from ..protocol.errors import CorollaError, Exit, exit_code
+from ..protocol.errors import Code, CorollaError, Exit, exit_code
 from ..protocol.places import (
     SERVICE_CONFIG,
     user_cache_folder,
@@ -29,6 +29,10 @@ from .store import Store, open_store
 
 if TYPE_CHECKING:
     from .reloading import Sources
+
+# What another start would not cure ends with a code after which the service manager makes none; see the unit's
+# RestartPreventExitStatus.
+_HOPELESS: Final = {Code.UNREADABLE: Exit.PERMISSION, Code.UNKNOWN_MODEL: Exit.USAGE}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -93,7 +97,7 @@ def main(config: Path | None, check_config: bool, **flags: Any) -> None:
             run(config or _usual_config(), given)
     except CorollaError as problem:
         click.echo(f"corollad: {problem}", err=True)
-        sys.exit(exit_code(problem.code))
+        sys.exit(_HOPELESS.get(problem.code, exit_code(problem.code)))
     except ModuleNotFoundError as problem:
         click.echo(f"corollad: {problem}: install it with pip install 'corolla[daemon,worker]'", err=True)
         sys.exit(Exit.ERROR)

@@ -404,6 +404,12 @@ class Lending:
             self._load_s[worker.number] = trio.current_time() - self._load_began.pop(worker.number)
             if self._profiles is not None:
                 self._profiles.note(worker.ready, self._load_s[worker.number])
+        elif (
+            worker.ready is not None
+            and self._profiles is not None
+            and self._has_drifted(worker.ready, worker)
+        ):
+            self._profiles.note(worker.ready, 0.0)
         if worker.number in self._beside and worker.state is WorkerState.FAILED:
             return  # there is no memory for both: `move` goes on without it
         if worker.problem is not None and worker.state is WorkerState.FAILED:
@@ -418,6 +424,11 @@ class Lending:
             self._on_event(f"worker_{worker.state.value}", self._describe(worker))
         self._told[worker.number] = worker.state.value
         self._announce(worker)
+
+    def _has_drifted(self, ready: Ready, worker: Worker) -> bool:
+        """Does it compute at another speed than when it was last heard?"""
+        before = self._served.get(worker.number)
+        return before is not None and before.decode_tokens_per_s != ready.decode_tokens_per_s
 
     def _note_weights(self, worker: Worker, ready: Ready) -> None:
         """Tell when a worker that started again found other weights: the swarm knows them as another model."""

@@ -22,12 +22,13 @@ from .. import __version__
 from ..protocol.control import privacy_words
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.settings import Applied
-from ..protocol.views import Status
+from ..protocol.views import Status, WorkerStatus
 from .belonging import Belonging, Terms
 from .config import Config, rules_of, with_settings
 from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
+from .health import reach_words, wrong_with
 from .identity import load_identity
 from .inviting import Inviting
 from .lending import Lending
@@ -304,6 +305,7 @@ class Node:
         belonging = self.belonging
         roll = belonging.membership.roll if belonging is not None else None
         token = belonging.token() if belonging is not None else ""
+        workers = self.lending.statuses()
         state = "idle" if not self.place.is_wanted else "joining" if belonging is None else "online"
         return Status(
             version=__version__,
@@ -317,7 +319,7 @@ class Node:
             join_command=f"daemonctl join {token}" if token else None,
             num_peers=len(belonging.membership.members()) if belonging is not None else 0,
             addresses=belonging.network.addresses() if belonging is not None else (),
-            workers=self.lending.statuses(),
+            workers=workers,
             num_sessions=self._num_sessions,
             resident_bytes=_resident_bytes(),
             pid=os.getpid(),
@@ -328,6 +330,9 @@ class Node:
             invited=roll is not None and roll.charter is not None,
             owner=roll is not None and roll.is_owner,
             training=self.jobs.views(trio.current_time()),
+            num_users_served=belonging.hops.num_clients if belonging is not None else 0,
+            reach=reach_words(belonging.network.reach()) if belonging is not None else "",
+            health=self._health(workers),
         )
 
     def _status_line(self) -> str:
@@ -336,6 +341,12 @@ class Node:
         place = f"in swarm {status.swarm} with {status.num_peers} peers" if status.swarm else status.state
         spans = [f"{w.model} {w.start}:{w.end} {w.state}" for w in status.workers if not w.ends]
         return "; ".join([place, *spans, *([status.hint] if status.hint else [])])
+
+    def _health(self, workers: tuple[WorkerStatus, ...]) -> tuple[str, ...]:
+        """What is wrong, if anything."""
+        ours = (self.store.problem, self.place.problem, self.reloading.problem)
+        doubts = (self.inviting.hint(), self.place.doubt, self.weights.excess)
+        return wrong_with(workers, [*(str(problem) for problem in ours if problem), *filter(None, doubts)])
 
     def _hint(self) -> str | None:
         """What to do next, if anything."""

@@ -1,15 +1,15 @@
 """How fast this machine was found to be: kept on disk by device, model, precision and version.
 
-The worker measures itself on its real blocks at each start, and we take the time that loading takes; this
-remembers both per block, so that a span that is only planned has a speed and a price already; and how fast the
-machine's line is. A measurement that
-differs much from what was remembered is told and replaces it. It measures nothing itself.
+The worker measures itself on its real blocks at each start, and again when what it computes has become faster or
+slower by much; we take the time that loading takes. This remembers both per block, so that a span that is only
+planned has a speed and a price already, and how fast the machine's line is. A measurement that differs much from
+what was remembered is told and replaces it. It measures nothing itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 from ..protocol.errors import CorollaError
@@ -25,11 +25,14 @@ DEFAULT_LOAD_S: Final = 2.0  # of a block nobody here has loaded yet
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Per block: tokens/s of decoding one row and of prefill through a single block, seconds to load. 0: unknown."""
+    """Per block: tokens/s of decoding one row, of prefill, and of decoding several rows (loaded), through a single
+    block; seconds to load. launches_per_s: of the whole machine; see `Ready`. 0: unknown."""
 
     decode_tokens_per_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     load_s: float = 0.0
+    loaded_tokens_per_s: float = 0.0
+    launches_per_s: float = 0.0
 
     def speed_of(self, num_blocks: int) -> float:
         """Tokens per second of decoding through so many blocks."""
@@ -63,6 +66,8 @@ class Profiles:
             ready.decode_tokens_per_s * num_blocks or before.decode_tokens_per_s,
             ready.prefill_tokens_per_s * num_blocks or before.prefill_tokens_per_s,
             load_s / num_blocks or before.load_s,
+            ready.loaded_tokens_per_s * num_blocks or before.loaded_tokens_per_s,
+            ready.launches_per_s or before.launches_per_s,
         )
         old, new = before.decode_tokens_per_s, now.decode_tokens_per_s
         if old and new and not 1 / DRIFT <= new / old <= DRIFT:
@@ -86,8 +91,7 @@ class Profiles:
 
     def _save(self) -> None:
         content: dict[str, list[float]] = {
-            key: [profile.decode_tokens_per_s, profile.prefill_tokens_per_s, profile.load_s]
-            for key, profile in self._profiles.items()
+            key: list(astuple(profile)) for key, profile in self._profiles.items()
         }
         content[LINE] = [self.line.up_bytes_per_s, self.line.down_bytes_per_s]
         try:
@@ -99,8 +103,7 @@ class Profiles:
 def _profile(value: Any) -> Profile:
     """What a file says, if it makes sense."""
     try:
-        decode, prefill, load_s = (max(0.0, float(number)) for number in value)
-        return Profile(decode, prefill, load_s)
+        return Profile(*(max(0.0, float(number)) for number in value))  # earlier versions wrote fewer
     except (TypeError, ValueError):
         return Profile()
 

@@ -54,6 +54,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state = self._load()
+        self.problem: CorollaError | None = None  # of the last attempt to remember something
 
     def update(self, **changes: Any) -> None:
         """Change what is remembered, on disk first. Raises `DISK_FULL`, `UNREADABLE`."""
@@ -169,7 +170,9 @@ class Store:
             scratch.replace(path)
         except OSError as problem:
             scratch.unlink(missing_ok=True)
-            raise unusable(path, problem) from problem
+            self.problem = unusable(path, problem)
+            raise self.problem from problem
+        self.problem = None
 
 
 def migrated(

@@ -76,7 +76,7 @@ class Weights:
         self._in_use = in_use
         self._on_event = on_event
         self._stirred = trio.Event()
-        self._was_over = False
+        self.excess: str | None = None  # in words, if weights in use take more than they may
         self.size_bytes = 0  # at the last look
 
     async def run(self) -> None:
@@ -103,11 +103,12 @@ class Weights:
             told = f"{folder.path.name}, {folder.size_bytes / 1e9:.1f} GB, was least recently used"
             self._on_event("weights_evicted", told)
         self.size_bytes = sum(folder.size_bytes for folder in folders if folder not in gone)
-        is_over = self.size_bytes > limit
-        if is_over and not self._was_over:
-            told = f"weights in use take {self.size_bytes / 1e9:.1f} GB, {limit / 1e9:.1f} are allowed: disk_bytes"
-            self._on_event("disk_limit", told)
-        self._was_over = is_over
+        was_over, self.excess = self.excess is not None, None
+        if self.size_bytes > limit:
+            size, allowed = f"{self.size_bytes / 1e9:.1f} GB", f"{limit / 1e9:.1f}"
+            self.excess = f"weights in use take {size}, {allowed} are allowed: disk_bytes"
+        if self.excess is not None and not was_over:
+            self._on_event("disk_limit", self.excess)
 
 
 def survey(cache_folder: Path, in_use: Collection[str] = ()) -> tuple[Folder, ...]:

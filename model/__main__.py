@@ -21,16 +21,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ..protocol.errors import CorollaError
 from ..protocol.framing import FrameParser
 from ..protocol.limits import MAX_LOCAL_HEADER_BYTES, MAX_LOCAL_PAYLOAD_BYTES
 from ..protocol.messages import Message, encode
-from ..protocol.work import TO_WORKER, Configure, Failed, Loading
+from ..protocol.work import TO_WORKER, Configure, Failed, Loading, Ready
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .profile import Watch
 
 logger = logging.getLogger("corolla.worker")
 
@@ -101,6 +104,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
     from .failures import explain
     from .generation import Generations
     from .loading import load as load_parts
+    from .profile import Watch
 
     if configure.threads:
         torch.set_num_threads(configure.threads)
@@ -113,6 +117,7 @@ def load(configure: Configure, connection: Connection) -> Engine:
         connection.send(Failed.of(0, explained))
         leave(1, f"loading failed: {explained}")
     generations = Generations(loaded.ends, loaded.end_tokens) if loaded.ends is not None else None
+    ready = loaded.ready()
     policy = Policy.of(loaded.speed.decode_tokens_per_s, loaded.speed.prefill_tokens_per_s)
     engine = Engine(
         loaded.span,
@@ -124,9 +129,17 @@ def load(configure: Configure, connection: Connection) -> Engine:
         num_host_pages=loaded.num_host_pages,
         grouping=loaded.grouping,
         depends_on_length=loaded.span is not None and loaded.span.depends_on_length,
+        on_decode=partial(report_drift, Watch(ready.decode_tokens_per_s), ready, connection),
     )
-    connection.send(loaded.ready())
+    connection.send(ready)
     return engine
+
+
+def report_drift(watch: Watch, ready: Ready, connection: Connection, took_s: float, context: int) -> None:
+    """Say `Ready` again once the device computes much faster or slower than was told."""
+    now = watch.note(took_s, context)
+    if now is not None:
+        connection.send(replace(ready, decode_tokens_per_s=now))
 
 
 def waiting(inbox: Inbox, *, for_s: float) -> Iterator[Message]:

@@ -81,14 +81,18 @@ class Engine:
         num_host_pages: int = 0,
         grouping: Grouping | None = None,
         depends_on_length: bool = False,
+        on_decode: Callable[[float, int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """num_pages, num_host_pages, grouping: of the span's cache, on the device and in host memory.
 
+        on_decode: told of each pass of one token alone through the whole span: seconds, tokens before it.
         depends_on_length: see `Sessions`.
         """
         self._span = span
         self._clock = clock
+        self._on_decode = on_decode
+        self._alone: int | None = None  # tokens before the only one of the pass that runs
         self._generations = generations
         self._send = send
         blocks = (span.start, span.end) if span else (0, 0)
@@ -167,7 +171,10 @@ class Engine:
         if chosen is not None:
             began = self._clock()
             self._run_pass(chosen)
-            self._rhythm.passed(began, self._clock())
+            ended = self._clock()
+            self._rhythm.passed(began, ended)
+            if self._alone is not None and self._on_decode is not None:
+                self._on_decode(ended - began, self._alone)
 
     @singledispatchmethod
     def _handle(self, message: Message) -> None:
@@ -354,6 +361,10 @@ class Engine:
             offset += part.num
         inputs = [step.input_of(part) for part, step in running]
         batch = Batch(tuple(segments))
+        is_alone = (
+            batch.num_tokens == 1 and blocks == (self._blocks().start, self._blocks().end) and not overlays
+        )
+        self._alone = max(segment.start for segment in segments) if is_alone else None
         output = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
         if batch.num_tokens:
             output = self._blocks().forward(output, batch, blocks, overlays)

@@ -12,7 +12,7 @@ import torch
 
 from ..protocol.errors import Code, CorollaError, error
 
-# What torch's allocator for CPUs, the C++ library, and CUDA outside torch's allocator say; all come as plain RuntimeErrors.
+# What torch's allocator for CPUs, the C++ library, and CUDA outside torch's allocator say; all as RuntimeErrors.
 _NO_MEMORY: Final = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory")
 # After these nothing more can be computed by this process, on that device at least.
 _DEVICE_LOST: Final = (

@@ -80,6 +80,8 @@ class Loaded:
             decode_tokens_per_s=self.speed.decode_tokens_per_s,
             prefill_tokens_per_s=self.speed.prefill_tokens_per_s,
             folder=str(self.folder),
+            loaded_tokens_per_s=self.speed.loaded_tokens_per_s,
+            launches_per_s=self.speed.launches_per_s,
         )
 
 

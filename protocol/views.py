@@ -13,7 +13,12 @@ from .tensors import DType
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker of this daemon. state: loading, online, failed or stopped."""
+    """One worker of this daemon. state: loading, online, failed or stopped.
+
+    As it measured itself on its own blocks: tokens_per_s of decoding one row, loaded_tokens_per_s of several rows
+    together, prefill_tokens_per_s; launches_per_s: so many operations its host can give the device; 0 is unknown.
+    now_tokens_per_s: what it computes at the moment.
+    """
 
     worker: int
     state: str
@@ -34,6 +39,10 @@ class WorkerStatus:
     progress: float = 1.0  # of loading, 0 to 1
     error: Plain = None
     stage: str = ""  # of loading: `installing …` what workers run in, `fetching`, `converting`, `loading`
+    now_tokens_per_s: float = 0.0
+    loaded_tokens_per_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    launches_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,11 @@ class LineView:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The daemon in one screen. state: idle (no swarm), joining, online or stopping."""
+    """The daemon in one screen. state: idle (no swarm), joining, online or stopping.
+
+    num_sessions: of this machine's users; num_users_served: other members who have a session on our workers now.
+    reach: how others come to us, in words. health: what is wrong, in words; nothing if all is well.
+    """
 
     version: str
     state: str
@@ -100,6 +113,9 @@ class Status:
     invited: bool = False  # whether others enter the swarm by invitation alone
     owner: bool = False  # whether this daemon makes these invitations
     training: tuple[TrainingView, ...] = ()
+    num_users_served: int = 0
+    reach: str = ""
+    health: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

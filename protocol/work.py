@@ -394,8 +394,10 @@ class Loading(Message):
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
-    """The worker serves. tokens_per_s: decode and prefill speed measured on its own blocks at start.
+    """The worker serves. tokens_per_s: measured on its own blocks: decode of one row, prefill, and (loaded)
+    decode of several rows at once. launches_per_s: operations that its host can give the device.
 
+    Said again when what it computes turns out to be faster or slower than that by much.
     folder: where the weights lie on this machine, as a Hugging Face folder.
     """
 
@@ -411,6 +413,8 @@ class Ready(Message):
     decode_tokens_per_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     folder: str = ""
+    loaded_tokens_per_s: float = 0.0
+    launches_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

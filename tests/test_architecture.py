@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,13 @@ def test_no_assert_guards_input() -> None:
                 node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)
             ]
             assert not found, f"{path.relative_to(ROOT)}:{found}"
+
+
+def test_the_wheel_is_told_of_every_package() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for folder in FOLDERS for path in modules(folder)}
+    names = {".".join(("corolla", *folder.relative_to(ROOT).parts)) for folder in folders}
+    assert set(told) == {"corolla", *names}
 
 
 @pytest.mark.long

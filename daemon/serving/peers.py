@@ -199,6 +199,11 @@ class HopService:
         """Sessions open on one worker."""
         return sum(key[2] == worker for key in self._places)
 
+    @property
+    def num_clients(self) -> int:
+        """Members who have a session here."""
+        return len({key[0] for key in self._places})
+
     async def wait_idle(self, worker: int | None = None) -> None:
         """Wait until nobody has a session here, or none on one worker."""
         while self._places if worker is None else self.num_sessions(worker):

@@ -205,6 +205,10 @@ class Worker:
             stage=loading.stage if loading is not None and ready is None else "",
             progress=1.0 if ready is not None else (loading.done_bytes / total if loading and total else 0.0),
             error=self.problem.to_wire() if self.problem is not None else None,
+            now_tokens_per_s=beat.tokens_per_s if beat is not None else 0.0,
+            loaded_tokens_per_s=ready.loaded_tokens_per_s if ready is not None else 0.0,
+            prefill_tokens_per_s=ready.prefill_tokens_per_s if ready is not None else 0.0,
+            launches_per_s=ready.launches_per_s if ready is not None else 0.0,
         )
 
     # its life

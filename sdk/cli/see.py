@@ -35,10 +35,13 @@ def _show_status(view: Status, output: Output) -> None:
             ("peer", view.peer),
             ("socket", view.socket),
             ("state folder", view.state_folder),
+            ("health", "well" if not view.health else view.health[0]),
+            *(("", problem) for problem in view.health[1:]),
             ("addresses", ", ".join(view.addresses) or "none"),
+            ("reach", view.reach or "in no swarm"),
             ("peers", str(view.num_peers)),
             ("sessions", str(view.num_sessions)),
-            ("lending", view.lending),
+            ("lending", f"{view.lending}, to {_users(view.num_users_served)} now"),
             ("for others", _contribution(view)),
             ("line", _line(view)),
             ("running", f"{duration(view.uptime_s)}, {num_bytes(view.resident_bytes)}, pid {view.pid}"),
@@ -57,6 +60,10 @@ def _show_status(view: Status, output: Output) -> None:
         output.say("to let another machine join, ask the swarm's owner: daemonctl invite")
     if view.hint:
         output.say(f"hint: {view.hint}")
+
+
+def _users(count: int) -> str:
+    return f"{count or 'no'} other user{'' if count == 1 else 's'}"
 
 
 def _contribution(view: Status) -> str:
@@ -95,6 +102,10 @@ def _worker(worker: WorkerStatus) -> str:
     ]
     if worker.state == "online":
         parts.append(f"{worker.sessions} sessions")
+        if worker.tokens_per_s:
+            parts.append(
+                f"{worker.now_tokens_per_s:.0f} tokens/s now, {worker.tokens_per_s:.0f} for one alone"
+            )
         if worker.cache_tokens:
             parts.append(f"room for {worker.free_tokens} of {worker.cache_tokens} tokens")
         parts.append(num_bytes(worker.weight_bytes) + " of weights")

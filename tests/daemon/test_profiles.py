@@ -75,6 +75,13 @@ def test_a_drift_is_told_and_replaces_what_was_remembered(tmp_path: Path) -> Non
         assert profiles.of(READY).decode_tokens_per_s == 12.0
 
 
+def test_speed_under_load_and_the_hosts_pace_are_kept_too(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        measured = replace(READY, loaded_tokens_per_s=50.0, launches_per_s=1e5)
+        Profiles(store, "1", silent).note(measured, 6.0)
+        assert Profiles(store, "1", silent).of(READY) == Profile(40.0, 800.0, 1.5, 200.0, 1e5)
+
+
 def test_the_oldest_profiles_are_forgotten(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         profiles = Profiles(store, "1", silent)

@@ -105,7 +105,7 @@ def test_an_unknown_key_of_a_config_file_is_named_with_the_closest_one(tmp_path:
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     code, line = corollad(tmp_path, "--config", str(tmp_path / "none.toml"))
-    assert code == Exit.ERROR
+    assert code == Exit.PERMISSION
     assert line == f"no configuration file {tmp_path / 'none.toml'} (check its name)"
 
 
@@ -126,14 +126,14 @@ def test_what_the_daemon_may_not_read_is_named(tmp_path: Path, what: str) -> Non
     hidden = file if what == "config" else state
     hidden.chmod(0)
     code, line = corollad(tmp_path, "--config", str(file), before=WEAK)
-    assert code == Exit.ERROR
+    assert code == Exit.PERMISSION
     assert str(hidden) in line
     assert "Permission denied" in line
 
 
 def test_a_model_that_is_no_folder_is_named(tmp_path: Path) -> None:
     code, line = corollad(tmp_path, "--model", str(tmp_path / "none"))
-    assert code == Exit.ERROR
+    assert code == Exit.USAGE
     assert f"{str(tmp_path / 'none')!r} is no folder" in line
 
 

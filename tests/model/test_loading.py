@@ -12,7 +12,7 @@ from corolla.model.checkpoint import Checkpoint, open_checkpoint
 from corolla.model.families import Skeleton
 from corolla.model.loading import choose_device, fitting, free_bytes, load, make_plan
 from corolla.model.pool import PAGE_TOKENS
-from corolla.model.profile import Speed, measure
+from corolla.model.profile import Speed, Watch, measure
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.tensors import DType
 from corolla.protocol.work import Configure, ModelSource, SourceKind
@@ -134,7 +134,7 @@ def test_memory_for_not_even_a_block_is_refused(checkpoint: Checkpoint) -> None:
         ({"start": 3, "end": 2}, Code.BLOCKS_OUT_OF_RANGE),
         ({"quantization": "int9"}, Code.BAD_CONFIG),
         ({"device": "abacus"}, Code.BAD_CONFIG),
-        ({"device": "cuda:99"}, Code.BAD_CONFIG),
+        ({"device": "cuda:99"}, Code.DEVICE_LOST),
         ({"device": "meta"}, Code.BAD_CONFIG),
     ],
 )
@@ -198,8 +198,9 @@ def test_a_slow_span_is_measured_by_one_pass(checkpoint: Checkpoint) -> None:
     span = load(configure(checkpoint, cache_tokens=256), lambda stage, done, total: None).span
     assert span is not None
     before = span.num_blocks_computed
-    assert measure(span, Ticks(10.0)) == Speed(decode_tokens_per_s=0.1, prefill_tokens_per_s=12.8)
-    assert span.num_blocks_computed == before + 2 * NUM_BLOCKS
+    speed = measure(span, Ticks(10.0))
+    assert speed == Speed(0.1, 12.8, loaded_tokens_per_s=0.8, launches_per_s=100)
+    assert span.num_blocks_computed == before + 3 * NUM_BLOCKS
 
 
 def test_a_fast_span_is_measured_for_a_moment_only(checkpoint: Checkpoint) -> None:
@@ -209,7 +210,23 @@ def test_a_fast_span_is_measured_for_a_moment_only(checkpoint: Checkpoint) -> No
     speed = measure(span, Ticks(0.01))
     assert speed.decode_tokens_per_s == pytest.approx(100)
     assert speed.prefill_tokens_per_s == pytest.approx(6400)
-    assert span.num_blocks_computed - before < 2 * NUM_BLOCKS * 40
+    assert speed.loaded_tokens_per_s == pytest.approx(800)
+    assert span.num_blocks_computed - before < 3 * NUM_BLOCKS * 40
+
+
+def test_a_speed_that_drifts_is_measured_again() -> None:
+    watch = Watch(100.0)
+
+    def passes(took_s: float, context: int = 10) -> list[float]:
+        told = [watch.note(took_s, context) for _ in range(256)]
+        return [speed for speed in told if speed is not None]
+
+    assert passes(0.011) == []  # with what a pass costs beyond its blocks: the yardstick
+    assert passes(0.012) == []
+    assert passes(0.05, context=4000) == []  # a long text takes longer by itself
+    assert passes(0.022) == [50.0]
+    assert passes(0.022) == []
+    assert passes(0.011) == [100.0]
 
 
 def test_files_that_change_while_they_are_loaded_are_refused(tmp_path: Path) -> None:

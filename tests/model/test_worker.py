@@ -251,6 +251,8 @@ def test_a_worker_tells_what_it_serves_and_how_fast(
     assert ready.weight_bytes > 0
     assert ready.decode_tokens_per_s > 0
     assert ready.prefill_tokens_per_s > 0
+    assert ready.loaded_tokens_per_s > 0
+    assert ready.launches_per_s > 0
     assert ready.facts.num_blocks == NUM_BLOCKS
     assert ready.facts.hidden_size == HIDDEN_SIZE
 

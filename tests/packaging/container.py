@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Container:
 
 
 def make_root(folder: Path) -> None:
-    """A minimal Debian 12 with systemd."""
-    packages = "systemd,systemd-sysv,dbus,procps"
+    """A minimal Debian 12 with systemd, and with rpm beside dpkg."""
+    packages = "systemd,systemd-sysv,dbus,procps,rpm"
     subprocess.run(
         ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(folder)],
         stdout=subprocess.DEVNULL,
@@ -61,10 +61,16 @@ def make_root(folder: Path) -> None:
     )
 
 
+def copy_root(fresh: Path, folder: Path) -> None:
+    """Another root like it; files are shared where the file system can."""
+    subprocess.run(["cp", "--archive", "--reflink=auto", str(fresh), str(folder)], check=True)
+
+
 @contextmanager
-def booted(folder: Path) -> Iterator[Container]:
-    """The system in `folder`, running."""
+def booted(folder: Path, seen: Mapping[Path, str] | None = None) -> Iterator[Container]:
+    """The system in `folder`, running. seen: folders of this machine → where they are to be read inside."""
     command = ["systemd-nspawn", "-q", "-D", str(folder), "--register=no", "--keep-unit"]
+    command += [f"--bind-ro={outside}:{inside}" for outside, inside in (seen or {}).items()]
     nspawn = subprocess.Popen(
         [*command, "--private-network", "--pipe", "-b"],
         stdin=subprocess.DEVNULL,

@@ -1,22 +1,16 @@
-"""The .deb as a volunteer meets it: installed, started, stopped, misconfigured, removed, purged."""
+"""The packages as a volunteer meets them: installed, started, stopped, misconfigured, removed, purged."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import corolla
-
-from .container import Container, booted, make_root, why_not
-
-ROOT = Path(corolla.__file__).parent
-UNIT = ROOT / "packaging/service/corollad.service"
+from .container import Container, why_not
 
 pytestmark = [
     pytest.mark.long,
@@ -24,20 +18,8 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 
-
-@pytest.fixture(scope="module")
-def package() -> Path:
-    subprocess.run([ROOT / "packaging/package", "deb"], check=True, capture_output=True)
-    (package,) = (ROOT / "build/dist").glob(f"corolla_{corolla.__version__}_*.deb")
-    return package
-
-
-@pytest.fixture
-def debian(tmp_path: Path, package: Path) -> Iterator[Container]:
-    make_root(tmp_path / "root")
-    shutil.copy(package, tmp_path / "root/corolla.deb")
-    with booted(tmp_path / "root") as container:
-        yield container
+RPM = ("rpm", "--force-debian", "--nodeps")  # its dependencies go by other names here
+OURS = ("/usr/lib/corolla", "/usr/bin/corollad", "/usr/bin/daemonctl", "/var/cache/corolla", "/run/corolla")
 
 
 def status_of(debian: Container) -> dict[str, Any]:
@@ -46,12 +28,30 @@ def status_of(debian: Container) -> dict[str, Any]:
     return status
 
 
-def test_the_package_is_installed_started_stopped_and_removed(debian: Container) -> None:
-    debian.run("dpkg", "-i", "/corolla.deb")
+def shown(debian: Container, *properties: str) -> list[str]:
+    """Properties of the service."""
+    lines = debian.run("systemctl", "show", "corollad").splitlines()
+    values = dict(line.partition("=")[::2] for line in lines)
+    return [values[name] for name in properties]
 
-    assert debian.run("systemctl", "is-active", "corollad").strip() == "active"
-    shown = debian.run("systemctl", "show", "corollad", "-p", "StatusText")
-    assert "not in a swarm: daemonctl join TOKEN" in shown
+
+@pytest.fixture
+def install(debian: Container, deb: Path) -> Callable[[], None]:
+    """Installs the .deb, or installs it again."""
+    shutil.copy(deb, debian.folder / "corolla.deb")
+
+    def install() -> None:
+        debian.run("dpkg", "-i", "/corolla.deb")
+
+    return install
+
+
+def is_running_and_remembers_its_swarm(debian: Container) -> None:
+    """Found a swarm, start again, stop."""
+    assert shown(debian, "ActiveState") == ["active"]
+    assert (
+        "not in a swarm: daemonctl join TOKEN" in shown(debian, "StatusText")[0]
+    )  # as systemctl status shows it
     debian.run("daemonctl", "swarm", "create", "bees")
     peer = status_of(debian)["peer"]
 
@@ -59,53 +59,111 @@ def test_the_package_is_installed_started_stopped_and_removed(debian: Container)
     status = status_of(debian)
     assert (status["peer"], status["swarm"]) == (peer, "bees")
 
+    debian.run("systemctl", "reload", "corollad")
+    assert shown(debian, "ActiveState", "NRestarts") == ["active", "0"]
+
     debian.run("systemctl", "stop", "corollad")
-    assert "Result=success" in debian.run("systemctl", "show", "corollad", "-p", "Result")
+    assert shown(debian, "Result") == ["success"]
     assert debian.exit_code("daemonctl", "status") == 3
 
-    debian.run("dpkg", "-r", "corolla")
-    assert debian.has("/var/lib/corolla")  # the owner's identity and memberships
-    assert debian.has("/etc/corolla/config.toml")
-    for path in ("/usr/lib/corolla", "/usr/bin/corollad", "/var/cache/corolla", "/run/corolla"):
+
+def is_gone_but_for_the_owners_data(debian: Container) -> None:
+    assert debian.has("/var/lib/corolla/identity.pem")
+    for path in (*OURS, "/etc/systemd/system/multi-user.target.wants/corollad.service"):
         assert not debian.has(path), path
     assert debian.exit_code("pgrep", "-u", "corolla") == 1
+
+
+def test_the_deb_is_installed_started_stopped_and_removed(
+    debian: Container, install: Callable[[], None]
+) -> None:
+    install()
+    is_running_and_remembers_its_swarm(debian)
+    debian.run("dpkg", "-r", "corolla")
+    is_gone_but_for_the_owners_data(debian)
+    assert debian.has("/etc/corolla/config.toml")
+
+    install()  # its owner thinks better of it
+    assert status_of(debian)["swarm"] == "bees"
 
     debian.run("dpkg", "-P", "corolla")
     assert not debian.has("/var/lib/corolla")
     assert not debian.has("/etc/corolla")
+    assert debian.exit_code("id", "corolla") == 1
 
 
-def test_a_wrong_configuration_is_told_once_and_not_tried_over_and_over(debian: Container) -> None:
-    debian.run("dpkg", "-i", "/corolla.deb")
-    debian.run("systemctl", "stop", "corollad")
+def test_the_rpm_is_installed_started_updated_and_removed(debian: Container, rpm: Path) -> None:
+    shutil.copy(rpm, debian.folder / "corolla.rpm")
+    needed = debian.run(*RPM[:2], "-qp", "--requires", "/corolla.rpm").split("\n")
+    assert [line for line in needed if "glibc >=" in line]
+    assert {"systemd", "shadow-utils"} <= set(needed)
+
+    debian.run(*RPM, "-i", "/corolla.rpm")
+    assert debian.run("stat", "-c", "%U:%G %a", "/etc/corolla/config.toml").strip() == "root:corolla 640"
+    assert debian.run("stat", "-c", "%U:%G %a", "/var/lib/corolla").strip() == "corolla:corolla 700"
+    assert debian.run(*RPM[:2], "-qc", "corolla").strip() == "/etc/corolla/config.toml"
+    is_running_and_remembers_its_swarm(debian)
+
+    debian.run(*RPM, "-U", "--force", "/corolla.rpm")
+    assert shown(debian, "ActiveState", "UnitFileState") == ["inactive", "enabled"]  # as its owner left it
+    debian.run("systemctl", "start", "corollad")
     with (debian.folder / "etc/corolla/config.toml").open("a") as file:
-        file.write('modell = "x"\n')
+        file.write("threads = 1\n")
+    debian.run(*RPM, "-U", "--force", "/corolla.rpm")
+    assert status_of(debian)["swarm"] == "bees"
+    assert (debian.folder / "etc/corolla/config.toml").read_text().endswith("threads = 1\n")
 
+    debian.run(*RPM, "-e", "corolla")
+    is_gone_but_for_the_owners_data(debian)
+    assert debian.has("/etc/corolla/config.toml.rpmsave")
+
+
+def test_what_no_other_start_would_cure_is_told_once_and_not_tried_over_and_over(
+    debian: Container, install: Callable[[], None]
+) -> None:
+    install()
+    debian.run("systemctl", "stop", "corollad")
+    settings = debian.folder / "etc/corolla/config.toml"
+    right = settings.read_text()
+    settings.write_text(right + 'modell = "x"\n')
+    fails_for_good(debian, "2", "unknown key 'modell'")
+
+    settings.write_text(right)
+    (debian.folder / "var/lib/corolla/state.json").write_text("{")
+    fails_for_good(debian, "4", "state.json is damaged")
+
+
+def fails_for_good(debian: Container, status: str, reason: str) -> None:
     assert debian.exit_code("systemctl", "start", "corollad") != 0
-
-    shown = debian.run("systemctl", "show", "corollad", "-p", "NRestarts", "-p", "ExecMainStatus")
-    assert "NRestarts=0" in shown
-    assert "ExecMainStatus=2" in shown
-    assert "unknown key 'modell'" in debian.run("journalctl", "-u", "corollad", "--no-pager")
+    assert shown(debian, "ActiveState", "NRestarts", "ExecMainStatus") == ["failed", "0", status]
+    assert reason in debian.run("journalctl", "-u", "corollad", "--no-pager")
 
 
-def test_an_update_keeps_identity_and_swarm_and_a_changed_configuration(debian: Container) -> None:
-    debian.run("dpkg", "-i", "/corolla.deb")
+def test_an_update_leaves_the_service_as_its_owner_had_it(
+    debian: Container, install: Callable[[], None]
+) -> None:
+    install()
     debian.run("daemonctl", "swarm", "create", "bees")
     peer = status_of(debian)["peer"]
     with (debian.folder / "etc/corolla/config.toml").open("a") as file:
         file.write("threads = 1\n")
 
-    debian.run("dpkg", "-i", "/corolla.deb")
-
+    install()
     status = status_of(debian)
     assert (status["peer"], status["swarm"]) == (peer, "bees")
     assert (debian.folder / "etc/corolla/config.toml").read_text().endswith("threads = 1\n")
 
+    debian.run("systemctl", "disable", "--now", "corollad")
+    install()
+    assert shown(debian, "ActiveState", "UnitFileState") == ["inactive", "disabled"]
 
-def test_the_unit_is_in_order_and_closed(debian: Container) -> None:
-    debian.run("dpkg", "-i", "/corolla.deb")
+
+def test_the_unit_is_in_order_and_closed(debian: Container, install: Callable[[], None]) -> None:
+    install()
     assert debian.run("systemd-analyze", "verify", "/usr/lib/systemd/system/corollad.service").strip() == ""
+    user_unit = "/usr/lib/systemd/user/corollad.service"
+    assert debian.run("systemd-analyze", "verify", "--user", user_unit).strip() == ""
     report = debian.run("systemd-analyze", "security", "corollad.service")
-    exposure = float(report.rsplit("corollad.service:", 1)[1].split()[0])
-    assert exposure <= 2.0
+    last = report.rsplit("corollad.service:", 1)[1].split()
+    print(f"systemd-analyze security: {' '.join(last[:2])}")
+    assert float(last[0]) <= 2.0

@@ -292,6 +292,25 @@ def test_setting_a_value_says_when_it_counts(ctl: Ctl, fake: FakeDaemon) -> None
     assert answer["applied"]["now"] == ["hours"]
 
 
+def test_status_says_in_one_screen_how_it_is_and_whom_it_serves(ctl: Ctl, fake: FakeDaemon) -> None:
+    worker = WorkerStatus(
+        0, "online", "tiny", 0, 4, DType.FLOAT32, sessions=3, tokens_per_s=20.0, now_tokens_per_s=45.0
+    )
+    view = replace(fake.status(), workers=(worker,), num_users_served=2, reach="private: through 2 relays")
+    fake.handlers["status"] = lambda c, call: view
+    said = ctl("status").out
+    for words in (
+        "health        well",
+        "reach         private: through 2 relays",
+        "yes, to 2 other users now",
+        "3 sessions, 45 tokens/s now, 20 for one alone",
+    ):
+        assert words in said
+    fake.handlers["status"] = lambda c, call: replace(view, health=("no room on the disk", "a wrong clock"))
+    said = ctl("status").out
+    assert "health        no room on the disk\n                a wrong clock\n" in said
+
+
 def test_status_says_what_a_worker_is_doing_until_it_serves(ctl: Ctl, fake: FakeDaemon) -> None:
     loading = WorkerStatus(0, "loading", "tiny", 0, 4, progress=0.25, stage="installing torch")
     fake.handlers["status"] = lambda c, call: replace(
