@@ -70,11 +70,10 @@ def status() -> Any:
 def test_a_daemon_in_a_container_joins_and_is_the_same_after_it_was_made_anew(
     podman: None, packages: Path, fresh_root: Path
 ) -> None:
-    tar = subprocess.Popen(["tar", "-C", fresh_root, "-c", "."], stdout=subprocess.PIPE)
-    subprocess.run(
-        ["podman", "import", "--quiet", "-", BASE], stdin=tar.stdout, check=True, capture_output=True
-    )
-    assert tar.wait() == 0
+    pack, take = ["tar", "-C", str(fresh_root), "-c", "."], ["podman", "import", "--quiet", "-", BASE]
+    with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
+        subprocess.run(take, stdin=tar.stdout, check=True, capture_output=True)
+    assert tar.returncode == 0
     build = the_line("podman build")
     run(*build[:2], "--network=host", "--build-arg", f"BASE={BASE}", *build[2:])
     line = the_line("podman run")
