@@ -170,6 +170,7 @@ class Engine:
         chosen = self._scheduler.next(self._steps.blocked)
         if chosen is not None:
             began = self._clock()
+            self._alone = None
             self._run_pass(chosen)
             ended = self._clock()
             self._rhythm.passed(began, ended)
