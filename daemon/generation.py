@@ -16,7 +16,8 @@ import trio
 
 from ..protocol.control import Generate, Generated, Piece
 from ..protocol.errors import Code, CorollaError, error
-from ..protocol.steps import NEW_ROW, Reply, Row
+from ..protocol.limits import PREFIX_PAGE_TOKENS
+from ..protocol.steps import NEW_ROW, Chain, Reply, Row
 from ..protocol.tensors import Encoding
 from ..protocol.work import (
     BeginGeneration,
@@ -33,7 +34,7 @@ from .serving.port import WorkerPort
 from .session.client import Session
 from .session.events import SessionEvent
 from .session.machine import Statistics
-from .session.prefix import Prefix, prefix_of, root
+from .session.prefix import Prefix, names_of, prefix_of, root
 from .sessions import DEFAULT_ENCODING, Wanted, find_model, opened
 from .training.parts import Adapter
 
@@ -69,6 +70,7 @@ class Generation:
         """secret: of the user, by which hops know again what they computed for him; empty is nobody's."""
         self._belonging = belonging
         self._secret = secret
+        self._root = b""  # of the names of its pages; empty where none are named
         self._lender = lender
         self._request = request
         self._emit = emit
@@ -134,23 +136,36 @@ class Generation:
         finally:
             ends.end()
 
+    def _keep(self, session: Session, going: tuple[int, ...]) -> None:
+        """Offer hops what they computed of texts that have ended: the next turn of a chat begins with them."""
+        if not self._root:
+            return
+        rows = []
+        for text in (self._texts[row] for row in going):
+            num_pages = (text.length - 1) // PREFIX_PAGE_TOKENS if text.finish is not None else 0
+            rows.append(Chain(names_of(self._secret, self._root, (*text.prompt, *text.tokens), num_pages)))
+        if any(row.names for row in rows):
+            session.keep(tuple(rows))
+
     def _prefix(self, facts: ModelFacts, begun: Begun, going: tuple[int, ...]) -> Prefix:
         """What the text begins with, as hops may know it from an earlier one; several texts have none."""
-        if len(going) != 1 or not self._secret:
+        if not self._secret:
+            return Prefix()
+        parts = self._adapter.of(facts, 0, facts.num_blocks)
+        self._root = root(self._secret, facts.fingerprint, self._encoding, parts)
+        if len(going) != 1:
             return Prefix()
         row, token_bytes = going[0], self._encoding.token_bytes(facts.hidden_size)
-        parts = self._adapter.of(facts, 0, facts.num_blocks)
-        start = root(self._secret, facts.fingerprint, self._encoding, parts)
         tokens, inputs = _of_row(begun, row, token_bytes)
-        return prefix_of(self._secret, start, tokens, inputs, token_bytes)
+        return prefix_of(self._secret, self._root, tokens, inputs, token_bytes)
 
     def _note_prompts(self, begun: Begun, max_tokens: int) -> tuple[int, ...]:
         """Take up the rows; those that have tokens to come."""
         generated = self._request.generated or (TokenRow(()),) * len(begun.tokens)
         for row, old in zip(begun.tokens, generated, strict=True):
-            num_prompt_tokens = len(row.ids) - len(old.ids)
-            limit = min(max_tokens, num_prompt_tokens + self._request.max_new_tokens)
-            self._texts.append(_Text(num_prompt_tokens, limit, list(old.ids)))
+            prompt = row.ids[: len(row.ids) - len(old.ids)]
+            limit = min(max_tokens, len(prompt) + self._request.max_new_tokens)
+            self._texts.append(_Text(prompt, limit, list(old.ids)))
         for text in self._texts:
             if text.length >= text.max_tokens:  # a generation resumed at its very end
                 text.finish = "length"
@@ -163,6 +178,8 @@ class Generation:
             for chosen in sampled.chosen:
                 await self._give(chosen)
             left = tuple(row for row in going if self._texts[row].finish is None)
+            if len(left) < len(going):
+                self._keep(session, going)
             if not left:
                 return
             step = tuple(Row(going.index(row), self._texts[row].length - 1, 1) for row in left)
@@ -199,16 +216,21 @@ class Generation:
 class _Text:
     """What one row gave out so far. max_tokens: prompt and text together."""
 
-    num_prompt_tokens: int
+    prompt: tuple[int, ...]
     max_tokens: int
     tokens: list[int]
     text: str = ""
     finish: str | None = None
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and text."""
-        return self.num_prompt_tokens + len(self.tokens)
+        return len(self.prompt) + len(self.tokens)
 
 
 class _Ends:

@@ -31,6 +31,7 @@ from ..protocol.work import (
     Failed,
     Forward,
     HoldPart,
+    NamePages,
     OpenCache,
     Restore,
     Restored,
@@ -208,6 +209,10 @@ class Engine:
         self._sessions.get(ask.session)
         self._drop_steps(ask.session)
         self._send(Restored(ask.request, self._sessions.restore(ask)))
+
+    @_handle.register
+    def _name(self, ask: NamePages) -> None:
+        self._sessions.name_pages(ask)
 
     @_handle.register
     def _close(self, ask: CloseCache) -> None:

@@ -111,9 +111,9 @@ class SessionPages:
         for group, table in zip(self._groups, pages, strict=True):
             group.adopt(step_id, table)
 
-    def first_row(self, index: int) -> tuple[int, ...] | None:
-        """The full page at this place of the first row, in each group of blocks; None if one has let go of it."""
-        pages = tuple(group.page_of_first_row(index) for group in self._groups)
+    def full_page(self, index: int, row: int = 0) -> tuple[int, ...] | None:
+        """The full page at this place of a row, in each group of blocks; None if one has let go of it."""
+        pages = tuple(group.full_page(index, row) for group in self._groups)
         return None if GONE in pages else pages
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:

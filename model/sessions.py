@@ -14,7 +14,7 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_STEP_TOKENS
 from ..protocol.steps import NEW_ROW, PREFIX_STEP
 from ..protocol.tensors import Encoding
-from ..protocol.work import Compute, OpenCache, Restore
+from ..protocol.work import Compute, NamePages, OpenCache, Restore
 from .groups import Grouping
 from .pages import Applied, SessionPages
 from .parking import EVICTION_PATIENCE_S, PATIENCE_S, Expectation, Parked, Resident, Room, View, make_room
@@ -25,7 +25,7 @@ from .tables import ROLLBACK_TOKENS
 
 @dataclass(slots=True)
 class Session:
-    """One session on this worker. last_step: the step after which the live rows stand; 0 is none.
+    """One session on this worker. max_tokens: of a row. last_step: the step after which the live rows stand; 0 is none.
 
     num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds.
     place: where its pages are; since: when it came there. is_gone: it was evicted, and its client does not know yet
@@ -38,6 +38,7 @@ class Session:
     encoding: Encoding
     pages: SessionPages
     num_most: int
+    max_tokens: int
     opened_at: float
     last_step: int = 0
     place: Memory = Memory.DEVICE
@@ -115,7 +116,9 @@ class Sessions:
         num_most = self._num_most(ask.max_rows, ask.max_tokens)
         self._check_room(ask, num_most)
         pages = SessionPages(self._pool, ask.max_rows, ask.max_tokens, self._grouping.windows)
-        session = Session(ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, now_s)
+        session = Session(
+            ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, ask.max_tokens, now_s
+        )
         self._open[ask.session] = session
         if ask.prefix and ask.max_rows == 1:
             self._begin_with_prefix(session, ask)
@@ -160,6 +163,15 @@ class Sessions:
         step.session.used_at = now_s
         self._name_pages(step.session)
 
+    def name_pages(self, ask: NamePages) -> None:
+        """Keep pages for later sessions, if the rows stand after the step that is meant, and on the device."""
+        session = self._open.get(ask.session)
+        if session is None or session.last_step != ask.step_id or session.is_amid:
+            return
+        if session.place is Memory.DEVICE:
+            for row, chain in enumerate(ask.rows):
+                self._keep(session, row, self._own_names(chain.names, session.max_tokens))
+
     def restore(self, ask: Restore) -> tuple[int, ...]:
         """Set the rows back as asked; the tokens that each row of the base still has."""
         session = self.get(ask.session)
@@ -199,9 +211,7 @@ class Sessions:
         return Begun(session, ask, applied, step_before, lengths_before)
 
     def _begin_with_prefix(self, session: Session, ask: OpenCache) -> None:
-        session.names = ask.prefix
-        if self._depends_on_length:
-            session.names = tuple(name + ask.max_tokens.to_bytes(8) for name in ask.prefix)
+        session.names = self._own_names(ask.prefix, ask.max_tokens)
         found = self._prefixes.longest(session.names, ask.max_tokens // self._pool.page_tokens)
         if found:
             session.pages.adopt(PREFIX_STEP, found)
@@ -209,17 +219,27 @@ class Sessions:
             session.num_named = len(found[0])
             session.used_at = session.since = session.opened_at
 
+    def _own_names(self, names: tuple[bytes, ...], max_tokens: int) -> tuple[bytes, ...]:
+        if not self._depends_on_length:
+            return names
+        return tuple(name + max_tokens.to_bytes(8) for name in names)
+
     def _name_pages(self, session: Session) -> None:
         """Keep the pages of a session's prefix that are full now under their names."""
+        if session.num_named < len(session.names):
+            session.num_named += self._keep(session, 0, session.names, session.num_named)
+
+    def _keep(self, session: Session, row: int, names: tuple[bytes, ...], first: int = 0) -> int:
+        """Keep a row's full pages from a place on, under their names; how many there are."""
         fresh: dict[bytes, tuple[int, ...]] = {}
-        for place in range(session.num_named, len(session.names)):
-            pages = session.pages.first_row(place)
+        for place in range(first, len(names)):
+            pages = session.pages.full_page(place, row)
             if pages is None:
                 break
-            fresh[session.names[place]] = pages
+            fresh[names[place]] = pages
         if fresh:
-            session.num_named += len(fresh)
-            self._prefixes.keep(session.names[: session.num_named], fresh)
+            self._prefixes.keep(names[: first + len(fresh)], fresh)
+        return len(fresh)
 
     def _finds_room(
         self, session: Session, num_wanted: int, now_s: float, working: Collection[bytes]

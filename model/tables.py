@@ -111,9 +111,9 @@ class Tables:
         self._live = (_CachedRow(pages, length, length),)
         self._remember(step_id)
 
-    def page_of_first_row(self, index: int) -> int:
-        """`GONE` where it is not full, or not held any more."""
-        row = self._live[0] if self._live else None
+    def full_page(self, index: int, row_index: int) -> int:
+        """The page at this place of a row; `GONE` where it is not full, or not held any more."""
+        row = self._live[row_index] if row_index < len(self._live) else None
         if row is None or (index + 1) * self._pool.page_tokens > row.length:
             return GONE
         return row.pages[index]

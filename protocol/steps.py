@@ -92,6 +92,12 @@ def check_prefix(names: tuple[bytes, ...]) -> None:
         raise ValueError(f"names of a prefix's pages that have not {PREFIX_NAME_BYTES} bytes each")
 
 
+def check_chains(rows: tuple[Chain, ...]) -> None:
+    """Raise ValueError unless these may be the names of several rows' pages."""
+    check_range("number of rows", len(rows), 0, MAX_ROWS)
+    check_range("number of pages", sum(len(row.names) for row in rows), 0, MAX_PREFIX_PAGES)
+
+
 def _check_session(session: bytes) -> None:
     if len(session) != SESSION_ID_BYTES:
         raise ValueError(f"session id of {len(session)} bytes, expected {SESSION_ID_BYTES}")
@@ -200,6 +206,35 @@ class Where(Message):
     session: bytes
     epoch: int
     step_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Names for one row's first full pages, as in `OpenSession.prefix`."""
+
+    names: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_prefix(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepPages(Message):
+    """Keep what was computed of these pages for sessions that will begin with them: a text, with its answer.
+
+    rows: of each row of step `step_id`, in its order. A hop whose rows stand elsewhere by now lets it be, and so
+    may any other: it is an offer, and nobody answers.
+    """
+
+    KIND: ClassVar[str] = "keep"
+    session: bytes
+    epoch: int
+    step_id: int
+    rows: tuple[Chain, ...]
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        check_chains(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +412,7 @@ def check_payload(rows: tuple[Row, ...], payload: bytes, token_bytes: int) -> No
 
 
 SESSION: Final = Vocabulary(
-    OpenSession, LinkHop, Replay, Where, CloseSession, Step,
+    OpenSession, LinkHop, Replay, Where, KeepPages, CloseSession, Step,
     Opened, Linked, Receipt, At, Result, Replayed, Failure,
 )  # fmt: skip
 PUSH: Final = Vocabulary(Attach, Attached, Step, Failure)

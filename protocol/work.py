@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from .errors import CorollaError, error_from_wire
 from .limits import MAX_BLOCKS, MAX_POSITION, MAX_ROWS
 from .messages import Message, Plain, Vocabulary, check_range
-from .steps import Reply, Row, check_prefix, check_rows
+from .steps import Chain, Reply, Row, check_chains, check_prefix, check_rows
 from .tensors import DType, Encoding
 from .training import Dropout, Sequence, check_micro_batch
 
@@ -161,6 +161,19 @@ class Restore(Message):
     session: bytes
     base_step: int
     lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamePages(Message):
+    """Keep full pages of a session under these names, as `steps.KeepPages` says. Not answered."""
+
+    KIND: ClassVar[str] = "name"
+    session: bytes
+    step_id: int
+    rows: tuple[Chain, ...]
+
+    def __post_init__(self) -> None:
+        check_chains(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +480,7 @@ class Failed(Message):
 
 
 TO_WORKER: Final = Vocabulary(
-    Configure, OpenCache, Compute, Restore, CloseCache, Forward, Backward, HoldPart, BeginGeneration, Sample,
+    Configure, OpenCache, Compute, Restore, NamePages, CloseCache, Forward, Backward, HoldPart, BeginGeneration, Sample,
     EndGeneration,
 )  # fmt: skip
 FROM_WORKER: Final = Vocabulary(Loading, Ready, Beat, Done, Restored, Gradients, Begun, Sampled, Failed)

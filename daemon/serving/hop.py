@@ -91,6 +91,10 @@ class HopSession:
         """Hidden states of all tokens that the session may hold."""
         return self.opened.max_rows * self.opened.max_tokens * self._token_bytes
 
+    def stands_after(self, epoch: int, step_id: int) -> bool:
+        """Whether the rows are those after a step of this wiring, and nothing has come since."""
+        return epoch == self.epoch and step_id == self._last_step and not self._under_way
+
     # the wiring
 
     def adopt(self, num_tokens: int, sent: bytes) -> None:

@@ -24,6 +24,7 @@ from ...protocol.work import (
     Forward,
     Gradients,
     HoldPart,
+    NamePages,
     OpenCache,
     Ready,
     Restore,
@@ -33,7 +34,7 @@ from ...protocol.work import (
 )
 
 Request: TypeAlias = OpenCache | Compute | Restore | BeginGeneration | Sample | Forward | Backward | HoldPart
-Notice: TypeAlias = CloseCache | EndGeneration
+Notice: TypeAlias = CloseCache | EndGeneration | NamePages
 Answer: TypeAlias = Done | Restored | Begun | Sampled | Gradients
 
 # The one kind of answer that each request has; another is a defect of the worker.

@@ -54,10 +54,21 @@ class SessionPrefix:
     """
 
     def __init__(self, sent: SentPrefixes, client: str, opened: OpenSession, *, keeps: bool) -> None:
-        self.names = _own_names(client, opened) if opened.max_rows == 1 else ()
+        self._key = _key(client, opened)
         self._sent = sent
+        self.names = self.own(opened.prefix) if opened.max_rows == 1 else ()
         self._keeps = keeps
         self._num_kept = 0  # pages of this session
+
+    def own(self, names: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Names that the client says, made its own."""
+        return tuple(blake2b(name, digest_size=PREFIX_NAME_BYTES, key=self._key).digest() for name in names)
+
+    def keep(self, history: History, rows: Sequence[Sequence[bytes]]) -> None:
+        """Keep what was sent of pages of any rows. rows: their own names, of each row's first pages."""
+        if self._keeps and len(rows) <= len(history.lengths):
+            for row, names in enumerate(rows):
+                self._keep(history, row, names, 0)
 
     def beginning(self, held_tokens: int) -> tuple[int, bytes]:
         """With how many tokens the session may begin, and what was sent of them. held_tokens: by the worker."""
@@ -70,21 +81,27 @@ class SessionPrefix:
 
     def note(self, history: History) -> None:
         """Keep what was sent of pages that are full now."""
-        if not self._keeps or len(history.lengths) != 1:
-            return
-        (length,), (first,) = history.lengths, history.first_positions()
-        while self._num_kept < len(self.names):
-            start = self._num_kept * PREFIX_PAGE_TOKENS
-            end = start + PREFIX_PAGE_TOKENS
-            if end > length or start < first:
-                return
-            parts = history.read((start,), (end,), PREFIX_PAGE_TOKENS)
-            self._sent.keep(self.names[self._num_kept], b"".join(part.payload for part in parts))
-            self._num_kept += 1
+        if self._keeps and len(history.lengths) == 1 and self._num_kept < len(self.names):
+            self._num_kept += self._keep(history, 0, self.names, self._num_kept)
+
+    def _keep(self, history: History, row: int, names: Sequence[bytes], first_page: int) -> int:
+        """Keep pages of a row from one on; how many there were in a row."""
+        lengths, oldest = history.lengths, history.first_positions()[row]
+        num_kept = 0
+        for place in range(first_page, len(names)):
+            start, end = place * PREFIX_PAGE_TOKENS, (place + 1) * PREFIX_PAGE_TOKENS
+            if end > lengths[row] or start < oldest:
+                break
+            starts = tuple(start if index == row else length for index, length in enumerate(lengths))
+            ends = tuple(end if index == row else length for index, length in enumerate(lengths))
+            parts = history.read(starts, ends, PREFIX_PAGE_TOKENS)
+            self._sent.keep(names[place], b"".join(part.payload for part in parts))
+            num_kept += 1
+        return num_kept
 
 
-def _own_names(client: str, opened: OpenSession) -> tuple[bytes, ...]:
-    """Names that no other client can say, for pages of just these blocks, computed and sent just so."""
+def _key(client: str, opened: OpenSession) -> bytes:
+    """Makes names that no other client can say, for pages of just these blocks, computed and sent just so."""
     scope = [
         client,
         opened.fingerprint,
@@ -92,5 +109,4 @@ def _own_names(client: str, opened: OpenSession) -> tuple[bytes, ...]:
         str((opened.worker, opened.start, opened.end)),
     ]
     scope += [part.hex() for part in opened.parts]
-    key = blake2b("\n".join(scope).encode()).digest()
-    return tuple(blake2b(name, digest_size=PREFIX_NAME_BYTES, key=key).digest() for name in opened.prefix)
+    return blake2b("\n".join(scope).encode()).digest()

@@ -18,8 +18,8 @@ import trio
 from ...protocol.errors import Code, CorollaError, error, error_from_wire
 from ...protocol.limits import MAX_STEPS_IN_FLIGHT, MIB, OPEN_TIMEOUT_S
 from ...protocol.messages import Message
-from ...protocol.steps import Attach, Failure, Hop, LinkHop, Opened, Replay, Step, Where
-from ...protocol.work import CloseCache, Compute, Done, OpenCache, Restore, Restored
+from ...protocol.steps import Attach, Chain, Failure, Hop, KeepPages, LinkHop, Opened, Replay, Step, Where
+from ...protocol.work import CloseCache, Compute, Done, NamePages, OpenCache, Restore, Restored
 from ..network.seam import Network, Stream
 from .hop import HopSession, Verdict
 from .line import Line
@@ -228,6 +228,17 @@ class Served:
                 self.say(self.hop.where(message))
             case Replay():
                 self._replay(message)
+            case KeepPages():
+                self._keep_pages(message)
+
+    def _keep_pages(self, message: KeepPages) -> None:
+        """Late, or early, it is let be: row numbers would mean other rows."""
+        if self._jobs or not self._has_cache or not self.hop.stands_after(message.epoch, message.step_id):
+            return
+        rows = tuple(self._prefix.own(row.names) for row in message.rows)
+        self._prefix.keep(self.hop.history, rows)
+        named = tuple(Chain(names) for names in rows)
+        self.worker.tell(NamePages(self._cache_id, message.step_id, named))
 
     async def take(self, step: Step, sender: Hop | None) -> Failure | None:
         """A step came, from the client (sender None) or from another hop; gives the answer to a stale one."""

@@ -33,6 +33,7 @@ from ...protocol.work import (
     Forward,
     HoldPart,
     ModelFacts,
+    NamePages,
     OpenCache,
     Ready,
     Restore,
@@ -148,14 +149,20 @@ class _Cache:
         kept = {step: rows for step, rows in self._tables.items() if ask.committed <= step <= ask.step_id}
         self._tables = {**kept, ask.step_id: self._rows}
         if self.ask.max_rows == 1:
-            self._keep_prefix()
+            self._keep_prefix(0, self.ask.prefix)
         return _answered(outputs, ask.reply)
 
-    def _keep_prefix(self) -> None:
-        for page, name in enumerate(self.ask.prefix, 1):
+    def name_pages(self, notice: NamePages) -> None:
+        """As `work.NamePages` says."""
+        if self._tables.get(notice.step_id) is self._rows:
+            for row, chain in enumerate(notice.rows):
+                self._keep_prefix(row, chain.names)
+
+    def _keep_prefix(self, row: int, names: tuple[bytes, ...]) -> None:
+        for page, name in enumerate(names, 1):
             length = page * PREFIX_PAGE_TOKENS
-            if length <= self.lengths[0]:
-                self._prefixes.setdefault(name, tuple(chain[:length] for chain in self._rows[0]))
+            if length <= self.lengths[row]:
+                self._prefixes.setdefault(name, tuple(chain[:length] for chain in self._rows[row]))
 
     def restore(self, base_step: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """As `work.Restore` says."""
@@ -326,6 +333,9 @@ class WorkerTwin:
 
     def tell(self, notice: Notice) -> None:
         match notice:
+            case NamePages():
+                if notice.session in self._caches:
+                    self._caches[notice.session].name_pages(notice)
             case CloseCache():
                 self._drop_steps(notice.session)
                 self._caches.pop(notice.session, None)

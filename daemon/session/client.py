@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from ...protocol.errors import Code, CorollaError, error, error_from_wire
 from ...protocol.messages import Message
-from ...protocol.steps import Hop, Reply, Row
+from ...protocol.steps import Chain, Hop, Reply, Row
 from ..network.seam import Network
 from . import events as ev
 from .deadlines import Settings
@@ -165,6 +165,11 @@ class Session:
         """
         ticket = self._num_tickets
         return await self._wait(ticket, ev.Disputed(ticket, problem))
+
+    def keep(self, rows: tuple[Chain, ...]) -> None:
+        """Offer hops these pages of the rows as they stand, for later sessions that begin so. Asks for no answer."""
+        if self._problem is None:
+            self._feed(ev.KeepRequested(rows))
 
     def events(self) -> Events:
         """What happens from now on: repairs, waiting, changes of precision."""

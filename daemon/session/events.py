@@ -13,7 +13,7 @@ from typing import Any
 
 from ...protocol.errors import CorollaError
 from ...protocol.messages import Message
-from ...protocol.steps import Hop, OpenSession, Reply, Row
+from ...protocol.steps import Chain, Hop, OpenSession, Reply, Row
 from .wiring import Route, RouteRequest
 
 # events
@@ -32,6 +32,13 @@ class StepRequested:
     rows: tuple[Row, ...]
     payload: bytes
     reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRequested:
+    """Hops may keep these pages of the rows, as they stand now, for later sessions. Not answered."""
+
+    rows: tuple[Chain, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class CloseRequested:
 Event = (
     OpenRequested
     | StepRequested
+    | KeepRequested
     | Disputed
     | RouteFound
     | RouteMissing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ...protocol.messages import Message
-from ...protocol.steps import LinkHop, OpenSession, Replay, Step
+from ...protocol.steps import Chain, KeepPages, LinkHop, OpenSession, Replay, Step
 from .history import Part as HistoryPart
 from .pipeline import Part
 from .replays import ReplayPlan
@@ -27,6 +27,11 @@ def opening(terms: Terms, place: RouteHop) -> OpenSession:
         terms.parts_of(place.start, place.end),
         terms.prefix.names,
     )
+
+
+def keeping(terms: Terms, epoch: int, committed: int, rows: tuple[Chain, ...]) -> KeepPages:
+    """What a hop may keep of the rows after the last step."""
+    return KeepPages(terms.session, epoch, committed, rows)
 
 
 def lacking(terms: Terms, place: RouteHop, missing: frozenset[str]) -> tuple[tuple[int, bytes], ...]:

@@ -31,6 +31,7 @@ from ...protocol.steps import (
 )
 from ...protocol.training import missing_parts
 from ..swarm.blame import HEAVY, LIGHT
+from . import letters
 from .ascent import Ascent, Phase
 from .events import (
     Action,
@@ -41,6 +42,7 @@ from .events import (
     Event,
     HopLost,
     HopSaid,
+    KeepRequested,
     Kind,
     OpenRequested,
     PartsPut,
@@ -132,6 +134,12 @@ class SessionMachine(Ascent):
             self._do(Refuse(event.ticket, problem))
             return
         self._send_steps()
+
+    def _on_keep_requested(self, event: KeepRequested) -> None:
+        if self._phase is Phase.RUNNING and self._pipeline.is_idle:
+            letter = letters.keeping(self._terms, self._epoch, self._pipeline.committed, event.rows)
+            for member in self._roster:
+                self._send(member, letter)
 
     def _on_disputed(self, event: Disputed) -> None:
         answered_by = self._pipeline.undo(event.ticket)
@@ -451,6 +459,7 @@ class SessionMachine(Ascent):
 _EVENTS: Final[dict[type, Callable[[SessionMachine, Any], None]]] = {
     OpenRequested: SessionMachine._on_open_requested,
     StepRequested: SessionMachine._on_step_requested,
+    KeepRequested: SessionMachine._on_keep_requested,
     Disputed: SessionMachine._on_disputed,
     RouteFound: SessionMachine._on_route_found,
     RouteMissing: SessionMachine._on_route_missing,

@@ -37,17 +37,22 @@ def root(secret: bytes, fingerprint: str, encoding: Encoding, parts: Sequence[by
     return blake2b(said.encode(), digest_size=PREFIX_NAME_BYTES, key=secret).digest()
 
 
+def names_of(secret: bytes, start: bytes, tokens: Sequence[int], num_pages: int) -> tuple[bytes, ...]:
+    """The names of a text's first pages, for which it has tokens enough. start: from `root`."""
+    names = []
+    name = start
+    for page in range(min(num_pages, MAX_PREFIX_PAGES)):
+        first = page * PREFIX_PAGE_TOKENS
+        text = b"".join(token.to_bytes(8) for token in tokens[first : first + PREFIX_PAGE_TOKENS])
+        name = blake2b(name + text, digest_size=PREFIX_NAME_BYTES, key=secret).digest()
+        names.append(name)
+    return tuple(names)
+
+
 def prefix_of(secret: bytes, start: bytes, tokens: Sequence[int], inputs: bytes, token_bytes: int) -> Prefix:
     """The full pages of a prompt, of which at least the last token is left to compute.
 
     start: from `root`. inputs: hidden states of all tokens, of token_bytes each.
     """
-    num_pages = min((len(tokens) - 1) // PREFIX_PAGE_TOKENS, MAX_PREFIX_PAGES)
-    names = []
-    name = start
-    for page in range(num_pages):
-        first = page * PREFIX_PAGE_TOKENS
-        text = b"".join(token.to_bytes(8) for token in tokens[first : first + PREFIX_PAGE_TOKENS])
-        name = blake2b(name + text, digest_size=PREFIX_NAME_BYTES, key=secret).digest()
-        names.append(name)
-    return Prefix(tuple(names), inputs[: num_pages * PREFIX_PAGE_TOKENS * token_bytes])
+    names = names_of(secret, start, tokens, (len(tokens) - 1) // PREFIX_PAGE_TOKENS)
+    return Prefix(names, inputs[: len(names) * PREFIX_PAGE_TOKENS * token_bytes])

@@ -6,7 +6,7 @@ Time is a mock clock that jumps. Nothing here decides anything: it is the daemon
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -152,7 +152,7 @@ class EndsTwin:
         return self.worker
 
 
-def whole_text(prompt: bytes, num_tokens: int) -> tuple[int, ...]:
+def whole_text(prompt: Iterable[int], num_tokens: int) -> tuple[int, ...]:
     """The greedy tokens after a prompt, by the whole model of hashes."""
     inputs = [embedding(token, TOKEN_BYTES) for token in prompt]
     tokens: list[int] = []

@@ -9,6 +9,7 @@ import pytest
 import trio.testing
 
 from corolla.daemon.training.parts import Adapter
+from corolla.protocol.work import Sampling, TokenRow
 
 from .members import NUM_BLOCKS, whole_text
 from .test_generation import User, user
@@ -113,6 +114,34 @@ async def test_kills_amid_a_text_that_began_from_a_prefix_change_no_token(killed
         assert someone.tokens() == whole_text(SECOND.encode(), 6)
         assert answer.num_repairs >= 1
         assert answer.num_prefix_tokens == KNOWN
+
+
+async def test_the_next_turn_of_a_chat_begins_with_what_the_swarm_wrote() -> None:
+    async with user((0, 1), (1, 2), (2, NUM_BLOCKS)) as someone:
+        first = (await someone.generate(FIRST, max_new_tokens=60)).tokens[0].ids
+        turn = (*FIRST.encode(), *first, *b"And then?")
+        answer = await someone.generate(tokens=(TokenRow(turn),))
+        held = len(FIRST) + 60 - 1  # the last token was never sent
+        assert answer.num_prefix_tokens == held // 64 * 64 > KNOWN
+        assert answer.tokens[0].ids == whole_text(turn, 6)
+        other = (*FIRST.encode(), *first[:40], 1, *first[41:], *b"And then?")
+        answer = await someone.generate(tokens=(TokenRow(other),))
+        assert answer.num_prefix_tokens == (len(FIRST) + 40) // 64 * 64
+        assert answer.tokens[0].ids == whole_text(other, 6)
+
+
+async def test_each_of_several_texts_is_known_again_though_they_ended_one_after_the_other() -> None:
+    prompts = (FIRST, "X" + SECOND, "Y" + FIRST)
+    whole = [whole_text(prompt.encode(), 60) for prompt in prompts]
+    stop = Sampling(stop_token_ids=(whole[1][50],))
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        told = (await someone.generate(*prompts, max_new_tokens=60, sampling=stop)).tokens
+        assert len({len(row.ids) for row in told}) > 1
+        for prompt, row in zip(prompts, told, strict=True):
+            turn = (*prompt.encode(), *row.ids, 7)
+            answer = await someone.generate(tokens=(TokenRow(turn),))
+            assert answer.num_prefix_tokens == (len(turn) - 2) // 64 * 64
+            assert answer.tokens[0].ids == whole_text(turn, 6)
 
 
 async def test_several_texts_at_once_have_no_prefix_and_are_right() -> None:

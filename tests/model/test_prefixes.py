@@ -6,9 +6,9 @@ from corolla.model.parking import IDLE_S
 from corolla.model.pool import PAGE_TOKENS, PagePool
 from corolla.model.prefixes import Prefixes
 from corolla.model.sessions import Sessions
-from corolla.protocol.steps import NEW_ROW, PREFIX_STEP, Row
+from corolla.protocol.steps import NEW_ROW, PREFIX_STEP, Chain, Row
 from corolla.protocol.tensors import Encoding
-from corolla.protocol.work import CloseCache, Compute, Done, OpenCache, Restored
+from corolla.protocol.work import CloseCache, Compute, Done, NamePages, OpenCache, Restored
 
 from .test_engine import NUM_PAGES, A, B, C, Desk
 
@@ -155,6 +155,22 @@ def test_used_longest_ago_goes_first_and_the_end_of_a_chain_before_its_beginning
     prefixes.give_back(100)
     assert len(prefixes) == 0
     assert pool.num_free == 8
+
+
+def test_rows_are_kept_by_the_names_that_they_get_in_the_end() -> None:
+    desk = Desk()
+    begin(desk, A, names=(), rows=2)
+    desk.step(1, [(NEW_ROW, 0, 130), (NEW_ROW, 0, 70)], [1] * 130 + [2] * 70)
+    chains = (Chain(NAMES[:2]), Chain(NAMES[3:5]))
+    desk.engine.handle(NamePages(A, 9, chains))  # not the step that they stand after
+    assert begin(desk, B) == 0
+    desk.engine.handle(NamePages(A, 1, chains))
+    desk.engine.handle(NamePages(C, 1, chains))  # a session that is not open
+    assert begin(desk, B) == 128
+    assert desk.step(2, [(0, 128, 1)], [1], session=B) == [129]
+    assert begin(desk, C, NAMES[3:]) == 64
+    assert desk.step(2, [(0, 64, 1)], [1], session=C) == [129]
+    assert desk.step(2, [(0, 130, 1), (1, 60, 1)], [1, 2]) == [131, 122]  # beside what others share
 
 
 def test_sums_tell_a_wrong_page() -> None:

@@ -10,8 +10,10 @@ from corolla.protocol.steps import (
     PUSH,
     SESSION,
     Attach,
+    Chain,
     CloseSession,
     Hop,
+    KeepPages,
     LinkHop,
     OpenSession,
     Receipt,
@@ -72,6 +74,12 @@ GOLDEN: list[tuple[Vocabulary, Message, str]] = [
         Result(ID, 3, 8, b"\x01\x02"),
         "0000003200000002a46066726573756c746773657373696f6e50000102030405060708090a0b0c0d0e0f6565706f6368"
         "0367737465705f6964080102",
+    ),
+    (
+        SESSION,
+        KeepPages(ID, 3, 8, (Chain((ID,)), Chain())),
+        "0000005000000000a560646b6565706773657373696f6e50000102030405060708090a0b0c0d0e0f6565706f63680367"
+        "737465705f69640864726f777382a1656e616d65738150000102030405060708090a0b0c0d0e0fa0",
     ),
     (
         SESSION,
