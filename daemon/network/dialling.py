@@ -20,6 +20,7 @@ from ...protocol.limits import CONNECT_TIMEOUT_S, MAX_ADDRESSES, MAX_NAME_CHARS
 T = TypeVar("T")
 
 AVOID_FAILED_S: Final = 60.0  # an address that failed so recently is tried last
+AVOID_ABROAD_S: Final = 3600.0  # likewise one of a private network, which most likely is not ours
 MAX_PEERS: Final = 4096  # of whom we remember addresses; the ones not heard of for longest are forgotten
 _MAX_TOLD: Final = 4  # addresses in an error message; details hold all of them
 
@@ -71,9 +72,14 @@ def order(addresses: Sequence[str], failed_at: Mapping[str, float], now: float) 
     """
 
     def rank(address: str) -> tuple[bool, Reach]:
-        return now - failed_at.get(address, -AVOID_FAILED_S) < AVOID_FAILED_S, reach_of(address)
+        return _is_avoided(address, failed_at, now), reach_of(address)
 
     return tuple(sorted(dict.fromkeys(addresses), key=rank))
+
+
+def _is_avoided(address: str, failed_at: Mapping[str, float], now: float) -> bool:
+    avoid_s = AVOID_ABROAD_S if reach_of(address) is Reach.NEAR else AVOID_FAILED_S
+    return now - failed_at.get(address, float("-inf")) < avoid_s
 
 
 def split_peer(address: str) -> tuple[str, str | None]:
@@ -139,7 +145,7 @@ class AddressBook:
 
     def looks_dead(self, address: str, now: float) -> bool:
         """Whether the address failed lately."""
-        return now - self._failed_at.get(address, -AVOID_FAILED_S) < AVOID_FAILED_S
+        return _is_avoided(address, self._failed_at, now)
 
 
 class Dials(Generic[T]):

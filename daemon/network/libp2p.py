@@ -158,7 +158,8 @@ class Libp2pNetwork:
         self._presence.serve()
         self.relays: Final = self._presence.relays
         self.relaying: Final = self._presence.relaying
-        self._punching = Punching(self, Ways(self._dial, self._meet, self._presence.doors, self._is_direct))
+        ways = Ways(self._dial, self._meet, self._call_near, self._presence.doors, self._is_direct)
+        self._punching = Punching(self, ways)
         self._punching.serve()
 
     # the seam
@@ -407,6 +408,11 @@ class Libp2pNetwork:
         """
         if await self._punching.pursue(peer, lambda: not relayed.muxed_conn.is_closed):
             await relayed.close()
+
+    async def _call_near(self, peer: str) -> None:
+        """Dial a peer as one of our own network. Raises `PEER_LOST`."""
+        near = [address for address in self._known(peer) if reach_of(address) is Reach.NEAR]
+        await try_each(peer, near, lambda address: self._dial(address, peer), self._book)
 
     def _is_direct(self, peer: str) -> bool:
         connection = self._live(peer)

@@ -36,11 +36,13 @@ _log = structlog.get_logger("corolla.punching")
 class Ways:
     """What punching needs of a network. call: dials as a client; meet: dials as the server of what is made.
 
+    near: dials a peer at the private addresses that it told, lest it is in our own network; raises `PEER_LOST`.
     doors: where others see us. is_direct: whether a direct connection with a peer stands.
     """
 
     call: Dial
     meet: Dial
+    near: Callable[[str], Awaitable[None]]
     doors: Callable[[], Doors]
     is_direct: Callable[[str], bool]
 
@@ -62,16 +64,22 @@ class Punching:
             await trio.sleep(pause_s)
             if not is_wanted() or self._ways.is_direct(peer):
                 break
-            try:
-                with trio.fail_after(TALK_S):
-                    await self._attempt(peer)
-            except trio.TooSlowError:
-                _log.debug("punch_slow", peer=peer)
-            except CorollaError as problem:
-                _log.debug("punch_failed", peer=peer, reason=problem.message)
+            with trio.move_on_after(TALK_S):
+                async with trio.open_nursery() as nursery:
+                    for way in (self._ways.near, self._attempt):
+                        nursery.start_soon(self._try, way, peer, nursery.cancel_scope)
         is_direct = self._ways.is_direct(peer)
         _log.info("direct" if is_direct else "stays_relayed", peer=peer)
         return is_direct
+
+    async def _try(self, way: Callable[[str], Awaitable[None]], peer: str, others: trio.CancelScope) -> None:
+        """One of the ways at once; the first that leads there ends the others."""
+        try:
+            await way(peer)
+        except CorollaError as problem:
+            _log.debug("punch_failed", peer=peer, reason=problem.message)
+        if self._ways.is_direct(peer):
+            others.cancel()
 
     async def _attempt(self, peer: str) -> None:
         stream = await self._network.open(peer, PUNCH_PROTOCOL, timeout_s=TALK_S)

@@ -131,6 +131,13 @@ class Lab:
         self._connect(namespace, outer, inside)
         return Host(namespace, f"{inside}.2", public, f"{inside}.1", outer)
 
+    def beside(self, host: Host, name: str) -> Host:
+        """Another host behind the same router, in another network of the house: multicast does not go there."""
+        namespace, inside = f"{self._prefix}-{name}", self._inside()
+        self._namespace(namespace)
+        self._connect(namespace, host.router, inside, port="eth2")
+        return Host(namespace, f"{inside}.2", host.public_address, f"{inside}.1", host.router)
+
     # building
 
     def _namespace(self, name: str) -> None:
@@ -170,12 +177,14 @@ class Lab:
         _ip("-n", self._internet, "link", "set", port, "up")
         _ip("-n", host.namespace, "addr", "add", f"{host.address}/8", "dev", "eth0")
         _ip("-n", host.namespace, "link", "set", "eth0", "up")
+        # What goes to others' private networks gets lost without a word, as it does at a provider.
+        _ip("-n", host.namespace, "route", "add", "blackhole", "192.168.0.0/16")
 
-    def _connect(self, inner: str, router: str, inside: str) -> None:
+    def _connect(self, inner: str, router: str, inside: str, port: str = "eth1") -> None:
         """Connect a host to a router's inner side."""
-        _ip("link", "add", "eth1", "netns", router, "type", "veth", "peer", "eth0", "netns", inner)
-        _ip("-n", router, "addr", "add", f"{inside}.1/24", "dev", "eth1")
-        _ip("-n", router, "link", "set", "eth1", "up")
+        _ip("link", "add", port, "netns", router, "type", "veth", "peer", "eth0", "netns", inner)
+        _ip("-n", router, "addr", "add", f"{inside}.1/24", "dev", port)
+        _ip("-n", router, "link", "set", port, "up")
         _ip("-n", inner, "addr", "add", f"{inside}.2/24", "dev", "eth0")
         _ip("-n", inner, "link", "set", "eth0", "up")
         _ip("-n", inner, "route", "add", "default", "via", f"{inside}.1")

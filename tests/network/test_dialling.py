@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from corolla.daemon.network.dialling import (
+    AVOID_ABROAD_S,
     AVOID_FAILED_S,
     AddressBook,
     Reach,
@@ -56,9 +57,15 @@ def test_of_one_reach_the_newest_comes_first() -> None:
 
 
 def test_what_failed_lately_comes_last_and_in_its_turn_again_later() -> None:
+    failed = {PUBLIC: 100.0}
+    assert order([PUBLIC, RELAYED], failed, 100.0 + AVOID_FAILED_S - 1) == (RELAYED, PUBLIC)
+    assert order([PUBLIC, RELAYED], failed, 100.0 + AVOID_FAILED_S) == (PUBLIC, RELAYED)
+
+
+def test_a_private_address_that_failed_is_of_another_network_for_an_hour() -> None:
     failed = {LAN: 100.0}
-    assert order([LAN, RELAYED], failed, 100.0 + AVOID_FAILED_S - 1) == (RELAYED, LAN)
-    assert order([LAN, RELAYED], failed, 100.0 + AVOID_FAILED_S) == (LAN, RELAYED)
+    assert order([LAN, RELAYED], failed, 100.0 + AVOID_ABROAD_S - 1) == (RELAYED, LAN)
+    assert order([LAN, RELAYED], failed, 100.0 + AVOID_ABROAD_S) == (LAN, RELAYED)
 
 
 @given(st.lists(st.sampled_from([LOOPBACK, LAN, PUBLIC, NAMED, RELAYED])), st.floats(0, 1e6))
