@@ -5,7 +5,9 @@ them. A caller that anybody can dial is then dialled. Otherwise it says `Now` an
 one: each packet that goes out opens the sender's NAT for the one that comes, and the two openings meet as one
 connection (RFC 9293, section 3.5, simultaneous open). The caller is its client, the called one its server.
 Source: Ford, Srisuresh and Kegel 2005, Peer-to-peer communication across network address translators;
-https://github.com/libp2p/specs/blob/master/relay/DCUtR.md.
+https://github.com/libp2p/specs/blob/master/relay/DCUtR.md, whose own protocol is not spoken: it is of use between
+members alone, since others are served nothing over a relay, and it does not say which side is the server of a
+connection that both have opened, which Noise must know.
 """
 
 from __future__ import annotations

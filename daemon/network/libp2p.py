@@ -95,9 +95,11 @@ async def open_network(
             traffic=traffic or Traffic(),
         )
         network.restrict(guard)
-        nursery.start_soon(_stop_in_the_end, network)
+        is_open = trio.Event()
+        nursery.start_soon(_stop_unless, is_open, network)
         try:
             await nursery.start(network.run, tuple(listen), kad_protocol)
+            is_open.set()
             try:
                 if network.failure is None:
                     yield network
@@ -112,12 +114,16 @@ async def open_network(
         raise failure
 
 
-async def _stop_in_the_end(network: Libp2pNetwork) -> None:
-    """Stop it when the block is cancelled, also while it still opens: its own task is shielded from that."""
+async def _stop_unless(is_open: trio.Event, network: Libp2pNetwork) -> None:
+    """Stop it when the block is cancelled while it still opens: its own task is shielded from that.
+
+    Afterwards it stays open until the block is left: whoever is cancelled in there may have farewells to say.
+    """
     try:
-        await trio.sleep_forever()
+        await is_open.wait()
     finally:
-        network.stop()
+        if not is_open.is_set():
+            network.stop()
 
 
 class Libp2pNetwork:

@@ -284,6 +284,30 @@ async def test_once_publish_returns_the_holders_have_heard() -> None:
         assert bob.sees() == cyd.sees() == {}
 
 
+async def test_a_refresh_is_one_message_to_each_holder_whatever_is_announced() -> None:
+    async with garden() as g:
+        ada, bob = await g.grow(2)
+        heard: list[Message] = []
+
+        async def hold(stream: Stream) -> None:
+            conversation = Conversation(stream, REGISTRY)
+            while (question := await conversation.hear()) is not None:
+                heard.append(question)
+                await conversation.say(Stored())
+            await stream.close()
+
+        bob.network.handle(REGISTRY_PROTOCOL, hold)
+        for worker in range(5):
+            ada.registry.announce(dataclasses.replace(OFFER, worker=worker))
+        ada.registry.announce_model(FACTS)
+        await ada.registry.publish()
+        heard.clear()
+        await trio.sleep(3 * REFRESH_EVERY_S)
+        stores = [question for question in heard if isinstance(question, Store)]
+        assert 3 <= len(stores) <= 4  # as often as it says that it lives
+        assert {len(store.entries) for store in stores} == {6}
+
+
 async def test_sequence_numbers_grow_over_restarts_though_the_clock_goes_back() -> None:
     async with garden() as g:
         saved: list[int] = []
