@@ -37,6 +37,7 @@ COMMANDS: Final = (
     Command("See", "events", "see", "What happened, and with --follow what happens"),
     Command("Use", "generate", "use", "Write on after a prompt"),
     Command("Use", "chat", "use", "Talk with a model"),
+    Command("Use", "bench", "bench", "How fast the swarm writes for this machine"),
     Command("Use", "adapter", "adapter", "Adapters that the daemon keeps: list, show, remove"),
     Command("Lend", "config", "lend", "Show the configuration; `config set KEY VALUE` changes it"),
     Command("Lend", "rebalance", "moving", "Move to the blocks where this machine helps most"),

@@ -153,6 +153,40 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path: Path) -> 
         assert not list(state.glob("*.new"))
 
 
+@is_root
+def test_a_disk_that_fills_up_under_a_running_daemon_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    daemon = DaemonProcess("full", tmp_path / "full", ("--blocks", "none", "--no-mdns", "--no-upnp"))
+    daemon.folder.mkdir()
+    filler = daemon.folder / "state" / "filler"
+    with small_disk(filler.parent):
+        daemon.start()
+        try:
+            daemon.wait_ready()
+            with daemon.connect() as talk:
+                talk.create_swarm("bees")
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                file.writelines(itertools.repeat(bytes(4096)))
+            code, line = daemonctl(daemon, "config", "set", "idle_minutes", "5.0")
+            assert code == Exit.ERROR
+            assert "no room on the disk" in line
+            before = daemon.status()
+            assert (before.state, before.swarm) == ("online", "bees")
+            assert "no room on the disk" in before.health[0]
+            with daemon.connect() as talk:
+                assert talk.config()["idle_minutes"] == 0.0
+            daemon.kill()
+            daemon.start()
+            daemon.wait_for(lambda status: status.swarm == "bees", "remembers its swarm")
+            assert daemon.status().peer == before.peer
+            daemon.wait_for(lambda status: "no room on the disk" in "".join(status.health), "says so again")
+            filler.unlink()
+            with daemon.connect() as talk:
+                talk.set_config("idle_minutes", 5.0)
+            assert daemon.status().health == ()
+        finally:
+            daemon.end()
+
+
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
     """A file system of 64 KiB; skips where this process may not mount one."""

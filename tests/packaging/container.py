@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+TIMEOUT_S = 600  # of one command, on a machine that has other things to do
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter")
 
 
@@ -35,7 +36,12 @@ class Container:
         """Run a command inside; what it printed."""
         inside = ["nsenter", "-t", str(self._init), "-m", "-u", "-i", "-n", "-p", "-r", "-w", *command]
         done = subprocess.run(
-            inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+            inside,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}")
@@ -44,7 +50,7 @@ class Container:
     def exit_code(self, *command: str) -> int:
         """Run a command inside; how it ended."""
         inside = ["nsenter", "-t", str(self._init), "-m", "-u", "-i", "-n", "-p", "-r", "-w", *command]
-        return subprocess.run(inside, capture_output=True, timeout=120, check=False).returncode
+        return subprocess.run(inside, capture_output=True, timeout=TIMEOUT_S, check=False).returncode
 
     def has(self, path: str) -> bool:
         """Whether a path exists inside."""
@@ -82,7 +88,7 @@ def booted(folder: Path, seen: Mapping[Path, str] | None = None) -> Iterator[Con
         container.run("systemctl", "is-system-running", "--wait", check=False)
         yield container
         container.run("systemctl", "poweroff", check=False)
-        nspawn.wait(60)
+        nspawn.wait(TIMEOUT_S)
     finally:
         nspawn.kill()
         nspawn.wait()
@@ -90,7 +96,7 @@ def booted(folder: Path, seen: Mapping[Path, str] | None = None) -> Iterator[Con
 
 def _init_of(nspawn: subprocess.Popen[bytes]) -> int:
     """The container's first process, once its bus answers."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if nspawn.poll() is not None:
             raise AssertionError(f"systemd-nspawn ended with {nspawn.returncode}")
@@ -100,4 +106,4 @@ def _init_of(nspawn: subprocess.Popen[bytes]) -> int:
             if bus.exists() and Path(f"/proc/{child}/comm").read_text().strip() == "systemd":
                 return int(child)
         time.sleep(0.2)  # nothing outside the container tells when it has booted
-    raise AssertionError("the container did not boot in 60 s")
+    raise AssertionError("the container did not boot in 300 s")

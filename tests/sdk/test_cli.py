@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 
 from corolla.protocol.control import PRIVACY, Call, Item, Return
@@ -21,7 +22,7 @@ from corolla.protocol.tensors import DType
 from corolla.protocol.views import DaemonEvent, LineView, SpanView, SwarmView, WorkerStatus
 from corolla.protocol.work import Sampling, TokenBias
 from corolla.sdk.cli import main
-from corolla.sdk.cli.program import COMMANDS
+from corolla.sdk.cli.program import COMMANDS, daemonctl
 from corolla.sdk.generation import GenerateOptions
 
 from .fake import MODEL, Connection, FakeDaemon
@@ -67,6 +68,25 @@ def test_help_lists_every_command_in_its_group(ctl: Ctl) -> None:
         assert f"  {row.name}" in said.out
         assert ctl(row.name, "--help").code == 0
     assert said.out.index("See:") < said.out.index("Use:") < said.out.index("Belong:")
+
+
+def test_every_command_takes_json() -> None:
+    context = click.Context(daemonctl)
+    without = set()
+
+    def look(name: str, command: click.Command) -> None:
+        if isinstance(command, click.Group):
+            for part, row in command.commands.items():
+                look(f"{name} {part}", row)
+        is_run = not isinstance(command, click.Group) or command.invoke_without_command
+        if is_run and not any("--json" in option.opts for option in command.params):
+            without.add(name)
+
+    for row in COMMANDS:
+        command = daemonctl.get_command(context, row.name)
+        assert command is not None
+        look(row.name, command)
+    assert without == {"completion"}  # a script for a shell
 
 
 def test_status_prints_the_line_to_paste_on_another_machine(ctl: Ctl, fake: FakeDaemon) -> None:
