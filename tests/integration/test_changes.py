@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,4 +111,53 @@ def test_two_daemons_of_one_identity_are_told_and_neither_falls(swarm: LocalSwar
     assert generated(client)
     for daemon in (client, first, second):
         assert daemon.status().state == "online"
+        assert "Traceback" not in daemon.log(), daemon.log()
+
+
+JUMPS = (
+    "import os, sys, time; now = time.time;"
+    " time.time = lambda: now() + 3600 * os.path.exists(sys.argv[1]);"
+    " from corolla.daemon.__main__ import main; main(sys.argv[2:])"
+)
+
+
+class Jumping(DaemonProcess):
+    """A daemon whose clock is an hour ahead for as long as `folder/ahead` exists."""
+
+    @property
+    def ahead(self) -> Path:
+        return self.folder / "ahead"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", JUMPS, str(self.ahead), *super().command()[3:]]
+
+
+@pytest.mark.long  # what is known of a member is forgotten after a minute or two
+def test_a_clock_that_jumps_by_an_hour_is_told_and_costs_no_text(swarm: LocalSwarm) -> None:
+    client = swarm.found()
+    steady = swarm.serve("steady", 0, 4)
+    swarm.kind = Jumping
+    jumping = swarm.serve("jumping", 0, 4)
+    assert isinstance(jumping, Jumping)
+    for daemon in (steady, jumping):
+        daemon.wait_online()
+    swarm.wait_covered(client, [2] * 4)
+    before = generated(client)
+
+    jumping.ahead.touch()
+    wait_until(
+        lambda: any("ahead of those of other members" in words for words in jumping.status().health),
+        "it is told that its clock is wrong",
+        deadline_s=400,
+    )
+    swarm.wait_covered(client, [1] * 4)  # nobody believes what it announces
+    assert generated(client) == before
+    assert jumping.status().state == "online"
+    assert steady.status().health == client.status().health == ()
+
+    jumping.ahead.unlink()
+    wait_until(lambda: not jumping.status().health, "it is well again", deadline_s=400)
+    swarm.wait_covered(client, [2] * 4)
+    assert generated(client) == before
+    for daemon in (client, steady, jumping):
         assert "Traceback" not in daemon.log(), daemon.log()
