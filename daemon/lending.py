@@ -29,6 +29,7 @@ from .profiles import Profiles
 from .schedule import Lends
 from .serving.workers import Worker, WorkerState, worker_command
 from .sources import source_of
+from .swarm.demand import Demand
 from .swarm.models import is_allowed
 from .swarm.placement import choose_span
 from .wanted import matched, not_allowed, spans_wanted
@@ -85,6 +86,7 @@ class Lending:
         self._came_from: dict[int, Configure] = {}  # of workers that moved: what to go back to
         self._load_began: dict[int, float] = {}
         self._load_s: dict[int, float] = {}
+        self._demand: dict[int, Demand] = {}
 
     def start(self) -> None:
         """Start the workers that the configuration asks for. Raises `UNKNOWN_MODEL` for a model it misnames."""
@@ -198,6 +200,18 @@ class Lending:
         if self._profiles is not None and ready is not None:
             return self._profiles.of(ready).load_time_s(ready.end - ready.start)
         return self._load_s.get(worker.number, 0.0)
+
+    def note_demand(self) -> None:
+        """Look how much is asked of our spans; the records tell when they are announced anew."""
+        if self._belonging is None:
+            return
+        for worker, _ in self.serving():
+            demand = self._demand.setdefault(worker.number, Demand())
+            before = demand.queue
+            num_refused = self._belonging.hops.num_refused(worker.number)
+            demand.note(worker.queue, num_refused, trio.current_time())
+            if demand.queue != before:
+                self._announce(worker)
 
     def enter(self, belonging: Belonging) -> None:
         """We are in a swarm: offer our spans there."""
@@ -465,7 +479,9 @@ class Lending:
             state = SpanState.DRAINING
         try:
             belonging.registry.announce_model(ready.facts)
-            belonging.registry.announce(self._offer(worker.number, ready, state, queue=worker.queue))
+            demand = self._demand.get(worker.number)
+            queue = 0 if demand is None else demand.queue
+            belonging.registry.announce(self._offer(worker.number, ready, state, queue=queue))
         except CorollaError as problem:
             self._on_event("announce_failed", str(problem))
 

@@ -26,6 +26,7 @@ from .swarm.moving import CHECK_EVERY_S, Patience, next_plan, own_part, pays_off
 from .swarm.placement import MIN_GAIN, Gain, best_for, gain_of
 from .swarm.view import SwarmView
 
+DEMAND_EVERY_S: Final = 2.0  # a look at our own queues, which change with every request
 KNOWN_WELL_S: Final = 5.0  # so old may what is known of the swarm be when a span is moved by it
 
 _log = structlog.get_logger("corolla.rebalancing")
@@ -51,12 +52,18 @@ class Rebalancing:
 
     async def run(self) -> None:
         """Look at the swarm now and then, at moments of our own, and do our part of the plan."""
+        self._nursery.start_soon(self._watch_demand)
         while True:
             await trio.sleep(CHECK_EVERY_S * self._rng.uniform(0.5, 1.5))
             try:
                 await self.look()
             except CorollaError as problem:
                 self._on_event("rebalance_failed", str(problem))
+
+    async def _watch_demand(self) -> None:
+        while True:
+            await trio.sleep(DEMAND_EVERY_S)
+            self._lending.note_demand()
 
     async def look(self) -> None:
         """One look: at most one of our spans moves. Returns when it has been started elsewhere."""
@@ -153,7 +160,7 @@ def _judge(view: SwarmView, peer: str, worker: Worker, ready: Ready, request: Re
         to_start=start,
         to_end=end,
         moves=moves,
-        tokens_per_s=(before.tokens_per_s, after.tokens_per_s),
+        tokens_per_s=(gain.carried_before, gain.carried_after),
         num_gaps=(before.num_gaps, after.num_gaps),
         num_single=(before.num_single, after.num_single),
     )
@@ -164,4 +171,4 @@ def _is_better(gain: Gain) -> bool:
     risks = (before.num_gaps, before.num_single), (after.num_gaps, after.num_single)
     if risks[0] != risks[1]:
         return risks[1] < risks[0]
-    return gain.tokens_per_s > MIN_GAIN * before.tokens_per_s
+    return gain.tokens_per_s > MIN_GAIN * gain.carried_before

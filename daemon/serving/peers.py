@@ -6,6 +6,7 @@ session outlives its client's stream by `SESSION_GRACE_S`; then everything of it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +107,7 @@ class HopService:
         self._places: dict[_Key, _Place] = {}
         self._prefixes = SentPrefixes()
         self._num_caches = 0  # so far: their names
+        self._num_refused: Counter[int] = Counter()  # sessions, by worker, so far
         self.tally: Final = tally or Tally()
         self._busy: dict[Served, None] = {}  # with steps under way, in the order in which they came
         self._changed = trio.lowlevel.ParkingLot()  # sessions came or went
@@ -204,6 +206,10 @@ class HopService:
         """Members who have a session here."""
         return len({key[0] for key in self._places})
 
+    def num_refused(self, worker: int) -> int:
+        """Sessions that one worker had no room for, so far."""
+        return self._num_refused[worker]
+
     async def wait_idle(self, worker: int | None = None) -> None:
         """Wait until nobody has a session here, or none on one worker."""
         while self._places if worker is None else self.num_sessions(worker):
@@ -266,7 +272,11 @@ class HopService:
         self._places[key] = _Place(served, budget)
         nursery.start_soon(self._own, key, served)
         self._changed.unpark_all()
-        await served.wait_open()
+        try:
+            await served.wait_open()
+        except CorollaError as problem:
+            self._num_refused[message.worker] += problem.code is Code.BUSY
+            raise
         return served
 
     def _ready(self, number: int, fingerprint: str, start: int, end: int) -> tuple[Ready, trio.Nursery]:

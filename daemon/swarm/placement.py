@@ -1,6 +1,7 @@
 """Which blocks a worker should serve, and who moves when that changes. Pure.
 
-First that every block is served, then that each is served twice, then that the slowest block becomes faster. All
+First that every block is served, then that each is served twice, then that the whole model becomes faster: by what
+a layout carries if routes share its work out (`capacity.py`), and by its slowest block if they take whole spans. All
 that see the same swarm make the same plan of a few moves, best first, and each carries out its own part only: so a
 gap that ten thousand see at once is closed by one. Who is named but does not move is passed over by leaving it out
 (`excluded`).
@@ -8,7 +9,8 @@ gap that ten thousand see at once is closed by one. Who is named but does not mo
 How good a layout is: its risk, which counts blocks served by nobody or by one; and, among equals, its strain, the
 sum over blocks of exp(-SHARPNESS * supply / mean supply), a smooth stand-in for the slowest block. Speeds multiply
 in the strain, so that the gain of any move comes from sums over intervals: a plan for ten thousand workers takes a
-fraction of a second. The rule that this is measured against is `petals.py`.
+fraction of a second. A few workers are planned for together (`joint.py`), since none of them alone can do much. The
+rule that this is measured against is `petals.py`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from typing import Final
 from ...protocol.errors import Code, error
 from ...protocol.records import SpanState
 from ...protocol.steps import Hop
+from .capacity import UNITS, carried, most_carried, units, work_of
 from .coverage import UNKNOWN_TOKENS_PER_S, Coverage, coverage_of, speed_of, stays
+from .joint import Mover, Standing, plan_jointly, worth_of
 from .view import SwarmView
 
 SHARPNESS: Final = 60.0  # two blocks that differ by 2 % of the mean differ threefold in strain
 MAX_MOVES: Final = 16  # in one plan; the next plan goes on from there
 MIN_GAIN: Final = 0.05  # of the model's tokens/s: moves for speed that bring less are not made
 MIN_SPARED: Final = 0.25  # of a span's blocks that must gain a second replica to be worth a move
+FEW: Final = 40  # workers whose moves for speed are planned together
 MAX_TRIED: Final = 4_000  # group and start pairs looked at exactly in one step; beyond, the best start only
 _MAX_EXPONENT: Final = 600.0  # of a float that is still finite
 
@@ -55,15 +60,17 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What a move changes: coverage before and after."""
+    """What a move changes: coverage, and the tokens per second that the whole model carries, before and after."""
 
     before: Coverage
     after: Coverage
+    carried_before: float
+    carried_after: float
 
     @property
     def tokens_per_s(self) -> float:
         """Of the whole model; may be negative."""
-        return self.after.tokens_per_s - self.before.tokens_per_s
+        return self.carried_after - self.carried_before
 
 
 def choose_span(view: SwarmView, num_fitting: int, tokens_per_s: float = 0.0) -> tuple[int, int]:
@@ -97,27 +104,32 @@ def plan_moves(
     layout = _Layout(view)
     layout.enlist(view, excluded)
     moves: list[Move] = []
-    while len(moves) < max_moves and (move := layout.best_move()) is not None:
+    while len(moves) < max_moves and layout.is_at_risk and (move := layout.best_move()) is not None:
         if move.purpose is Purpose.SPEED:
-            if not layout.is_uneven():
-                break
-            return (*moves, *_moves_for_speed(layout, move, max_moves - len(moves)))
+            break
         layout.carry_out(move)
         moves.append(move)
-    return tuple(moves)
+    return (*moves, *_moves_for_speed(layout, max_moves - len(moves)))
 
 
-def _moves_for_speed(layout: _Layout, first: Move, max_moves: int) -> list[Move]:
+def _moves_for_speed(layout: _Layout, max_moves: int) -> list[Move]:
+    """Of few workers the best moves together; of many one after the other."""
+    if not layout.is_uneven():
+        return []
+    if layout.num_movable <= FEW:
+        return layout.joint_moves(max_moves)
+    return _moves_one_by_one(layout, max_moves)
+
+
+def _moves_one_by_one(layout: _Layout, max_moves: int) -> list[Move]:
     """Moves until nothing is gained, cut where almost all has been gained; none if that is too little."""
-    before = layout.tokens_per_s
+    before = layout.carried
     moves: list[Move] = []
     reached = [before]
-    move: Move | None = first
-    while move is not None and len(moves) < max_moves:
+    while len(moves) < max_moves and (move := layout.best_move()) is not None:
         layout.carry_out(move)
         moves.append(move)
-        reached.append(layout.tokens_per_s)
-        move = layout.best_move()
+        reached.append(layout.carried)
     gained = max(reached) - before
     if gained < MIN_GAIN * before or gained <= 0:
         return []
@@ -134,13 +146,13 @@ def gain_of(view: SwarmView, hop: Hop, start: int, end: int) -> Gain:
             f"choose blocks within 0:{view.num_blocks}",
         )
     layout = _Layout(view)
-    before = layout.coverage()
+    before, carried_before = layout.coverage(), layout.carried
     own = next((span for span in view.spans if span.hop == hop and stays(span)), None)
     if own is not None:
         speed = speed_of(own)
         layout.add(own.start, min(own.end, view.num_blocks), -speed, -1)
         layout.add(start, end, speed * own.num_blocks / (end - start), 1)
-    return Gain(before, layout.coverage())
+    return Gain(before, layout.coverage(), carried_before, layout.carried)
 
 
 def best_for(view: SwarmView, hop: Hop) -> tuple[int, int] | None:
@@ -191,6 +203,12 @@ class _Layout:
         self._online = list(found.online)
         self._supply = list(found.supply)
         self._scale = sum(found.supply) / view.num_blocks or UNKNOWN_TOKENS_PER_S
+        self._work = work_of(view)
+        self._workers = [
+            (min(span.end, view.num_blocks) - span.start, units(speed_of(span) * span.num_blocks))
+            for span in view.spans
+            if stays(span) and span.start < view.num_blocks
+        ]
         self._groups: dict[tuple[int, int], list[tuple[float, Hop]]] = {}  # by place: speeds, in order
         self._places: dict[Hop, tuple[tuple[int, int], float]] = {}
         self._prices = self._price()
@@ -207,13 +225,37 @@ class _Layout:
             group.sort(key=_by_speed)
 
     @property
-    def tokens_per_s(self) -> float:
-        """Of the slowest block."""
-        return min(self._supply)
+    def is_at_risk(self) -> bool:
+        """Is there a block that not two serve?"""
+        return min(self._replicas) < 2
+
+    @property
+    def num_movable(self) -> int:
+        """Workers that may move and have not done so in this plan."""
+        return sum(map(len, self._groups.values()))
+
+    @property
+    def carried(self) -> float:
+        """Tokens per second of the whole model, as routes can share them out."""
+        return carried(self._work, self._num_blocks).tokens_per_s
 
     def is_uneven(self) -> bool:
-        """Is there anything to gain? No layout makes the slowest block faster than the mean."""
-        return self.tokens_per_s * (1 + MIN_GAIN) < sum(self._supply) / self._num_blocks
+        """May there be anything to gain?"""
+        self._most = most_carried(self._workers, self._num_blocks)
+        return worth_of(self.carried, min(self._supply)) * (1 + MIN_GAIN) < self._most
+
+    def joint_moves(self, max_moves: int) -> list[Move]:
+        """Moves that help together, by those who have not moved yet."""
+        movers = [
+            Mover(hop, (start, end), units(speed * (end - start)))
+            for (start, end), group in sorted(self._groups.items())
+            for speed, hop in group
+        ]
+        supply = tuple(round(speed * UNITS) for speed in self._supply)
+        standing = Standing(self._work, supply, tuple(self._replicas), tuple(self._online))
+        lengths = {mover.hop: mover.place[1] - mover.place[0] for mover in movers}
+        moves = plan_jointly(standing, movers, most=self._most, max_moves=max_moves, min_gain=MIN_GAIN)
+        return [Move(hop, start, start + lengths[hop], Purpose.SPEED) for hop, start in moves]
 
     def coverage(self) -> Coverage:
         """As it is now."""
@@ -228,14 +270,22 @@ class _Layout:
         part = 1 - self._shrink(speed)
         prices = self._prices
         starts = range(self._num_blocks - length + 1)
-        return max(
-            starts,
-            key=lambda s: (
-                prices.add.over(s, s + length),
-                round(part * prices.strain_over(s, s + length), 12),
-                -s,
-            ),
-        )
+        is_small = len(self._workers) <= FEW
+
+        def worth(start: int) -> tuple[float, float, float, int]:
+            with_it = self._carried_with(start, start + length, speed) if is_small else 0.0
+            strain = round(part * prices.strain_over(start, start + length), 12)
+            return prices.add.over(start, start + length), with_it, strain, -start
+
+        return max(starts, key=worth)
+
+    def _carried_with(self, start: int, end: int, speed: float) -> float:
+        """Tokens per second with one span more, to the hundredth: less is no reason to prefer a place."""
+        work = self._work.copy()
+        work[start, end] += units(speed * (end - start))
+        supply = self._supply
+        slowest = min((*supply[:start], *supply[end:], min(supply[start:end]) + speed))
+        return round(worth_of(carried(work, self._num_blocks).tokens_per_s, slowest) / self._scale, 2)
 
     def best_move(self) -> Move | None:
         """The move that gains most; None if none is worth making."""
@@ -274,6 +324,9 @@ class _Layout:
 
     def add(self, start: int, end: int, speed: float, count: int, *, online: int = 0) -> None:
         """One span more or less."""
+        self._work[start, end] += units(abs(speed) * (end - start)) * (1 if count > 0 else -1)
+        if self._work[start, end] <= 0:
+            del self._work[start, end]
         for block in range(start, end):
             self._replicas[block] += count
             self._online[block] += online

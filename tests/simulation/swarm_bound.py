@@ -1,32 +1,66 @@
-"""The most that any placement could give: a bound on a simulated swarm by linear programming.
+"""The most that any placement could give: bounds on a simulated swarm by linear and integer programming.
 
-Every machine serves one span of as many blocks as fit. In the relaxation it may be spread over positions by any
-shares: what whole machines reach is at most this. Of machines of equal length only the sum of speeds matters, so
-that the program has as many variables as there are lengths and positions, however many machines there are. A few
-machines reach far less than that, since they cannot be cut; for up to `FEW` the bound is that of whole ones.
+Every machine holds one span of as many blocks as fit. Two measures (`daemon/swarm/capacity.py`): what a layout carries
+if routes share the work out, and its slowest block if all routes take whole spans, which is the published measure.
+In the relaxations a machine may hold any shares of blocks: what whole machines reach is at most that. A few machines
+reach less, since they cannot be cut; how much less an integer program says, whose best layout is given as well.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import lil_matrix
 
 FEW: Final = 12
-WHOLE_LIMIT_S: Final = 5.0  # of real time; after that the bound proved so far counts
+WHOLE_LIMIT_S: Final = 4.0  # of real time; after that the best layout found so far counts
+
+Machines = Iterable[tuple[int, float]]  # blocks held, tokens per second through them
 
 
-def best_tokens_per_s(machines: Iterable[tuple[int, float]], num_blocks: int) -> float:
-    """An upper bound on the tokens per second of the slowest block. machines: blocks held, tokens per second."""
-    listed = list(machines)
-    if 0 < len(listed) <= FEW:
-        return _best_of_whole(listed, num_blocks)
+@dataclass(frozen=True)
+class Best:
+    """The best layout of whole machines that was found, and the tokens per second that none passes."""
+
+    found: float
+    bound: float
+
+
+def most_carried_by_program(machines: Machines, num_blocks: int) -> float:
+    """An upper bound on what any layout carries, by linear programming.
+
+    Variables: the share that machines give to each block, and T. Nobody gives more than its work, nor more than T to
+    any of the blocks that it holds. Machines that hold equally many blocks and are equally fast count as one.
+    """
+    kinds = sorted(Counter(machines).items())
+    program = np.zeros(
+        (2 * len(kinds) + 1, len(kinds) + 1)
+    )  # the work that each kind gives; the last column is T
+    limits = np.zeros(len(program))
+    for row, ((length, speed), count) in enumerate(kinds):
+        program[row, row] = 1.0
+        limits[row] = count * length * speed
+        program[len(kinds) + row, row] = 1.0
+        program[len(kinds) + row, -1] = -count * length
+    program[-1] = -1.0
+    program[-1, -1] = num_blocks
+    objective = np.zeros(len(kinds) + 1)
+    objective[-1] = -1.0
+    return -float(linprog(objective, A_ub=program, b_ub=limits, method="highs").fun)
+
+
+def best_tokens_per_s(machines: Machines, num_blocks: int) -> float:
+    """An upper bound on the tokens per second of the slowest block: the published measure.
+
+    Of machines of equal length only the sum of speeds matters: as many variables as there are lengths and positions.
+    """
     speeds: Counter[int] = Counter()
-    for length, speed in listed:
+    for length, speed in machines:
         speeds[length] += speed  # type: ignore[assignment]
     places = [(length, start) for length in speeds for start in range(num_blocks - length + 1)]
     if not places:
@@ -51,30 +85,63 @@ def best_tokens_per_s(machines: Iterable[tuple[int, float]], num_blocks: int) ->
     return -float(solved.fun)
 
 
-def _best_of_whole(machines: Sequence[tuple[int, float]], num_blocks: int) -> float:
-    """The same for machines that cannot be cut: an integer program, of which the proved bound is given."""
-    places = [
-        (index, start)
-        for index, (length, _) in enumerate(machines)
-        for start in range(num_blocks - length + 1)
-    ]
-    cover = lil_matrix((num_blocks, len(places) + 1))
-    chosen = lil_matrix((len(machines), len(places) + 1))
+def best_slowest_block(machines: Sequence[tuple[int, float]], num_blocks: int) -> Best:
+    """The best layout of whole machines by the published measure, as an integer program."""
+    places = _places(machines, num_blocks)
+    width = len(places) + 1
+    cover, chosen = lil_matrix((num_blocks, width)), lil_matrix((len(machines), width))
     for column, (index, start) in enumerate(places):
         length, speed = machines[index]
         cover[start : start + length, column] = speed
         chosen[index, column] = 1.0
-    cover[:, len(places)] = -1.0
-    objective = np.zeros(len(places) + 1)
+    cover[:, -1] = -1.0
+    rows = [LinearConstraint(cover.tocsr(), lb=0.0), LinearConstraint(chosen.tocsr(), lb=1.0, ub=1.0)]
+    return _solve(rows, len(places), width)
+
+
+def best_carried(machines: Sequence[tuple[int, float]], num_blocks: int) -> Best:
+    """The best layout of whole machines by what it carries. After its places come the shares, machine by machine."""
+    places = _places(machines, num_blocks)
+    first = len(places)
+    width = first + len(machines) * num_blocks + 1
+    held, chosen = lil_matrix((width - 1 - first, width)), lil_matrix((len(machines), width))
+    spent, given = lil_matrix((len(machines), width)), lil_matrix((num_blocks, width))
+    work = [length * speed for length, speed in machines]
+    for column, (index, start) in enumerate(places):
+        chosen[index, column] = 1.0
+        for block in range(start, start + machines[index][0]):
+            held[index * num_blocks + block, column] = -work[index]
+    for share in range(width - 1 - first):
+        held[share, first + share] = 1.0
+        spent[share // num_blocks, first + share] = 1.0
+        given[share % num_blocks, first + share] = 1.0
+    given[:, -1] = -1.0
+    rows = [
+        LinearConstraint(held.tocsr(), ub=0.0),
+        LinearConstraint(chosen.tocsr(), lb=1.0, ub=1.0),
+        LinearConstraint(spent.tocsr(), ub=np.array(work)),
+        LinearConstraint(given.tocsr(), lb=0.0),
+    ]
+    solved = _solve(rows, first, width)
+    return Best(solved.found, min(solved.bound, most_carried_by_program(machines, num_blocks)))
+
+
+def _places(machines: Sequence[tuple[int, float]], num_blocks: int) -> list[tuple[int, int]]:
+    return [(i, start) for i, (length, _) in enumerate(machines) for start in range(num_blocks - length + 1)]
+
+
+def _solve(rows: list[Any], num_places: int, width: int) -> Best:
+    """Maximize the last variable, with whole numbers for the places."""
+    objective = np.zeros(width)
     objective[-1] = -1.0
+    integrality, upper = np.zeros(width), np.full(width, np.inf)
+    integrality[:num_places], upper[:num_places] = 1, 1.0
     solved = milp(
         objective,
-        constraints=[
-            LinearConstraint(cover.tocsr(), lb=0.0),
-            LinearConstraint(chosen.tocsr(), lb=1.0, ub=1.0),
-        ],
-        integrality=np.array([1] * len(places) + [0]),
-        bounds=Bounds(0.0, np.array([1.0] * len(places) + [np.inf])),
-        options={"time_limit": WHOLE_LIMIT_S},
+        constraints=rows,
+        integrality=integrality,
+        bounds=Bounds(0.0, upper),
+        options={"time_limit": WHOLE_LIMIT_S, "mip_rel_gap": 0.003},
     )
-    return -float(solved.mip_dual_bound)
+    found = 0.0 if solved.x is None else -float(solved.fun)
+    return Best(found, float("inf") if solved.mip_dual_bound is None else -float(solved.mip_dual_bound))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .swarm_bound import best_tokens_per_s
+from .swarm_bound import FEW, best_carried, best_slowest_block, best_tokens_per_s, most_carried_by_program
 from .swarm_load import Load, Outcome
 from .swarm_policies import Ours, Published
 from .swarm_world import Figures, Settings, World
 
 BOUND_EVERY_S = 60.0
+REACH_EVERY_S = 900.0  # an integer program takes seconds
+
+
+@dataclass(frozen=True)
+class Reachable:
+    """The best layout of whole machines at one moment, as a share of the linear program's bounds."""
+
+    carried: float
+    slowest: float
 
 
 @dataclass(frozen=True)
@@ -21,24 +30,41 @@ class Run:
     outcome: Outcome
     speeds: list[tuple[float, float]]
     slowest_s: float
+    reachable: list[Reachable]
 
 
-def simulate(settings: Settings, policy: str) -> Run:
-    """Run a swarm under `published` or `ours`. The same settings give the same story."""
+def simulate(settings: Settings, policy: str, *, asks_reachable: bool = False) -> Run:
+    """Run a swarm under `published` or `ours`. The same settings give the same story.
+
+    asks_reachable: also what the best placement would be now and then, of up to `FEW` machines.
+    """
     decides: Published | Ours = Ours() if policy == "ours" else Published()
     world = World(settings, decides)
     load = Load(world, 20 if settings.num_machines <= 1000 else 8)
 
+    reachable: list[Reachable] = []
+
+    def present() -> list[tuple[int, float]]:
+        here = (machine for machine in world.machines.values() if machine.span is not None)
+        return [(machine.num_fitting, machine.tokens_per_s) for machine in here]
+
     def note_bound() -> None:
-        machines = [
-            (machine.num_fitting, machine.tokens_per_s)
-            for machine in world.machines.values()
-            if machine.span is not None
-        ]
-        world.figures.bound_tokens_per_s.append(best_tokens_per_s(machines, settings.num_blocks))
+        machines, num_blocks = present(), settings.num_blocks
+        world.figures.bound_tokens_per_s.append(most_carried_by_program(machines, num_blocks))
+        world.figures.whole_bound_tokens_per_s.append(best_tokens_per_s(machines, num_blocks))
         world.after(BOUND_EVERY_S, note_bound)
 
+    def note_reachable() -> None:
+        machines, num_blocks = present(), settings.num_blocks
+        if len(machines) <= FEW:
+            carried = best_carried(machines, num_blocks).found / most_carried_by_program(machines, num_blocks)
+            slowest = best_slowest_block(machines, num_blocks).found / best_tokens_per_s(machines, num_blocks)
+            reachable.append(Reachable(carried, slowest))
+        world.after(REACH_EVERY_S, note_reachable)
+
     world.after(settings.warm_up_s, note_bound)
+    if asks_reachable:
+        world.after(settings.warm_up_s, note_reachable)
     figures = world.run()
     slowest_s = decides.slowest_s if isinstance(decides, Ours) else 0.0
-    return Run(settings, figures, load.outcome, world.speeds, slowest_s)
+    return Run(settings, figures, load.outcome, world.speeds, slowest_s, reachable)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from corolla.daemon.swarm.capacity import Place, carried, units
 from corolla.daemon.swarm.coverage import coverage_of
 from corolla.daemon.swarm.view import Span, SwarmView
 from corolla.protocol.records import SpanState
@@ -82,7 +84,8 @@ class Figures:
     """What came out, over the time after the warm-up. Shares of time are from 0 to 1."""
 
     seconds: float = 0.0
-    tokens: float = 0.0  # that the slowest block could do
+    tokens: float = 0.0  # carried, if routes share the work out as well as can be
+    slowest_tokens: float = 0.0  # that the slowest block could do, if all routes took whole spans
     unserved_block_s: float = 0.0
     single_block_s: float = 0.0
     down_s: float = 0.0  # with a block that nobody serves
@@ -90,7 +93,8 @@ class Figures:
     num_moves: int = 0
     gaps_s: list[float] = field(default_factory=list)  # how long each was open
     gaps_known_s: list[float] = field(default_factory=list)  # the same since records told of it
-    bound_tokens_per_s: list[float] = field(default_factory=list)  # samples
+    bound_tokens_per_s: list[float] = field(default_factory=list)  # samples of what no placement passes
+    whole_bound_tokens_per_s: list[float] = field(default_factory=list)  # of the slowest block of the best
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,8 +102,13 @@ class Figures:
 
     @property
     def share(self) -> float:
-        """Of the optimum."""
-        return self.tokens_per_s / (sum(self.bound_tokens_per_s) / len(self.bound_tokens_per_s))
+        """Of the linear program's bound."""
+        return self.tokens_per_s / _mean(self.bound_tokens_per_s)
+
+    @property
+    def whole_share(self) -> float:
+        """The slowest block as a share of its own bound: the published measure."""
+        return self.slowest_tokens / self.seconds / _mean(self.whole_bound_tokens_per_s)
 
     @property
     def moves_per_machine_hour(self) -> float:
@@ -124,10 +133,12 @@ class World:
         self._is_news = False
         self._supply = [0.0] * settings.num_blocks
         self._replicas = [0] * settings.num_blocks
+        self._work: Counter[Place] = Counter()
+        self._carried: float | None = None  # None: to be computed again
         self._num_here = 0
         self._gap_since: float | None = None
         self._gap_known: float | None = None
-        self.speeds: list[tuple[float, float]] = []  # time, tokens/s of the slowest block: for plots
+        self.speeds: list[tuple[float, float]] = []  # time, tokens/s carried, where it changed: for plots
 
     # time
 
@@ -154,16 +165,22 @@ class World:
         begin = max(self.now, self.settings.warm_up_s)
         if until > begin:
             seconds = until - begin
-            slowest = min(self._supply)
             figures = self.figures
             figures.seconds += seconds
-            figures.tokens += seconds * slowest
+            figures.tokens += seconds * self._carried_now()
+            figures.slowest_tokens += seconds * min(self._supply)
             unserved = self._replicas.count(0)
             figures.unserved_block_s += seconds * unserved
             figures.single_block_s += seconds * self._replicas.count(1)
             figures.down_s += seconds * (unserved > 0)
             figures.machine_hours += seconds * self._num_here / 3600
         self.now = until
+
+    def _carried_now(self) -> float:
+        if self._carried is None:
+            self._carried = carried(self._work, self.settings.num_blocks).tokens_per_s
+            self.speeds.append((self.now, self._carried))
+        return self._carried
 
     def _bound(self, machine: Machine, act: Callable[[Machine], None]) -> Callable[[], None]:
         """An event in this life of a machine only."""
@@ -307,7 +324,10 @@ class World:
             self._replicas[block] += sign
             speed = self._supply[block] + sign * machine.tokens_per_s
             self._supply[block] = speed if self._replicas[block] else 0.0
-        self.speeds.append((self.now, min(self._supply)))
+        self._work[span.start, span.end] += sign * units(machine.work)
+        if not self._work[span.start, span.end]:
+            del self._work[span.start, span.end]
+        self._carried = None
         gap = 0 in self._replicas
         if gap and self._gap_since is None and self.now > self.settings.warm_up_s:
             self._gap_since = self.now
@@ -316,6 +336,10 @@ class World:
             if self._gap_known is not None:
                 self.figures.gaps_known_s.append(self.now - self._gap_known)
             self._gap_since = self._gap_known = None
+
+
+def _mean(samples: list[float]) -> float:
+    return sum(samples) / len(samples)
 
 
 def rtt_s(one: tuple[float, float], other: tuple[float, float]) -> float:

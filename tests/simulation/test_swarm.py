@@ -6,11 +6,12 @@ import random
 
 import pytest
 
+from corolla.daemon.swarm.capacity import most_carried, units
 from corolla.daemon.swarm.moving import PASSED_OVER_S, PATIENCE_S, Patience, own_part, pays_off
 from corolla.daemon.swarm.placement import Move, Purpose
 from corolla.protocol.steps import Hop
 
-from .swarm_bound import best_tokens_per_s
+from .swarm_bound import best_carried, best_slowest_block, best_tokens_per_s, most_carried_by_program
 from .swarm_run import simulate
 from .swarm_world import Settings
 
@@ -31,9 +32,10 @@ def test_the_same_seed_tells_the_same_story() -> None:
     assert (one.figures, one.outcome, one.speeds) == (other.figures, other.outcome, other.speeds)
 
 
-def test_ours_reaches_more_of_the_bound_than_the_published_rule_and_nobody_passes_it() -> None:
+def test_ours_reaches_more_of_both_bounds_than_the_published_rule_and_nobody_passes_them() -> None:
     published, ours = simulate(SMALL, "published"), simulate(SMALL, "ours")
     assert published.figures.share < ours.figures.share <= 1.0
+    assert published.figures.whole_share < ours.figures.whole_share <= 1.0
     assert ours.figures.single_block_s <= published.figures.single_block_s
 
 
@@ -47,8 +49,9 @@ def test_sessions_leave_a_hop_that_drains_and_survive_churn() -> None:
 def test_the_bound_is_what_identical_machines_reach_exactly() -> None:
     assert best_tokens_per_s([(4, 10.0)] * 4, 16) == pytest.approx(10.0)
     assert best_tokens_per_s([(8, 10.0), (16, 5.0), (8, 10.0)], 16) == pytest.approx(15.0)
-    assert best_tokens_per_s([(4, 10.0)] * 13, 16) == pytest.approx(32.5)  # spread by shares
-    assert best_tokens_per_s([(4, 10.0)] * 7, 16) == pytest.approx(10.0)  # few cannot be
+    assert best_tokens_per_s([(4, 10.0)] * 7, 16) == pytest.approx(17.5)  # spread by shares
+    assert best_slowest_block([(4, 10.0)] * 7, 16).found == pytest.approx(10.0)  # whole ones cannot be
+    assert best_carried([(4, 10.0)] * 7, 16).found == pytest.approx(17.5)  # and need not, if routes share
     assert best_tokens_per_s([], 16) == 0.0
 
 
@@ -62,6 +65,14 @@ def test_the_bound_is_above_any_whole_layout() -> None:
             for block in range(start, start + length):
                 supply[block] += speed
         assert min(supply) <= best_tokens_per_s(machines, 12) + 1e-6
+
+
+def test_the_daemon_knows_the_bound_of_the_linear_program() -> None:
+    rng = random.Random(6)
+    for _ in range(50):
+        machines = [(rng.randint(1, 6), rng.lognormvariate(1, 1)) for _ in range(rng.randint(2, 9))]
+        known = most_carried([(length, units(length * speed)) for length, speed in machines], 12)
+        assert known == pytest.approx(most_carried_by_program(machines, 12), rel=2e-3)
 
 
 # patience and cost

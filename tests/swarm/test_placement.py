@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from corolla.daemon.swarm.capacity import carried_by
 from corolla.daemon.swarm.coverage import coverage_of
 from corolla.daemon.swarm.petals import petals_move, petals_quality, petals_span
 from corolla.daemon.swarm.placement import (
+    MIN_GAIN,
     Purpose,
     best_for,
     choose_span,
@@ -191,11 +193,31 @@ def test_what_moving_would_gain_is_told() -> None:
     gain = gain_of(view, Hop("p1", 0), 6, 12)
     assert (gain.before.tokens_per_s, gain.after.tokens_per_s) == (10.0, 10.0)
     assert gain.after.supply == (10.0,) * 6 + (30.0,) * 6
-    assert best_for(view, Hop("p1", 0)) == (0, 6)
+    assert best_for(view, Hop("p1", 0)) == (3, 9)  # of use to both sides
     assert best_for(view, Hop("nobody", 0)) is None
     with pytest.raises(CorollaError) as caught:
         gain_of(view, Hop("p1", 0), 8, 14)
     assert caught.value.code is Code.BLOCKS_OUT_OF_RANGE
+
+
+def test_two_move_together_where_one_alone_gains_nothing() -> None:
+    places = (
+        (0, 4, 40.0),
+        (0, 4, 5.0),
+        (0, 4, 5.0),
+        (4, 8, 5.0),
+        (4, 8, 5.0),
+        (4, 8, 40.0),
+        (8, 12, 5.0),
+        (8, 12, 5.0),
+    )
+    view = serving(*places)
+    moves = plan_moves(view)
+    assert 1 < len(moves) <= 4
+    assert {move.purpose for move in moves} == {Purpose.SPEED}
+    assert len({move.hop for move in moves}) == len(moves)
+    before, now = carried_by(view), carried_by(after(view))
+    assert now >= before * (1 + MIN_GAIN * len(moves))
 
 
 def test_random_swarms_only_get_better() -> None:
@@ -212,7 +234,7 @@ def test_random_swarms_only_get_better() -> None:
         risk = (before.num_gaps, before.num_single)
         assert (now.num_gaps, now.num_single) <= risk, f"seed {seed}"
         if (now.num_gaps, now.num_single) == risk:
-            assert now.tokens_per_s >= before.tokens_per_s - 1e-9, f"seed {seed}"
+            assert carried_by(after(view)) >= carried_by(view) - 1e-9, f"seed {seed}"
 
 
 # the published rule
