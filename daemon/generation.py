@@ -96,7 +96,7 @@ class Generation:
             seconds=trio.current_time() - began,
             num_repairs=statistics.num_repairs if statistics is not None else 0,
             repair_s=statistics.repair_s if statistics is not None else 0.0,
-            num_prefix_tokens=statistics.prefix_tokens if statistics is not None else 0,
+            num_prefix_tokens=sum(statistics.prefix_lengths) if statistics is not None else 0,
         )
 
     async def _run(self) -> Statistics | None:
@@ -128,7 +128,7 @@ class Generation:
             ) as session:
                 token_bytes, known = (
                     self._encoding.token_bytes(facts.hidden_size),
-                    session.statistics().prefix_tokens,
+                    session.statistics().prefix_lengths,
                 )
                 rows, payload = _prefill(begun, going, token_bytes, known)
                 await self._generate(session, ends, going, await session.step(rows, payload, Reply.LAST))
@@ -148,16 +148,16 @@ class Generation:
             session.keep(tuple(rows))
 
     def _prefix(self, facts: ModelFacts, begun: Begun, going: tuple[int, ...]) -> Prefix:
-        """What the text begins with, as hops may know it from an earlier one; several texts have none."""
+        """What the texts begin with, as hops may know it from earlier ones."""
         if not self._secret:
             return Prefix()
         parts = self._adapter.of(facts, 0, facts.num_blocks)
         self._root = root(self._secret, facts.fingerprint, self._encoding, parts)
-        if len(going) != 1:
-            return Prefix()
-        row, token_bytes = going[0], self._encoding.token_bytes(facts.hidden_size)
-        tokens, inputs = _of_row(begun, row, token_bytes)
-        return prefix_of(self._secret, self._root, tokens, inputs, token_bytes)
+        token_bytes = self._encoding.token_bytes(facts.hidden_size)
+        found = [_of_row(begun, row, token_bytes) for row in going]
+        return Prefix.of_rows(
+            [prefix_of(self._secret, self._root, tokens, inputs, token_bytes) for tokens, inputs in found]
+        )
 
     def _note_prompts(self, begun: Begun, max_tokens: int) -> tuple[int, ...]:
         """Take up the rows; those that have tokens to come."""
@@ -327,10 +327,15 @@ def _of_row(begun: Begun, row: int, token_bytes: int) -> tuple[tuple[int, ...], 
 
 
 def _prefill(
-    begun: Begun, going: tuple[int, ...], token_bytes: int, known: int = 0
+    begun: Begun, going: tuple[int, ...], token_bytes: int, known: tuple[int, ...] = ()
 ) -> tuple[tuple[Row, ...], bytes]:
-    """The first step: the rows that go on, and their part of the embeddings. known: tokens of a single row that its
-    session began with."""
+    """The first step: the rows that go on, and their part of the embeddings. known: tokens that each of them
+    began with in its session; nothing if none did."""
     found = [_of_row(begun, row, token_bytes) for row in going]
-    rows = tuple(Row(0 if known else NEW_ROW, known, len(tokens) - known) for tokens, _ in found)
-    return rows, b"".join(inputs[known * token_bytes :] for _, inputs in found)
+    begins = known or (0,) * len(found)
+    rows = tuple(
+        Row(index if known else NEW_ROW, first, len(tokens) - first)
+        for index, (first, (tokens, _)) in enumerate(zip(begins, found, strict=True))
+    )
+    parts = zip(begins, found, strict=True)
+    return rows, b"".join(inputs[first * token_bytes :] for first, (_, inputs) in parts)

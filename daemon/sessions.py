@@ -36,7 +36,7 @@ DEFAULT_ENCODING: Final = Encoding.FLOAT32  # the one in which every promise of 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a user asks of a session. end -1 is the last block. prefix: what its one row will begin with."""
+    """What a user asks of a session. end -1 is the last block. prefix: what its rows will begin with."""
 
     model: str
     start: int = 0

@@ -195,7 +195,8 @@ class Engine:
             raise
         if worn is not None:
             self._worn[ask.session] = worn
-        self._send(Done(ask.request, held=sum(session.pages.lengths)))
+        lengths = session.pages.lengths
+        self._send(Done(ask.request, held=sum(lengths), rows=lengths))
 
     @_handle.register
     def _compute(self, ask: Compute) -> None:

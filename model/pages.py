@@ -103,13 +103,13 @@ class SessionPages:
         )
         return Applied(tuple(copies), segments)
 
-    def adopt(self, step_id: int, pages: tuple[tuple[int, ...], ...]) -> None:
-        """Begin with one row of full pages that others hold too, as if step `step_id` had written them.
+    def adopt(self, step_id: int, rows: tuple[tuple[tuple[int, ...], ...], ...]) -> None:
+        """Begin with rows of full pages that others hold too, as if step `step_id` had written them.
 
-        pages: of each group of blocks.
+        rows: the pages of each in each group of blocks.
         """
-        for group, table in zip(self._groups, pages, strict=True):
-            group.adopt(step_id, table)
+        for index, group in enumerate(self._groups):
+            group.adopt(step_id, tuple(row[index] for row in rows))
 
     def full_page(self, index: int, row: int = 0) -> tuple[int, ...] | None:
         """The full page at this place of a row, in each group of blocks; None if one has let go of it."""

@@ -8,11 +8,11 @@ makes room, and a step may have to wait. No tensors, no torch, no clock of its o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_STEP_TOKENS
-from ..protocol.steps import NEW_ROW, PREFIX_STEP
+from ..protocol.steps import NEW_ROW, PREFIX_STEP, Row, prefixes_of
 from ..protocol.tensors import Encoding
 from ..protocol.work import Compute, NamePages, OpenCache, Restore
 from .groups import Grouping
@@ -30,7 +30,7 @@ class Session:
     num_most: pages that it may come to hold; num_peak: that it held at most. opened_at, used_at: seconds.
     place: where its pages are; since: when it came there. is_gone: it was evicted, and its client does not know yet
     that nothing is left. waits_since: for pages. is_amid: a step of it has begun, and not ended. names: of the
-    pages that its one row begins with; the first num_named of them are known by these.
+    pages that each row begins with, while rows keep their places; the first num_named of a row's are known by these.
     """
 
     id: bytes
@@ -48,8 +48,8 @@ class Session:
     since: float = 0.0
     waits_since: float | None = None
     is_amid: bool = False
-    names: tuple[bytes, ...] = ()
-    num_named: int = 0
+    names: tuple[tuple[bytes, ...], ...] = ()
+    num_named: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,7 @@ class Sessions:
             ask.session, (ask.start, ask.end), ask.encoding, pages, num_most, ask.max_tokens, now_s
         )
         self._open[ask.session] = session
-        if ask.prefix and ask.max_rows == 1:
-            self._begin_with_prefix(session, ask)
+        self._begin_with_prefix(session, ask)
         return session
 
     def get(self, session: bytes) -> Session:
@@ -201,6 +200,8 @@ class Sessions:
         step_before, lengths_before = session.last_step, pages.lengths
         had_pages = pages.num_pages > 0
         applied = pages.apply(ask.step_id, ask.committed, ask.rows)
+        if not keeps_order(ask.rows, len(session.names)):
+            session.names = ()  # the rows that have pages to be named are not where they were
         if not had_pages:
             session.since = now_s
         session.waits_since = None
@@ -211,12 +212,15 @@ class Sessions:
         return Begun(session, ask, applied, step_before, lengths_before)
 
     def _begin_with_prefix(self, session: Session, ask: OpenCache) -> None:
-        session.names = self._own_names(ask.prefix, ask.max_tokens)
-        found = self._prefixes.longest(session.names, ask.max_tokens // self._pool.page_tokens)
-        if found:
+        chains = prefixes_of(ask.prefix, ask.prefix_rows, ask.max_rows)
+        session.names = tuple(self._own_names(names, ask.max_tokens) for names in chains)
+        most = ask.max_tokens // self._pool.page_tokens
+        nothing = ((),) * self._grouping.num_groups
+        found = tuple(self._prefixes.longest(names, most) or nothing for names in session.names)
+        session.num_named = [len(row[0]) for row in found]
+        if any(session.num_named):
             session.pages.adopt(PREFIX_STEP, found)
             session.last_step = PREFIX_STEP
-            session.num_named = len(found[0])
             session.used_at = session.since = session.opened_at
 
     def _own_names(self, names: tuple[bytes, ...], max_tokens: int) -> tuple[bytes, ...]:
@@ -225,9 +229,11 @@ class Sessions:
         return tuple(name + max_tokens.to_bytes(8) for name in names)
 
     def _name_pages(self, session: Session) -> None:
-        """Keep the pages of a session's prefix that are full now under their names."""
-        if session.num_named < len(session.names):
-            session.num_named += self._keep(session, 0, session.names, session.num_named)
+        """Keep the pages of a session's prefixes that are full now under their names."""
+        for row, names in enumerate(session.names):
+            first = session.num_named[row]
+            if first < len(names):
+                session.num_named[row] += self._keep(session, row, names, first)
 
     def _keep(self, session: Session, row: int, names: tuple[bytes, ...], first: int = 0) -> int:
         """Keep a row's full pages from a place on, under their names; how many there are."""
@@ -347,6 +353,11 @@ class Sessions:
                 free_tokens=self._tokens(max(0, num_left)),
                 wait_s=round(wait_s, 1),
             )
+
+
+def keeps_order(rows: tuple[Row, ...], count: int) -> bool:
+    """Whether each of so many rows goes on, or begins, at its own place."""
+    return len(rows) == count and all(row.parent in (NEW_ROW, index) for index, row in enumerate(rows))
 
 
 def undo(step: Begun) -> None:

@@ -103,12 +103,13 @@ class Tables:
         self._remember(step_id)
         return [row.pages for row in table]
 
-    def adopt(self, step_id: int, pages: tuple[int, ...]) -> None:
-        """Begin with one row of full pages that others hold too."""
-        self._pool.hold(pages)
-        self._pool.share(pages)
-        length = len(pages) * self._pool.page_tokens
-        self._live = (_CachedRow(pages, length, length),)
+    def adopt(self, step_id: int, rows: tuple[tuple[int, ...], ...]) -> None:
+        """Begin with rows of full pages that others hold too."""
+        for pages in rows:
+            self._pool.hold(pages)
+            self._pool.share(pages)
+        lengths = [len(pages) * self._pool.page_tokens for pages in rows]
+        self._live = tuple(_CachedRow(*row) for row in zip(rows, lengths, lengths, strict=True))
         self._remember(step_id)
 
     def full_page(self, index: int, row_index: int) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import ClassVar, Final, NamedTuple
 
 from .errors import Code, CorollaError, error, error_from_wire
@@ -85,11 +86,24 @@ def check_rows(rows: tuple[Row, ...]) -> None:
             raise ValueError(f"a new row at position {row.position}, expected 0")
 
 
-def check_prefix(names: tuple[bytes, ...]) -> None:
-    """Raise ValueError unless these may be the names of a prefix's pages."""
+def check_prefix(names: tuple[bytes, ...], rows: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless these may be the names of a prefix's pages, or of several rows' prefixes."""
+    check_range("number of rows with a prefix", len(rows), 0, MAX_ROWS)
+    if rows and (min(rows) < 0 or sum(rows) != len(names)):
+        raise ValueError(f"{len(names)} names of pages for rows of {rows}")
     check_range("number of prefix pages", len(names), 0, MAX_PREFIX_PAGES)
     if any(len(name) != PREFIX_NAME_BYTES for name in names):
         raise ValueError(f"names of a prefix's pages that have not {PREFIX_NAME_BYTES} bytes each")
+
+
+def prefixes_of(
+    names: tuple[bytes, ...], rows: tuple[int, ...], max_rows: int
+) -> tuple[tuple[bytes, ...], ...]:
+    """The names of each row's prefix; nothing if no row begins with one. names, rows: as in `OpenSession`."""
+    if not names or (not rows and max_rows > 1) or len(rows) > max_rows:
+        return ()
+    ends = accumulate(rows or (len(names),))
+    return tuple(names[end - count : end] for count, end in zip(rows or (len(names),), ends, strict=True))
 
 
 def check_chains(rows: tuple[Chain, ...]) -> None:
@@ -129,6 +143,8 @@ class OpenSession(Message):
     nobody else can guess them. A hop that still holds pages of this client under these names says how many tokens
     in `Opened`. The client may then link with `base_step = PREFIX_STEP` and as many tokens, or fewer, as if they had
     been that step; or begin with nothing, from step 0.
+
+    prefix_rows: where several rows begin so, how many of these pages each of them has, in order.
     """
 
     KIND: ClassVar[str] = "open"
@@ -142,10 +158,11 @@ class OpenSession(Message):
     max_tokens: int  # of one row
     parts: tuple[bytes, ...] = ()
     prefix: tuple[bytes, ...] = ()
+    prefix_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_session(self.session)
-        check_prefix(self.prefix)
+        check_prefix(self.prefix, self.prefix_rows)
         check_length("fingerprint", self.fingerprint, MAX_NAME_CHARS)
         check_range("start", self.start, 0, MAX_BLOCKS - 1)
         check_range("end", self.end, self.start + 1, MAX_BLOCKS)
@@ -307,7 +324,8 @@ class Opened(Message):
     """The session exists on this hop.
 
     epoch: of the last link, when a session is resumed. queue: requests waiting in this worker. prefix_tokens: how
-    much of `OpenSession.prefix` the hop holds, in its cache and in its history.
+    much of `OpenSession.prefix` the hop holds, in its cache and in its history. row_tokens: the same of each of several
+    rows.
     """
 
     KIND: ClassVar[str] = "opened"
@@ -315,6 +333,7 @@ class Opened(Message):
     epoch: int = 0
     queue: int = 0
     prefix_tokens: int = 0
+    row_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

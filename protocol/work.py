@@ -100,7 +100,8 @@ class OpenCache(Message):
     be had; `ADAPTER_MISSING` with the hex names in `missing`. A session of this id that is open is closed first.
 
     prefix: names of the pages that its one row begins with, as in `steps.OpenSession`, made the daemon's own. Those
-    that the worker holds are the session's rows after step `PREFIX_STEP`; `Done.held` tells how many tokens these are.
+    that the worker holds are the session's rows after step `PREFIX_STEP`; `Done.held` tells how many tokens these are,
+    and `Done.rows` of each row. prefix_rows: as there.
     It keeps the others under their names once they are computed.
     """
 
@@ -114,9 +115,10 @@ class OpenCache(Message):
     max_tokens: int
     parts: tuple[bytes, ...] = ()  # of an adapter, one name for each block, or nothing
     prefix: tuple[bytes, ...] = ()
+    prefix_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_prefix(self.prefix)
+        check_prefix(self.prefix, self.prefix_rows)
         check_range("max_rows", self.max_rows, 1, MAX_ROWS)
         check_range("max_tokens", self.max_tokens, 1, MAX_POSITION)
 
@@ -444,12 +446,13 @@ class Beat(Message):
 
 @dataclass(frozen=True, slots=True)
 class Done(Message):
-    """A request succeeded. held: tokens that a session begins with (`OpenCache`)."""
+    """A request succeeded. held: tokens that a session begins with (`OpenCache`); rows: each of its rows."""
 
     KIND: ClassVar[str] = "done"
     request: int
     payload: bytes = b""
     held: int = 0
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,10 +97,10 @@ class HopSession:
 
     # the wiring
 
-    def adopt(self, num_tokens: int, sent: bytes) -> None:
-        """Begin with a prefix that the worker holds. sent: its hidden states, or nothing where none are kept."""
+    def adopt(self, lengths: tuple[int, ...], sent: bytes) -> None:
+        """Begin with rows that the worker holds. sent: their hidden states, or nothing where none are kept."""
         if sent:
-            self.history.apply(PREFIX_STEP, 0, (Row(NEW_ROW, 0, num_tokens),), sent)
+            self.history.apply(PREFIX_STEP, 0, tuple(Row(NEW_ROW, 0, num) for num in lengths), sent)
 
     def link(self, message: LinkHop) -> int:
         """Take a new place in the wiring, with the rows as they stood after `base_step`.

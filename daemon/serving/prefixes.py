@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Final
 
 from ...protocol.limits import MIB, PREFIX_NAME_BYTES, PREFIX_PAGE_TOKENS
-from ...protocol.steps import OpenSession
+from ...protocol.steps import NEW_ROW, OpenSession, Row, prefixes_of
 from ..session.history import History
 
 PREFIX_BYTES: Final = 256 * MIB  # of all clients: 4,096 tokens of hidden size 8192 in float32 are half of it
@@ -48,7 +48,7 @@ class SentPrefixes:
 
 
 class SessionPrefix:
-    """A session's prefix on this hop. names: of its pages, this client's own; empty if it has none.
+    """What a session's rows begin with on this hop. rows: names of the pages of each, this client's own.
 
     keeps: whether what is sent has to be kept; the last hop of all sends nothing on.
     """
@@ -56,9 +56,11 @@ class SessionPrefix:
     def __init__(self, sent: SentPrefixes, client: str, opened: OpenSession, *, keeps: bool) -> None:
         self._key = _key(client, opened)
         self._sent = sent
-        self.names = self.own(opened.prefix) if opened.max_rows == 1 else ()
+        chains = prefixes_of(opened.prefix, opened.prefix_rows, opened.max_rows)
+        self.rows = tuple(self.own(names) for names in chains)
         self._keeps = keeps
-        self._num_kept = 0  # pages of this session
+        self._num_kept = [0] * len(self.rows)  # pages of this session
+        self._is_ordered = True
 
     def own(self, names: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Names that the client says, made its own."""
@@ -70,19 +72,30 @@ class SessionPrefix:
             for row, names in enumerate(rows):
                 self._keep(history, row, names, 0)
 
-    def beginning(self, held_tokens: int) -> tuple[int, bytes]:
-        """With how many tokens the session may begin, and what was sent of them. held_tokens: by the worker."""
-        num_pages = min(held_tokens // PREFIX_PAGE_TOKENS, len(self.names))
-        if not self._keeps:
-            return num_pages * PREFIX_PAGE_TOKENS, b""
-        found = self._sent.longest(self.names[:num_pages])
-        self._num_kept = len(found)
-        return len(found) * PREFIX_PAGE_TOKENS, b"".join(found)
+    def beginning(self, held: tuple[int, ...]) -> tuple[tuple[int, ...], bytes]:
+        """With how many tokens each row may begin, and what was sent of all. held: tokens of each, by the worker."""
+        if len(held) != len(self.rows):
+            return (0,) * len(self.rows), b""
+        counts = [
+            min(tokens // PREFIX_PAGE_TOKENS, len(row)) for tokens, row in zip(held, self.rows, strict=True)
+        ]
+        sent = b""
+        if self._keeps:
+            found = [self._sent.longest(row[:count]) for row, count in zip(self.rows, counts, strict=True)]
+            counts = [len(pages) for pages in found]
+            self._num_kept = list(counts)
+            sent = b"".join(page for pages in found for page in pages)
+        return tuple(count * PREFIX_PAGE_TOKENS for count in counts), sent
 
-    def note(self, history: History) -> None:
-        """Keep what was sent of pages that are full now."""
-        if self._keeps and len(history.lengths) == 1 and self._num_kept < len(self.names):
-            self._num_kept += self._keep(history, 0, self.names, self._num_kept)
+    def note(self, history: History, rows: Sequence[Row]) -> None:
+        """Keep what was sent of pages that are full now. rows: of the step that was computed."""
+        if len(rows) != len(self.rows) or any(row.parent not in (NEW_ROW, i) for i, row in enumerate(rows)):
+            self._is_ordered = False
+        if not self._keeps or not self._is_ordered or len(history.lengths) != len(self.rows):
+            return
+        for index, names in enumerate(self.rows):
+            if self._num_kept[index] < len(names):
+                self._num_kept[index] += self._keep(history, index, names, self._num_kept[index])
 
     def _keep(self, history: History, row: int, names: Sequence[bytes], first_page: int) -> int:
         """Keep pages of a row from one on; how many there were in a row."""

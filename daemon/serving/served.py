@@ -79,7 +79,7 @@ class Served:
         self._network = network
         self._cache_id = cache_id
         self._prefix = prefix
-        self._prefix_tokens = 0  # that the session may begin with
+        self._begins: tuple[int, ...] = ()  # tokens that each row may begin with
         self._grace_s = grace_s
         self._on_busy = on_busy
         self._on_work = on_work
@@ -108,8 +108,8 @@ class Served:
             self._nursery = nursery
             try:
                 opened = cast(Done, await self._cache_answer(self._open_cache()))
-                self._prefix_tokens, sent = self._prefix.beginning(opened.held)
-                self.hop.adopt(self._prefix_tokens, sent)
+                self._begins, sent = self._prefix.beginning(opened.rows)
+                self.hop.adopt(self._begins, sent)
             except CorollaError as problem:
                 self._problem = problem
                 return
@@ -175,7 +175,9 @@ class Served:
         self._line = Line(stream)
         self._start(self._line.run)
         session, queue = self.hop.opened.session, self.worker.queue
-        self.say(Opened(session, self.hop.epoch, queue, self._prefix_tokens))
+        first = self._begins[0] if len(self._begins) == 1 else 0
+        rows = self._begins if len(self._begins) > 1 else ()
+        self.say(Opened(session, self.hop.epoch, queue, first, rows))
         return self._line
 
     def is_on(self, line: Line) -> bool:
@@ -317,7 +319,7 @@ class Served:
         except CorollaError as problem:
             self._fail(problem, step)
             return
-        self._prefix.note(self.hop.history)
+        self._prefix.note(self.hop.history, step.rows)
         opened = self.hop.opened
         self._on_work(sum(row.n for row in step.rows), opened.end - opened.start)
         self.hop.sending(step)
@@ -454,7 +456,8 @@ class Served:
                 o.max_rows,
                 o.max_tokens,
                 o.parts,
-                self._prefix.names,
+                tuple(name for names in self._prefix.rows for name in names),
+                tuple(map(len, self._prefix.rows)),
             )
         )
 

@@ -18,7 +18,7 @@ import trio
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import PREFIX_PAGE_TOKENS
-from ...protocol.steps import NEW_ROW, PREFIX_STEP, Reply, Row, check_payload
+from ...protocol.steps import NEW_ROW, PREFIX_STEP, Reply, Row, check_payload, prefixes_of
 from ...protocol.tensors import DType, Encoding
 from ...protocol.training import NO_PART
 from ...protocol.work import (
@@ -114,11 +114,15 @@ class _Cache:
         self._rows: Table = ()
         self._tables: dict[int, Table] = {}
         self._is_evicted = False
-        names = ask.prefix[: ask.max_tokens // PREFIX_PAGE_TOKENS] if ask.max_rows == 1 else ()
-        known = next((place for place, name in enumerate(names) if name not in prefixes), len(names))
-        if known:
-            self._rows = (prefixes[names[known - 1]],)
+        self._names = prefixes_of(ask.prefix, ask.prefix_rows, ask.max_rows)
+        found = tuple(self._known(names[: ask.max_tokens // PREFIX_PAGE_TOKENS]) for names in self._names)
+        if any(row[0] for row in found):
+            self._rows = found
             self._tables = {PREFIX_STEP: self._rows}
+
+    def _known(self, names: tuple[bytes, ...]) -> tuple[Chain, ...]:
+        known = next((place for place, name in enumerate(names) if name not in self._prefixes), len(names))
+        return self._prefixes[names[known - 1]] if known else ((),) * (self.ask.end - self.ask.start)
 
     def evict(self) -> None:
         """Make room for others: nothing is left, and the next step is told so."""
@@ -148,8 +152,12 @@ class _Cache:
         self._rows = tuple(table)
         kept = {step: rows for step, rows in self._tables.items() if ask.committed <= step <= ask.step_id}
         self._tables = {**kept, ask.step_id: self._rows}
-        if self.ask.max_rows == 1:
-            self._keep_prefix(0, self.ask.prefix)
+        if len(ask.rows) != len(self._names) or any(
+            r.parent not in (NEW_ROW, i) for i, r in enumerate(ask.rows)
+        ):
+            self._names = ()
+        for index, names in enumerate(self._names):
+            self._keep_prefix(index, names)
         return _answered(outputs, ask.reply)
 
     def name_pages(self, notice: NamePages) -> None:
@@ -433,7 +441,8 @@ class WorkerTwin:
     def _answer(self, request: Request) -> Answer:
         match request:
             case OpenCache():
-                return Done(request.request, held=self._open(request))
+                rows = self._open(request)
+                return Done(request.request, held=sum(rows), rows=rows)
             case Compute():
                 output = self._cache(request.session).compute(request)
                 return Done(request.request, self.spoil(output) if self.spoil is not None else output)
@@ -452,7 +461,7 @@ class WorkerTwin:
             case Forward() | Backward():
                 raise error(Code.UNSUPPORTED, "a twin does not train")
 
-    def _open(self, ask: OpenCache) -> int:
+    def _open(self, ask: OpenCache) -> tuple[int, ...]:
         if not self._serves.start <= ask.start < ask.end <= self._serves.end:
             raise error(Code.BLOCKS_OUT_OF_RANGE, f"blocks {ask.start}:{ask.end} of a twin")
         self._caches.pop(ask.session, None)
@@ -470,7 +479,7 @@ class WorkerTwin:
                 free_tokens=free_tokens,
             )
         self._caches[ask.session] = cache
-        return sum(cache.lengths)
+        return cache.lengths
 
     def _cache(self, session: bytes) -> _Cache:
         if session not in self._caches:

@@ -15,7 +15,6 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from ...protocol.errors import Code, CorollaError, Fault, error
-from ...protocol.limits import PREFIX_PAGE_TOKENS
 from ...protocol.messages import Message
 from ...protocol.steps import CloseSession, Linked, Opened, Replayed
 from ..swarm.blame import HEAVY, LIGHT
@@ -96,7 +95,7 @@ class Ascent(ABC):
         self._num_repairs = 0
         self._repair_s = 0.0
         self._num_steps = 0
-        self._prefix_tokens = 0
+        self._prefix_lengths: tuple[int, ...] = ()
 
     # up the stairs: routing
 
@@ -190,7 +189,7 @@ class Ascent(ABC):
     def _on_opened(self, member: Member, message: Opened) -> None:
         if member.standing is Standing.OPENING:
             member.standing = Standing.OPEN
-            member.prefix_tokens = message.prefix_tokens
+            member.prefix_lengths = message.row_tokens or (message.prefix_tokens,)
             member.resumes = False
             self._advance()
 
@@ -259,11 +258,10 @@ class Ascent(ABC):
     def _begin_with_prefix(self) -> None:
         """What all hops hold of the prefix need not be computed; who lost it by the link has it replayed."""
         prefix = self._terms.prefix
-        shared = min([prefix.num_tokens, *(member.prefix_tokens for member in self._roster)])
-        shared -= shared % PREFIX_PAGE_TOKENS
-        if shared > 0:
-            self._prefix_tokens = shared
-            self._pipeline.begin_with(prefix.inputs[: shared * self._terms.token_bytes])
+        shared = prefix.shared(member.prefix_lengths for member in self._roster)
+        if any(shared):
+            self._prefix_lengths = shared
+            self._pipeline.begin_with(shared, prefix.inputs_of(shared, self._terms.token_bytes))
 
     def _on_linked(self, member: Member, message: Linked) -> None:
         lengths = self._pipeline.lengths

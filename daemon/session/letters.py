@@ -26,6 +26,7 @@ def opening(terms: Terms, place: RouteHop) -> OpenSession:
         terms.max_tokens,
         terms.parts_of(place.start, place.end),
         terms.prefix.names,
+        terms.prefix.rows,
     )
 
 

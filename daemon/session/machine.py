@@ -66,8 +66,8 @@ STEADY_S: Final = 30.0  # a wiring that lasted so long was good; what failed bef
 class Statistics:
     """How a session went so far. repair_s: seconds in which it could not compute.
 
-    num_bridges: links of the present route whose steps pass through the client. prefix_tokens: that its row began
-    with, computed for an earlier session.
+    num_bridges: links of the present route whose steps pass through the client. prefix_lengths: that each row
+    began with, computed for earlier sessions.
     """
 
     num_steps: int
@@ -77,7 +77,7 @@ class Statistics:
     hops: tuple[RouteHop, ...]
     history_bytes: int
     num_bridges: int = 0
-    prefix_tokens: int = 0
+    prefix_lengths: tuple[int, ...] = ()
 
 
 class SessionMachine(Ascent):
@@ -108,7 +108,7 @@ class SessionMachine(Ascent):
             hops,
             size,
             bridges,
-            self._prefix_tokens,
+            self._prefix_lengths,
         )
 
     def handle(self, event: Event, now_s: float) -> list[Action]:

@@ -113,14 +113,13 @@ class Pipeline:
             offset += size
             request.num_parts += 1
 
-    def begin_with(self, inputs: bytes) -> None:
-        """Before the first step: one row of tokens that every hop holds already, as if they had been step 1."""
-        num = len(inputs) // self._token_bytes
-        if self._next_id != PREFIX_STEP or not num:
+    def begin_with(self, lengths: tuple[int, ...], inputs: bytes) -> None:
+        """Before the first step: rows of tokens that every hop holds already, as if they had been step 1."""
+        if self._next_id != PREFIX_STEP:
             return
-        self.history.apply(PREFIX_STEP, 0, (Row(NEW_ROW, 0, num),), inputs)
+        self.history.apply(PREFIX_STEP, 0, tuple(Row(NEW_ROW, 0, num) for num in lengths), inputs)
         self.committed = PREFIX_STEP
-        self.lengths = (num,)
+        self.lengths = lengths
         self._next_id = PREFIX_STEP + 1
 
     def take(self, now_s: float) -> list[Part]:

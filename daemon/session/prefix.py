@@ -10,9 +10,10 @@ Source: the chain of hashes is that of vLLM's automatic prefix caching.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 
 from ...protocol.limits import MAX_PREFIX_PAGES, PREFIX_NAME_BYTES, PREFIX_PAGE_TOKENS
 from ...protocol.tensors import Encoding
@@ -20,15 +21,46 @@ from ...protocol.tensors import Encoding
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """names: of the pages, in order. inputs: of the first block, for all tokens of these pages, in wire encoding."""
+    """What a session's rows begin with.
+
+    names: of the pages, in order, one row's after the other's. inputs: of the first block, for all tokens of these
+    pages, in wire encoding. rows: pages of each row; nothing where there is but one.
+    """
 
     names: tuple[bytes, ...] = ()
     inputs: bytes = b""
+    rows: tuple[int, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all its pages."""
-        return len(self.names) * PREFIX_PAGE_TOKENS
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row begins with."""
+        return tuple(count * PREFIX_PAGE_TOKENS for count in self.rows or (len(self.names),))
+
+    def shared(self, held: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        """Tokens of each row that everybody holds, in full pages. held: by each hop, of each row."""
+        lengths = self.lengths
+        for tokens in held:
+            known = tokens if len(tokens) == len(lengths) else (0,) * len(lengths)
+            lengths = tuple(map(min, lengths, known))
+        return tuple(max(0, length - length % PREFIX_PAGE_TOKENS) for length in lengths)
+
+    def inputs_of(self, lengths: tuple[int, ...], token_bytes: int) -> bytes:
+        """The inputs of so many of each row's tokens."""
+        ends = accumulate(length * token_bytes for length in self.lengths)
+        starts = (end - length * token_bytes for end, length in zip(ends, self.lengths, strict=True))
+        return b"".join(
+            self.inputs[start : start + length * token_bytes]
+            for start, length in zip(starts, lengths, strict=True)
+        )
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Prefix]) -> Prefix:
+        """Of several rows, each with its own; those that are beyond what can be said together have none."""
+        sums = accumulate(len(row.names) for row in rows)
+        kept = [row if total <= MAX_PREFIX_PAGES else cls() for row, total in zip(rows, sums, strict=True)]
+        names = tuple(name for row in kept for name in row.names)
+        inputs = b"".join(row.inputs for row in kept)
+        return cls(names, inputs, tuple(len(row.names) for row in kept) if len(rows) > 1 else ())
 
 
 def root(secret: bytes, fingerprint: str, encoding: Encoding, parts: Sequence[bytes]) -> bytes:

@@ -25,7 +25,7 @@ _NO_PREFIX: Final = Prefix()
 class Terms:
     """What a session is, from its first to its last moment.
 
-    parts: of an adapter, one for each block, or nothing. prefix: what its one row will begin with.
+    parts: of an adapter, one for each block, or nothing. prefix: what its rows will begin with.
     """
 
     session: bytes
@@ -60,8 +60,8 @@ class Member:
 
     resumes: the stream broke, and is being opened again for a session that the hop should still have.
     resumed_at, struck_at: what was committed when it last had a second chance of that kind; -1 is never.
-    num_puts: how often it lacked parts of the adapter since it was last linked. prefix_tokens: of the session's
-    prefix, that it said it holds.
+    num_puts: how often it lacked parts of the adapter since it was last linked. prefix_lengths: tokens of
+    each row's prefix that it said it holds.
     """
 
     place: RouteHop
@@ -75,7 +75,7 @@ class Member:
     resumed_at: int = -1
     struck_at: int = -1
     num_puts: int = 0
-    prefix_tokens: int = 0
+    prefix_lengths: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

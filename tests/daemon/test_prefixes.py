@@ -144,10 +144,17 @@ async def test_each_of_several_texts_is_known_again_though_they_ended_one_after_
             assert answer.tokens[0].ids == whole_text(turn, 6)
 
 
-async def test_several_texts_at_once_have_no_prefix_and_are_right() -> None:
-    async with user((0, NUM_BLOCKS)) as someone:
-        await text_of(someone, FIRST, known=0)
-        someone.pieces.clear()
-        await someone.generate(FIRST, SECOND)
-        assert someone.tokens(0) == whole_text(FIRST.encode(), 6)
-        assert someone.tokens(1) == whole_text(SECOND.encode(), 6)
+async def test_several_texts_at_once_begin_each_with_what_is_known_of_it() -> None:
+    prompts = (FIRST, "short", "X" + SECOND)
+    async with user((0, 2), (2, NUM_BLOCKS)) as someone:
+        await text_of(someone, SECOND, known=0)
+        for known in (KNOWN, KNOWN + len("X" + SECOND) // 64 * 64, KNOWN + len("X" + SECOND) // 64 * 64):
+            before = computed(someone)
+            someone.pieces.clear()
+            answer = await someone.generate(*prompts)
+            assert [row.ids for row in answer.tokens] == [
+                whole_text(prompt.encode(), 6) for prompt in prompts
+            ]
+            assert answer.num_prefix_tokens == known
+            num_tokens = sum(map(len, prompts)) - known + 5 * len(prompts)
+            assert computed(someone) - before == num_tokens * NUM_BLOCKS

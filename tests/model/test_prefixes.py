@@ -157,6 +157,25 @@ def test_used_longest_ago_goes_first_and_the_end_of_a_chain_before_its_beginning
     assert pool.num_free == 8
 
 
+def test_several_rows_begin_each_with_its_own_prefix() -> None:
+    desk = Desk()
+    begin(desk, A, NAMES[:2])
+    prompt(desk, A)
+
+    def both(session: bytes) -> tuple[int, ...]:
+        ask = OpenCache(1, session, 2, 6, Encoding.FLOAT32, 2, LENGTH, prefix=NAMES[:3], prefix_rows=(2, 1))
+        desk.engine.handle(ask)
+        answer = desk.answers.pop()
+        assert isinstance(answer, Done), answer
+        return answer.rows
+
+    assert both(B) == (128, 0)
+    steps = [(0, 128, 1), (1, 0, 70)]
+    assert desk.step(2, steps, [1] + [3] * 70, session=B)[::70] == [129, 210]
+    assert both(C) == (128, 64)
+    assert desk.step(2, [(0, 100, 1), (1, 64, 1)], [1, 1], session=C) == [101, 193]
+
+
 def test_rows_are_kept_by_the_names_that_they_get_in_the_end() -> None:
     desk = Desk()
     begin(desk, A, names=(), rows=2)

@@ -136,7 +136,7 @@ def test_a_session_begins_with_what_all_hops_hold_of_its_prefix() -> None:
     assert (link.base_step, link.lengths) == (PREFIX_STEP, (128,))
     bench.link(1, a=(128,), b=(128,))
     assert bench.of(ev.Ready)
-    assert bench.machine.statistics().prefix_tokens == 128
+    assert bench.machine.statistics().prefix_lengths == (128,)
     bench.step(1, Row(0, 128, 2))
     (step,) = bench.said("a", Step)
     assert (step.step_id, step.committed) == (PREFIX_STEP + 1, PREFIX_STEP)

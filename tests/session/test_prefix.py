@@ -17,7 +17,8 @@ def named(
 
 def test_full_pages_are_named_and_the_last_token_is_left_to_compute() -> None:
     assert len(named().names) == 3
-    assert named().num_tokens == len(named().inputs) == 192
+    assert named().lengths == (192,)
+    assert len(named().inputs) == 192
     assert len(named(TOKENS[:192]).names) == 2
     assert len(named(TOKENS[:193]).names) == 3
     assert named(TOKENS[:64]) == named(TOKENS[:1]) == Prefix()
@@ -40,3 +41,14 @@ def test_users_adapters_models_and_encodings_have_names_of_their_own() -> None:
         for encoding in (Encoding.FLOAT32, Encoding.BFLOAT16)
     }
     assert len(roots) == 4
+
+
+def test_several_rows_share_what_every_hop_holds_of_each() -> None:
+    rows = [named(), named(TOKENS[:100]), named(TOKENS[:10])]
+    prefix = Prefix.of_rows(rows)
+    assert prefix.rows == (3, 1, 0)
+    assert prefix.lengths == (192, 64, 0)
+    assert prefix.shared([(192, 64, 0), (130, 64, 0)]) == (128, 64, 0)
+    assert prefix.shared([(192, 64, 0), ()]) == (0, 0, 0)
+    assert prefix.inputs_of((128, 64, 0), 1) == INPUTS[:128] + INPUTS[:64]
+    assert Prefix.of_rows(rows[:1]) == rows[0]
