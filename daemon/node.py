@@ -215,7 +215,7 @@ class Node:
             listen=self.config.listen,
             announce=self.config.announce,
             stored_seq=self.store.load_seq(),
-            save_seq=self.store.save_seq,
+            save_seq=self._keep_seq,
             session_grace_s=self.config.session_grace_s,
             reachability=Reachability(self.config.reachability),
             relay=RelayLimits(is_wanted=lambda: self.config.relay),
@@ -231,6 +231,15 @@ class Node:
             save_standing=self.inviting.keep,
             on_refused=lambda problem: self.events.emit("refused", str(problem)),
         )
+
+    def _keep_seq(self, seq: int) -> None:
+        """Remember a sequence number if the disk lets us: holders tell the right one to whoever lost it."""
+        was_well = self.store.problem is None
+        try:
+            self.store.save_seq(seq)
+        except CorollaError as problem:
+            if was_well:
+                self.events.emit("store_failed", str(problem))
 
     def _admit(self, client: str) -> None:
         if self._is_stopping:

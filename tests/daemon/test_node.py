@@ -29,6 +29,7 @@ from corolla.protocol.invitations import decode_token, encode_token
 from corolla.protocol.settings import Applied
 
 from ..processes import DaemonProcess
+from .members import FACTS
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -345,6 +346,26 @@ async def test_a_ban_outside_a_swarm_holds_in_the_next(folder: Path) -> None:
         problem = await refused(other.join(founded.token))
         assert problem.code is Code.NOT_INVITED
         assert "is banned here" in problem.message
+
+
+@pytest.mark.anyio
+async def test_a_full_disk_keeps_nobody_from_hearing_what_is_offered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(folder) as (first, _, one, other):
+        await other.join((await one.create_swarm("roses")).token)
+        assert first.belonging is not None
+        monkeypatch.setattr(first.store, "_write", no_room)
+        first.belonging.registry.announce_model(FACTS)
+        with trio.fail_after(60):
+            while not await other.models():  # noqa: ASYNC110 - nothing tells a program of it
+                await trio.sleep(0.05)
+        assert first.status().state == "online"
+        assert "no room" in await heard(first, "store_failed")
+
+
+def no_room(name: str, text: str) -> None:
+    raise error(Code.DISK_FULL, f"no room on the disk for {name}")
 
 
 # its end

@@ -162,7 +162,8 @@ def test_the_unit_is_in_order_and_closed(debian: Container, install: Callable[[]
     install()
     assert debian.run("systemd-analyze", "verify", "/usr/lib/systemd/system/corollad.service").strip() == ""
     user_unit = "/usr/lib/systemd/user/corollad.service"
-    assert debian.run("systemd-analyze", "verify", "--user", user_unit).strip() == ""
+    asked = ("env", "XDG_RUNTIME_DIR=/tmp", "systemd-analyze", "verify", "--user")
+    assert debian.run(*asked, user_unit).strip() == ""
     report = debian.run("systemd-analyze", "security", "corollad.service")
     last = report.rsplit("corollad.service:", 1)[1].split()
     print(f"systemd-analyze security: {' '.join(last[:2])}")
