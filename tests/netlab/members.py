@@ -13,26 +13,29 @@ from ..processes import DaemonProcess, LocalSwarm, wait_until
 from .lab import PORT, Host, Lab
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
-# The system's clock is one for all hosts: this shows the daemon's program another time of day.
-SKEWED = """
-import time
-real = time.time
-time.time = lambda: real() + {ahead_s}
-from corolla.daemon.__main__ import main
-main()
-"""
+MAIN = "from corolla.daemon.__main__ import main; main()"
+
+
+def skewed(ahead_s: float) -> str:
+    """A prelude after which it is another time of day: the system's clock is one for all hosts."""
+    return f"import time; real = time.time; time.time = lambda: real() + {ahead_s}"
+
+
+def relaying_for(circuit_s: float) -> str:
+    """A prelude after which circuits last so long."""
+    return f"from corolla.protocol import limits; limits.RELAY_CIRCUIT_S = {circuit_s}"
 
 
 @dataclass
 class LabDaemon(DaemonProcess):
-    """A `corollad` on a host, listening there on `PORT`. clock_ahead_s: by how much its clock is wrong."""
+    """A `corollad` on a host, listening there on `PORT`. prelude: Python that it runs before it starts."""
 
     host: Host | None = field(default=None)
-    clock_ahead_s: float = 0.0
+    prelude: str = ""
 
     def command(self) -> list[str]:
-        program = ("-c", SKEWED.format(ahead_s=self.clock_ahead_s)) if self.clock_ahead_s else ()
-        command = [sys.executable, *(program or ("-m", "corolla.daemon"))]
+        program = ("-c", f"{self.prelude}\n{MAIN}") if self.prelude else ("-m", "corolla.daemon")
+        command = [sys.executable, *program]
         command += ["--state-dir", str(self.folder / "state")]
         command += ["--socket", str(self.socket), "--listen", f"/ip4/0.0.0.0/tcp/{PORT}", *self.arguments]
         return self.host.command(*command) if self.host is not None else command
@@ -41,10 +44,10 @@ class LabDaemon(DaemonProcess):
 class LabSwarm(LocalSwarm):
     """A swarm whose daemons live on hosts of a lab; control sockets are reached from outside."""
 
-    def on(self, host: Host, name: str, *arguments: str, clock_ahead_s: float = 0.0) -> DaemonProcess:
+    def on(self, host: Host, name: str, *arguments: str, prelude: str = "") -> DaemonProcess:
         """Start a daemon on a host."""
         options = (*arguments, *self.options)
-        daemon = LabDaemon(name, self.folder / name, options, host=host, clock_ahead_s=clock_ahead_s)
+        daemon = LabDaemon(name, self.folder / name, options, host=host, prelude=prelude)
         self.daemons[name] = daemon
         daemon.start()
         return daemon
@@ -58,10 +61,10 @@ class LabSwarm(LocalSwarm):
             self.token = asked.status().join_command.split()[-1]
         return daemon
 
-    def serve_on(self, host: Host, name: str, start: int, end: int) -> DaemonProcess:
+    def serve_on(self, host: Host, name: str, start: int, end: int, *arguments: str) -> DaemonProcess:
         """Start a daemon that serves blocks [start, end)."""
-        blocks = f"{start}:{end}"
-        return self.on(host, name, "--model", str(self.model), "--blocks", blocks, "--join", self.token)
+        span = ("--model", str(self.model), "--blocks", f"{start}:{end}", "--join", self.token)
+        return self.on(host, name, *span, *arguments)
 
     def use_on(self, host: Host, name: str) -> DaemonProcess:
         """Start a user's daemon, which serves nothing."""

@@ -15,7 +15,7 @@ from corolla.protocol.netcheck import Netcheck
 from ..processes import DaemonProcess, wait_until
 from .gateway import gateway_of
 from .lab import PORT, Host, Lab, Nat, why_not
-from .members import LabSwarm, lab_swarm
+from .members import LabSwarm, lab_swarm, skewed
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -28,12 +28,10 @@ def lab() -> Iterator[tuple[Lab, LabSwarm]]:
         yield made
 
 
-def join(
-    swarm: LabSwarm, host: Host, name: str, *arguments: str, clock_ahead_s: float = 0.0
-) -> DaemonProcess:
+def join(swarm: LabSwarm, host: Host, name: str, *arguments: str, prelude: str = "") -> DaemonProcess:
     """A daemon that serves nothing joins from a host."""
     words = (*ALONE, "--join", swarm.token, *arguments)
-    daemon = swarm.on(host, name, *words, clock_ahead_s=clock_ahead_s)
+    daemon = swarm.on(host, name, *words, prelude=prelude)
     daemon.wait_ready()
     return daemon
 
@@ -104,7 +102,7 @@ def test_each_host_is_told_how_it_is_reached(lab: tuple[Lab, LabSwarm]) -> None:
     net, swarm = lab
     open_host = net.host("pub")
     public = swarm.found_on(open_host, "pub", *ALONE)
-    late = join(swarm, net.host("late"), "late", clock_ahead_s=120.0)
+    late = join(swarm, net.host("late"), "late", prelude=skewed(120.0))
     hosts = {
         "cone": net.host("cone", Nat.FULL_CONE),
         "home": net.host("home", Nat.PORT_RESTRICTED),

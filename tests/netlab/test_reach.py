@@ -17,7 +17,15 @@ from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
 from ..model.tiny import save_tiny
 from ..processes import DaemonProcess, wait_until
 from .lab import PORT, Lab, Nat, why_not
-from .members import LabSwarm, carrier_of, is_relayed, lab_swarm, wait_reachable, wait_relayed_address
+from .members import (
+    LabSwarm,
+    carrier_of,
+    is_relayed,
+    lab_swarm,
+    relaying_for,
+    wait_reachable,
+    wait_relayed_address,
+)
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -139,6 +147,40 @@ def test_behind_a_nat_that_lets_callers_in_no_relay_is_used(
 
     assert tokens == expected(model[1], 24)
     assert not is_relayed(client, peer_of(home))
+
+
+@pytest.mark.long
+def test_a_text_goes_on_while_its_circuits_are_renewed(
+    lab: tuple[Lab, LabSwarm], model: tuple[Path, Any]
+) -> None:
+    """Each lasts ten seconds, and is replaced after eight; the text waits for two such changes."""
+    net, swarm = lab
+    serving = ("--model", str(model[0]), "--blocks", "0:2", "--no-relay")
+    public = swarm.found_on(net.host("pub"), "pub", *serving)
+    short = relaying_for(circuit_s=10.0)
+    swarm.on(net.host("relay"), "relay", "--blocks", "none", "--join", swarm.token, prelude=short)
+    home = swarm.serve_on(net.host("home", Nat.SYMMETRIC), "home", 2, 4, "--log-level", "debug")
+    client = swarm.use_on(net.host("cafe", Nat.SYMMETRIC), "cafe")
+    for daemon in (public, home):
+        daemon.wait_online()
+    client.wait_ready()
+    swarm.wait_covered(client, [1, 1, 1, 1])
+    caller = peer_of(client)
+
+    def num_calls() -> int:
+        said = (home.folder / "log").read_text().splitlines()
+        return sum('"called"' in line and caller in line for line in said)
+
+    def until_renewed(count: int) -> None:
+        if count in (40, 120):
+            before = num_calls()
+            wait_until(lambda: num_calls() > before, "another circuit")
+
+    tokens, _ = generated(client, 240, until_renewed)
+
+    assert tokens == expected(model[1], 240)
+    assert is_relayed(client, peer_of(home))
+    assert num_calls() >= 3
 
 
 @pytest.mark.long
