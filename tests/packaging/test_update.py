@@ -32,7 +32,9 @@ pytestmark = [
 OLD, NEW = corolla.__version__, "99.1.0"
 LIBRARY = "usr/lib/corolla/lib/python3.11/site-packages"
 OTHERS = "/srv/others"  # programs of machines that are not updated
-SETTINGS = 'device = ["cpu"]\ndtype = "float32"\nthreads = 1\nmdns = false\nupnp = false\n'
+SETTINGS = (
+    'device = ["cpu"]\ndtype = "float32"\nthreads = 1\nmdns = false\nupnp = false\nlow_priority = false\n'
+)
 USER = """
 import json, pathlib, sys, corolla
 with corolla.connect("/srv/user/s") as daemon:
@@ -42,7 +44,7 @@ with corolla.connect("/srv/user/s") as daemon:
             piece.token
             for piece in daemon.model("tiny").generate(
                 tokens=[[5, 17, 40, 8, 23]], max_new_tokens=200, stream=True,
-                on_event=lambda event: happened.append(event.kind),
+                on_event=lambda event: happened.append(event.event),
             )
         ]
         with open("/srv/texts", "a") as file:
@@ -125,7 +127,7 @@ def start_other(debian: Container, name: str, *arguments: str) -> None:
     places = ("--state-dir", f"/{state}", "--socket", f"/srv/{name}/s", "--cache-dir", f"/srv/{name}/cache")
     usual = ("--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu", "--dtype", "float32", "--threads", "1")
     program = [f"{OTHERS}/bin/corollad", *places, *usual, "--no-mdns", "--no-upnp", *arguments]
-    debian.run("systemd-run", f"--unit={name}", *program)
+    debian.run("systemd-run", f"--unit={name}", "--setenv=COROLLA_LOW_PRIORITY=false", *program)
 
 
 def test_an_update_amid_a_text_changes_no_token_and_a_step_back_is_refused(debian: Container) -> None:
@@ -147,7 +149,10 @@ def test_an_update_amid_a_text_changes_no_token_and_a_step_back_is_refused(debia
     start_other(debian, "second", *join, f"0:{NUM_BLOCKS}")
     wait_for(debian, "/srv/user/s", r"replicas 0:4 ×2", "the user knows both")
     texts = debian.folder / "srv/texts"
+    debian.run("daemonctl", "drain", "--socket", "/srv/second/s")
     wait_for(debian, "/run/corolla/control.sock", r"[1-9]\d* sessions", "the service has the user's session")
+    debian.run("daemonctl", "resume", "--socket", "/srv/second/s")
+    wait_for(debian, "/srv/user/s", r"replicas 0:4 ×2", "the user knows both again")
 
     debian.run("dpkg", "-i", "/later.deb")
 
