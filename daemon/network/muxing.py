@@ -280,6 +280,13 @@ class Mux:
         """Announce the end of the connection, after what is queued."""
         self._enqueue(0, _frame(_GO_AWAY, 0, 0, code))
 
+    def next_messages(self, count: int) -> list[bytes]:
+        """The next bytes to send, in at most `count` messages: frames joined up to one Noise message each."""
+        messages: list[bytes] = []
+        while len(messages) < count and (self._urgent or self._queue):
+            messages.append(self.next_message())
+        return messages
+
     def next_message(self) -> bytes:
         """The next bytes to send, frames joined up to one Noise message; `b""` when there are none."""
         frames: list[bytes] = []

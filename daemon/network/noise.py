@@ -1,9 +1,9 @@
-"""Noise, encrypted as py-libp2p does it, and carried to and from the socket with fewer turns.
+"""Noise: py-libp2p's handshake, and then our own way to and from the socket, with fewer turns.
 
 The library reads every Noise message with one system call for its two length bytes and one for its body,
 each under a lock, and taking a free lock costs a turn of trio's scheduler. A muxer has one reader and one
-writer, so no lock is missed; reading in large pieces, and sending what the socket takes at once without
-waiting, halves the time of a small message. It also lets us dial an address without knowing who lives
+writer, so no lock is missed: a message costs one wait, one read and one write, with no layer between. What
+is sealed how is in `sealing.py`. It also lets us dial an address without knowing who lives
 there: the far side still proves its identity, and the caller learns it.
 Source: https://noiseprotocol.org, https://github.com/libp2p/specs/tree/master/noise
 """
@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -29,12 +32,10 @@ from libp2p.security.noise.transport import PROTOCOL_ID, Transport
 from libp2p.security.secure_session import SecureSession
 from libp2p.security.security_multistream import SecurityMultistream
 from multiaddr import Multiaddr
-from noise.connection import NoiseConnection
 
 from .multistream import agree, answer
+from .sealing import MAX_PLAIN_BYTES, Sealer, Unsealer
 
-MAX_PLAIN_BYTES: Final = 65_519  # of one message: 65,535 less 16 of authentication
-_LENGTH_BYTES: Final = 2
 _READ_BYTES: Final = 128 * 1024  # two full Noise messages
 
 
@@ -46,49 +47,68 @@ class NoiseSession(ISecureConn):
         self._session = session
         self._connection = connection
         self._socket = _socket_of(connection)
-        self._noise = _state_of(session)
-        self._cipher = b""  # received, from `_at` on not yet decrypted
-        self._at = 0
-        self._plain = b""  # decrypted, and more than was asked for
-        self._unsent = memoryview(b"")  # encrypted, and more than the socket took
+        self._sealer, self._unsealer = _ciphers_of(session)
+        self._arrived: deque[bytes] = deque()  # messages that nobody has read
+        self._unsent = memoryview(b"")  # sealed, and more than the socket took
 
     async def read(self, n: int | None = None) -> bytes:
-        """What arrives next: at most one message, and at most `n` bytes.
-
-        Raises `ConnectionClosedError` at the end, and what decryption raises for a forged message.
-        """
-        data = self._plain or await self._read_message()
-        if n is None or n >= len(data):
-            self._plain = b""
-            return data
-        self._plain = data[n:]
+        """What arrives next: at most one message, and at most `n` bytes. Raises as `receive`."""
+        if not self._arrived:
+            self._arrived += await self.receive()
+        data = self._arrived.popleft()
+        if n is not None and n < len(data):
+            self._arrived.appendleft(data[n:])
         return data[:n]
 
     async def write(self, data: bytes) -> None:
-        """Send all of `data`, after what is left over from `write_nowait`. Raises `ConnectionClosedError`."""
-        await self.flush()
-        await self._send(self._encrypt(data))
+        """Send all of `data`, after what is left over from `send_nowait`. Raises `ConnectionClosedError`."""
+        await self._flush_all()
+        self.send_nowait([data[at : at + MAX_PLAIN_BYTES] for at in range(0, len(data), MAX_PLAIN_BYTES)])
+        await self._flush_all()
 
-    def write_nowait(self, data: bytes) -> bool:
-        """Send `data` without waiting. False when a part is left over, which `flush` sends.
+    async def receive(self) -> Sequence[bytes]:
+        """The messages that have arrived, at least one.
+
+        Raises `ConnectionClosedError` at the end, and `NoiseInvalidMessage` for a forged message.
+        """
+        messages: Sequence[bytes] = tuple(self._arrived)
+        self._arrived.clear()
+        while not messages:
+            messages = self._unsealer.unseal(await self._receive())
+        return messages
+
+    def send_nowait(self, messages: Sequence[bytes]) -> bool:
+        """Send messages, each at most `MAX_PLAIN_BYTES`, without waiting. False when a part is left to `flush`.
 
         Not before `flush` has sent what an earlier call left over.
         """
         if self._unsent:
             raise BlockingIOError("an earlier message is not sent yet")
-        self._unsent = memoryview(self._encrypt(data))
+        pieces = [piece for message in messages for piece in self._sealer.seal(message)]
+        sent = 0
         if self._socket is not None:
-            try:
-                self._unsent = self._unsent[os.write(self._socket.socket.fileno(), self._unsent) :]
-            except OSError:  # full, or broken: then `flush` waits, or says so
-                return False
+            with suppress(OSError):  # full, or broken: then `flush` waits, or says so
+                sent = os.writev(self._socket.socket.fileno(), pieces)
+        if sent < sum(map(len, pieces)):
+            self._unsent = memoryview(b"".join(pieces))[sent:]
         return not self._unsent
 
-    async def flush(self) -> None:
-        """Send what is left over."""
-        if self._unsent:
+    async def flush(self) -> bool:
+        """Send some more of what is left over. True when nothing is left. Raises `ConnectionClosedError`."""
+        if not self._unsent:
+            return True
+        if self._socket is None:
             unsent, self._unsent = self._unsent, memoryview(b"")
-            await self._send(bytes(unsent))
+            await self._connection.write(bytes(unsent))
+            return True
+        try:
+            await trio.lowlevel.wait_writable(_descriptor(self._socket))
+            self._unsent = self._unsent[os.write(_descriptor(self._socket), self._unsent) :]
+        except BlockingIOError:  # it was writable for less than a moment
+            return False
+        except (OSError, trio.ClosedResourceError) as failure:
+            raise ConnectionClosedError(_why(failure)) from failure
+        return not self._unsent
 
     def tcp_info(self) -> bytes:
         """What the kernel tells of the connection (tcp(7)); nothing of a circuit, or of one that is closed."""
@@ -123,51 +143,18 @@ class NoiseSession(ISecureConn):
     def get_connection_type(self) -> ConnectionType:
         return self._connection.get_connection_type()
 
-    async def _read_message(self) -> bytes:
-        plain = b""
-        while not plain:  # an empty message says nothing
-            await self._fill(_LENGTH_BYTES)
-            size = int.from_bytes(self._cipher[self._at : self._at + _LENGTH_BYTES])
-            await self._fill(_LENGTH_BYTES + size)
-            start = self._at + _LENGTH_BYTES
-            self._at = start + size
-            plain = bytes(self._noise.decrypt(self._cipher[start : self._at]))
-        return plain
-
-    async def _fill(self, size: int) -> None:
-        """Have `size` bytes from `_at` on."""
-        have = len(self._cipher) - self._at
-        if have >= size:
-            return
-        pieces = [self._cipher[self._at :]]
-        while have < size:
-            pieces.append(await self._receive())
-            have += len(pieces[-1])
-        self._cipher, self._at = b"".join(pieces), 0
-
-    def _encrypt(self, data: bytes) -> bytes:
-        pieces: list[bytes] = []
-        for start in range(0, len(data), MAX_PLAIN_BYTES):
-            cipher = self._noise.encrypt(data[start : start + MAX_PLAIN_BYTES])
-            pieces += (len(cipher).to_bytes(_LENGTH_BYTES), cipher)
-        return b"".join(pieces)
-
-    async def _send(self, data: bytes) -> None:
-        if self._socket is None:
-            await self._connection.write(data)
-            return
-        try:
-            await self._socket.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as failure:
-            raise ConnectionClosedError(_why(failure)) from failure
+    async def _flush_all(self) -> None:
+        while not await self.flush():
+            pass
 
     async def _receive(self) -> bytes:
+        """Some bytes as they came."""
         try:
             if self._socket is None:
                 data = await self._connection.read(_READ_BYTES)
             else:
-                data = bytes(await self._socket.receive_some(_READ_BYTES))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as failure:
+                data = await _read_from(self._socket)
+        except (OSError, trio.ClosedResourceError) as failure:
             raise ConnectionClosedError(_why(failure)) from failure
         if not data:
             raise ConnectionClosedError("the peer closed the connection")
@@ -212,16 +199,37 @@ def _faster(session: ISecureConn, connection: IRawConnection) -> ISecureConn:
     raise TypeError(f"the Noise handshake gave a {type(session).__name__}, expected a SecureSession")
 
 
-def _state_of(session: SecureSession) -> NoiseConnection:
-    if isinstance(session.conn, NoiseTransportReadWriter):
-        return session.conn.noise_state
-    raise TypeError(f"the Noise session writes to a {type(session.conn).__name__}")
+def _ciphers_of(session: SecureSession) -> tuple[Sealer, Unsealer]:
+    """Of the handshake that ended; the library's own are of no use from now on."""
+    if not isinstance(session.conn, NoiseTransportReadWriter):
+        raise TypeError(f"the Noise session writes to a {type(session.conn).__name__}")
+    agreed = session.conn.noise_state.noise_protocol
+    out, inward = agreed.cipher_state_encrypt, agreed.cipher_state_decrypt
+    return Sealer(out.k, out.n), Unsealer(inward.k, inward.n)
 
 
 def _socket_of(connection: IRawConnection) -> trio.SocketStream | None:
     """The socket of a TCP connection; None for one through a relay, which is a stream itself."""
     tcp = connection.stream if isinstance(connection, RawConnection) else None
     return tcp.stream if isinstance(tcp, TrioTCPStream) else None
+
+
+def _descriptor(stream: trio.SocketStream) -> int:
+    """Of a socket that is open. Raises `ClosedResourceError`."""
+    descriptor = stream.socket.fileno()
+    if descriptor < 0:
+        raise trio.ClosedResourceError("the connection was closed here")
+    return descriptor
+
+
+async def _read_from(stream: trio.SocketStream) -> bytes:
+    """Some bytes. Waits before it tries: a muxer's reader has mostly just read what there was."""
+    while True:
+        await trio.lowlevel.wait_readable(_descriptor(stream))
+        try:
+            return os.read(_descriptor(stream), _READ_BYTES)
+        except BlockingIOError:  # it was readable for less than a moment
+            continue
 
 
 def _why(failure: Exception) -> str:

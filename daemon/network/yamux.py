@@ -7,7 +7,7 @@ stream only. The rules of the protocol are in `muxing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -30,7 +30,6 @@ from ...protocol.limits import MAX_PACE_S, SILENCE_S, WRITE_STALL_S
 from .allowance import Allowance
 from .multistream import agree, answer
 from .muxing import (
-    MAX_FRAME_BODY_BYTES,
     Acknowledged,
     Departed,
     Event,
@@ -55,7 +54,8 @@ MAX_QUEUED_BYTES: Final = 256 * 1024
 TICK_S: Final = 1.5
 MAX_SILENT_TICKS: Final = round(SILENCE_S / TICK_S)
 RTT_EVERY_TICKS: Final = 10  # a ping although there is traffic, to know the round trip
-WRITES_PER_TURN: Final = 16  # small sends that need not wait still let others run now and then
+FRAMES_PER_TURN: Final = 16  # sends that need not wait still let others run now and then
+MESSAGES_AT_ONCE: Final = 4  # to the socket in one call
 FLUSH_TIMEOUT_S: Final = 1.0  # for what is queued, when a connection is closed
 LINGER_TICKS: Final = 40  # a closed stream whose far side has not closed after a minute is reset
 
@@ -73,7 +73,7 @@ class YamuxStream(IMuxedStream):
         self.readers = trio.lowlevel.ParkingLot()
         self.writers = trio.lowlevel.ParkingLot()
         self.left_at_tick: int | None = None
-        self._num_writes = 0
+        self._num_frames = 0  # sent
         stream.tag = self
 
     async def read(self, n: int | None = None) -> bytes:
@@ -118,13 +118,10 @@ class YamuxStream(IMuxedStream):
                 await self.writers.park()
             else:
                 view = view[self._mux.send(stream, view) :]
-                if len(data) <= MAX_FRAME_BODY_BYTES:
-                    connection.send_soon()
-                else:
-                    connection.wake_writer()
-        self._num_writes += 1
-        if self._num_writes % WRITES_PER_TURN == 0:
-            await trio.lowlevel.checkpoint()
+                connection.send_soon()
+                self._num_frames += 1
+                if self._num_frames % FRAMES_PER_TURN == 0:
+                    await trio.lowlevel.checkpoint()
 
     def accept(self) -> None:
         """Tell the far side that we took its stream up."""
@@ -194,7 +191,7 @@ class Yamux(IMuxedConn):
         on_close: Callable[[], Awaitable[Any]] | None = None,
     ) -> None:
         self.secured_conn = secured_conn
-        self._fast = secured_conn if isinstance(secured_conn, NoiseSession) else None
+        self._carrier = secured_conn if isinstance(secured_conn, NoiseSession) else Plainly(secured_conn)
         self.peer_id = peer_id
         self.on_close = on_close
         self.on_broken: Callable[[], None] | None = None
@@ -241,7 +238,7 @@ class Yamux(IMuxedConn):
 
     def tcp_info(self) -> bytes:
         """What the kernel tells of the socket below; nothing where there is none."""
-        return self._fast.tcp_info() if self._fast is not None else b""
+        return self._carrier.tcp_info()
 
     def get_remote_address(self) -> tuple[str, int] | None:
         return self.secured_conn.get_remote_address()
@@ -312,16 +309,19 @@ class Yamux(IMuxedConn):
     async def _read(self) -> None:
         try:
             while self._broken is None:
-                data = await self.secured_conn.read()
-                self._num_messages += 1
-                frames, opened = self.mux.num_frames, self.mux.num_opened
-                for event in self.mux.receive(data):
-                    self._act(event)
-                self.wake_writer()
-                if self.allowance is not None:
-                    await self._keep_pace(
-                        len(data), self.mux.num_frames - frames, self.mux.num_opened - opened
-                    )
+                messages = await self._carrier.receive()
+                self._num_messages += len(messages)
+                for message in messages:
+                    frames, opened = self.mux.num_frames, self.mux.num_opened
+                    for event in self.mux.receive(message):
+                        self._act(event)
+                    self.wake_writer()
+                    if self.allowance is not None:
+                        wait_s = self._pace_s(
+                            len(message), self.mux.num_frames - frames, self.mux.num_opened - opened
+                        )
+                        if wait_s > 0:
+                            await trio.sleep(wait_s)
         except ViolationError as violation:
             _log.warning("violation", peer=str(self.peer_id), reason=str(violation))
             self.mux.go_away(GoAway.PROTOCOL_ERROR)
@@ -333,34 +333,37 @@ class Yamux(IMuxedConn):
         except Exception as failure:  # a dozen types of TCP, Noise and cryptography: all end the connection
             self._break(f"the connection ended: {_reason(failure)}")
 
-    async def _keep_pace(self, num_bytes: int, num_frames: int, num_opens: int) -> None:
-        """Read no more before the peer may send again; part with one that sends beyond all measure."""
+    def _pace_s(self, num_bytes: int, num_frames: int, num_opens: int) -> float:
+        """For how long to read no more, until the peer may send again.
+
+        Raises `ViolationError` for one that sends beyond all measure.
+        """
         allowance = self.allowance
         if allowance is None:
-            return
+            return 0.0
         self.mux.max_unread_bytes = allowance.unread_bytes
         wait_s = allowance.take(num_bytes, num_frames, num_opens, trio.current_time())
         if wait_s > MAX_PACE_S:
             raise ViolationError(
                 f"{num_bytes} bytes in {num_frames} frames, which open {num_opens} streams, are a flood"
             )
-        if wait_s > 0:
-            await trio.sleep(wait_s)
+        return wait_s
 
     async def _write(self) -> None:
         try:
             while self._broken is None:
                 self._writing_since = self.num_ticks
-                if self._fast is not None:
-                    await self._fast.flush()
-                message = self.mux.next_message()
-                if not message:
+                if not await self._carrier.flush():
+                    continue
+                messages = self.mux.next_messages(MESSAGES_AT_ONCE)
+                if not messages:
                     self._writing = False
                     self._drained.unpark_all()
                     await self._work.park()
                     continue
                 self._writing = True
-                await self.secured_conn.write(message)
+                if self._carrier.send_nowait(messages):
+                    await trio.lowlevel.checkpoint()
                 if self.room and self.mux.queued_bytes < MAX_QUEUED_BYTES:
                     self.room.unpark_all()
         except Exception as failure:  # as in `_read`
@@ -425,14 +428,10 @@ class Yamux(IMuxedConn):
 
     def send_soon(self) -> None:
         """Send what is queued now, without a turn of the writer task, when it idles and the socket takes it."""
-        if not self._work or self._fast is None:
-            self.wake_writer()
-            return
-        while message := self.mux.next_message():
-            if not self._fast.write_nowait(message):
+        while self._work and (messages := self.mux.next_messages(MESSAGES_AT_ONCE)):
+            if not self._carrier.send_nowait(messages):
                 self._writing = True
                 self._work.unpark_all()
-                return
 
     def _break(self, reason: str) -> None:
         """The connection has ended: everyone who waits on it learns now."""
@@ -448,6 +447,31 @@ class Yamux(IMuxedConn):
         self._scope.cancel()
         if self.on_broken is not None:
             self.on_broken()
+
+
+class Plainly:
+    """A secured connection that is no `NoiseSession`, used as one: all waiting is left to `flush`."""
+
+    def __init__(self, connection: ISecureConn) -> None:
+        self._connection = connection
+        self._unsent = b""
+
+    async def receive(self) -> Sequence[bytes]:
+        """See `NoiseSession`, as below."""
+        return (await self._connection.read(),)
+
+    def send_nowait(self, messages: Sequence[bytes]) -> bool:
+        self._unsent = b"".join(messages)
+        return not self._unsent
+
+    async def flush(self) -> bool:
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            await self._connection.write(unsent)
+        return True
+
+    def tcp_info(self) -> bytes:
+        return b""
 
 
 class YamuxOnly(MuxerMultistream):

@@ -17,7 +17,8 @@ from trio.testing import open_stream_to_socket_listener
 
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.host import key_pair
-from corolla.daemon.network.noise import MAX_PLAIN_BYTES, FastNoise, NoiseSession
+from corolla.daemon.network.noise import FastNoise, NoiseSession
+from corolla.daemon.network.sealing import MAX_PLAIN_BYTES
 
 pytestmark = pytest.mark.anyio
 
@@ -87,10 +88,10 @@ async def test_what_the_socket_does_not_take_at_once_is_kept_for_flush() -> None
         while True:
             message = bytes([len(sent) % 251]) * 10_000
             sent += message
-            if not one.write_nowait(message):
+            if not one.send_nowait([message]):
                 break
         with pytest.raises(BlockingIOError):
-            one.write_nowait(b"too early")
+            one.send_nowait([b"too early"])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.write, b"the last")
             assert await read_exactly(two, len(sent) + 8) == sent + b"the last"
