@@ -20,8 +20,9 @@ import anyio
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.benchmarks import wire
 from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.benchmarks.stacks import ECHO, Far, dial_ours, far_side
+from tests.benchmarks.wire import echo_ms
 from tests.processes import local_swarm
 
 _ECHO = """
@@ -101,14 +102,14 @@ def step_ms(folder: Path, spans: list[tuple[int, int]], hidden_size: int, repeat
 def wire_ms(num_bytes: int, repeats: int) -> float:
     """There and back between two networks of ours, in two processes."""
 
-    async def measured(port: int, peer: str) -> list[float]:
-        async with wire.dial_ours(port, peer) as dial:
-            pipe = await dial(wire.ECHO)
-            await wire.echo_ms(pipe, num_bytes, 20)
-            return await wire.echo_ms(pipe, num_bytes, repeats)
+    async def measured(far: Far) -> list[float]:
+        async with dial_ours(far.port, far.peer) as dial:
+            pipe = await dial(ECHO)
+            await echo_ms(pipe, num_bytes, 20)
+            return await echo_ms(pipe, num_bytes, repeats)
 
-    with wire.other_process("--serve", "ours") as (port, peer):
-        return median(anyio.run(measured, port, peer, backend="trio"))
+    with far_side("ours") as far:
+        return median(anyio.run(measured, far, backend="trio"))
 
 
 def main() -> None:

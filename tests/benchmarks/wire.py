@@ -1,260 +1,50 @@
 """The wire: our streams beside py-libp2p's stock Yamux and raw TCP, two processes on this machine.
 
-The far side echoes, or swallows and answers with one byte. Each figure is the median over all rounds, and the
-stacks take turns in every round, so that a busy moment hits all of them. The 50 ms round trip is a proxy in a
-third process that holds every piece back for 25 ms each way.
+Each figure is the median over all rounds, and the stacks take turns in every round, so that a busy moment hits
+all of them. The 50 ms round trip is a third process that holds every piece back for 25 ms each way. The
+hardships are single trials: writes that are cancelled, a reader that sleeps, a peer that is stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import anyio
-import structlog
 import trio
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.report import Measured, Report, arguments, median
+from tests.benchmarks.slow_link import ROUND_TRIP_S, slow_link
+from tests.benchmarks.stacks import (
+    DIALLERS,
+    ECHO,
+    KINDS,
+    MEGA,
+    NAP,
+    NAP_S,
+    SWALLOW,
+    Dial,
+    Far,
+    Pipe,
+    be_quiet,
+    far_side,
+)
 
-ECHO = "/bench/echo/1"
-SWALLOW = "/bench/swallow/1"
-KINDS = ("raw", "stock", "ours")
-KILO, MEGA = 1000, 1_000_000
+KILO = 1000
 SIZES = {"1 B": 1, "14 KB": 14 * KILO, "64 KB": 64 * KILO, "1 MB": MEGA}
-ROUND_TRIP_S = 0.05
-
-
-class Pipe(Protocol):
-    """A stream of any stack."""
-
-    async def send(self, data: bytes) -> None: ...
-    async def receive(self) -> bytes: ...
-    async def close(self) -> None: ...
-
-
-Dial = Callable[[str], Awaitable[Pipe]]
-
-
-async def echo(pipe: Pipe) -> None:
-    while data := await pipe.receive():
-        await pipe.send(data)
-    await pipe.close()
-
-
-async def swallow(pipe: Pipe) -> None:
-    """Answer one byte when as many bytes have come as the first eight announce, again and again."""
-    buffer = bytearray()
-    while data := await pipe.receive():
-        buffer += data
-        while len(buffer) >= 8 and len(buffer) >= 8 + (size := int.from_bytes(buffer[:8])):
-            del buffer[: 8 + size]
-            await pipe.send(b".")
-    await pipe.close()
-
-
-HANDLERS: dict[str, Callable[[Any], Awaitable[None]]] = {ECHO: echo, SWALLOW: swallow}
-
-
-# raw TCP: the first line names the handler
-
-
-class RawPipe:
-    def __init__(self, stream: trio.SocketStream, rest: bytes = b"") -> None:
-        self._stream = stream
-        self._rest = rest
-
-    async def send(self, data: bytes) -> None:
-        await self._stream.send_all(data)
-
-    async def receive(self) -> bytes:
-        rest, self._rest = self._rest, b""
-        return rest or await self._stream.receive_some()
-
-    async def close(self) -> None:
-        await self._stream.aclose()
-
-
-async def serve_raw() -> None:
-    async def handle(stream: trio.SocketStream) -> None:
-        head = b""
-        while b"\n" not in head:
-            head += await stream.receive_some()
-        name, _, rest = head.partition(b"\n")
-        await HANDLERS[name.decode()](RawPipe(stream, rest))
-
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    announce(listener.socket.getsockname()[1], "")
-    await trio.serve_listeners(handle, [listener])
-
-
-@asynccontextmanager
-async def dial_raw(port: int, peer: str) -> AsyncIterator[Dial]:
-    async def dial(protocol: str) -> Pipe:
-        stream = await trio.open_tcp_stream("127.0.0.1", port)
-        await stream.send_all(protocol.encode() + b"\n")
-        return RawPipe(stream)
-
-    yield dial
-
-
-# py-libp2p as it comes, with Noise only
-
-
-class StockPipe:
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    async def send(self, data: bytes) -> None:
-        await self._stream.write(data)
-
-    async def receive(self) -> bytes:
-        from libp2p.network.stream.exceptions import StreamEOF
-
-        try:
-            data: bytes = await self._stream.read(MEGA)
-        except StreamEOF:
-            return b""
-        return data
-
-    async def close(self) -> None:
-        await self._stream.close()
-
-
-def stock_host() -> Any:
-    from libp2p import new_host
-    from libp2p.crypto.ed25519 import create_new_key_pair
-    from libp2p.crypto.x25519 import create_new_key_pair as create_noise_pair
-    from libp2p.security.noise.transport import PROTOCOL_ID, Transport
-
-    keys = create_new_key_pair()
-    noise = Transport(keys, noise_privkey=create_noise_pair().private_key)
-    return new_host(key_pair=keys, sec_opt={PROTOCOL_ID: noise})
-
-
-async def serve_stock() -> None:
-    from multiaddr import Multiaddr
-
-    host = stock_host()
-    async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
-        for protocol, handler in HANDLERS.items():
-            host.set_stream_handler(protocol, lambda stream, handler=handler: handler(StockPipe(stream)))
-        announce(int(host.get_transport_addrs()[0].value_for_protocol("tcp")), str(host.get_id()))
-        await trio.sleep_forever()
-
-
-@asynccontextmanager
-async def dial_stock(port: int, peer: str) -> AsyncIterator[Dial]:
-    from libp2p.peer.peerinfo import info_from_p2p_addr
-    from multiaddr import Multiaddr
-
-    host = stock_host()
-    info = info_from_p2p_addr(Multiaddr(f"/ip4/127.0.0.1/tcp/{port}/p2p/{peer}"))
-
-    async def dial(protocol: str) -> Pipe:
-        return StockPipe(await host.new_stream(info.peer_id, [protocol]))
-
-    async with host.run([]):
-        await host.connect(info)
-        yield dial
-
-
-# ours
-
-
-async def serve_ours() -> None:
-    from corolla.daemon.identity import new_identity
-    from corolla.daemon.network.libp2p import open_network
-
-    async with open_network(new_identity(), listen=("/ip4/127.0.0.1/tcp/0",)) as network:
-        for protocol, handler in HANDLERS.items():
-            network.handle(protocol, handler)
-        announce(int(network.addresses()[0].split("/")[4]), network.peer)
-        await trio.sleep_forever()
-
-
-@asynccontextmanager
-async def dial_ours(port: int, peer: str) -> AsyncIterator[Dial]:
-    from corolla.daemon.identity import new_identity
-    from corolla.daemon.network.libp2p import open_network
-
-    async with open_network(new_identity(), listen=()) as network:
-        await network.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{peer}", timeout_s=10)
-
-        async def dial(protocol: str) -> Pipe:
-            return await network.open(peer, protocol, timeout_s=60)
-
-        yield dial
-
-
-SERVERS: dict[str, Callable[[], Awaitable[None]]] = {
-    "raw": serve_raw, "stock": serve_stock, "ours": serve_ours,
-}  # fmt: skip
-DIALLERS: dict[str, Callable[[int, str], AbstractAsyncContextManager[Dial]]] = {
-    "raw": dial_raw, "stock": dial_stock, "ours": dial_ours,
-}  # fmt: skip
-
-
-def announce(port: int, peer: str) -> None:
-    print(port, peer or "-", flush=True)
-
-
-async def proxy(target: int) -> None:
-    """Forward connections to a port, every piece half a round trip late."""
-
-    async def forward(source: trio.SocketStream, sink: trio.SocketStream) -> None:
-        send, receive = trio.open_memory_channel[tuple[float, bytes]](100_000)
-
-        async def deliver() -> None:
-            async for due, data in receive:
-                await trio.sleep_until(due)
-                await sink.send_all(data)
-            await sink.send_eof()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(deliver)
-            async with send:
-                async for data in source:
-                    await send.send((trio.current_time() + ROUND_TRIP_S / 2, bytes(data)))
-
-    async def handle(stream: trio.SocketStream) -> None:
-        far = await trio.open_tcp_stream("127.0.0.1", target)
-        try:
-            async with far, trio.open_nursery() as nursery:
-                nursery.start_soon(forward, stream, far)
-                nursery.start_soon(forward, far, stream)
-        except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            print("the proxied connection ended", file=sys.stderr)
-
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    announce(listener.socket.getsockname()[1], "")
-    await trio.serve_listeners(handle, [listener])
-
-
-@contextmanager
-def other_process(*options: str) -> Iterator[tuple[int, str]]:
-    """Another process of this program; gives its port and peer id."""
-    child = subprocess.Popen(
-        [sys.executable, __file__, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert child.stdout is not None
-        port, peer = child.stdout.readline().split()
-        yield int(port), peer
-    finally:
-        child.kill()
-        child.wait()
-
-
-# what is measured
+PARTS = ("echo", "bulk", "streams", "far", "hardships")
+NUM_CANCELLED = 100
+HARM_S = 5.0  # an echo that takes longer was harmed
+STOPPED_S = 20.0  # for so long a stopped peer is watched
+
+Figures = dict[str, list[float]]
 
 
 async def echo_ms(pipe: Pipe, size: int, repeats: int) -> list[float]:
@@ -329,102 +119,202 @@ async def many_streams_s(dial: Dial, num_streams: int) -> float:
     return time.perf_counter() - began
 
 
-async def measure_near(kind: str, port: int, peer: str, *, quick: bool) -> dict[str, list[float]]:
-    """One round on loopback."""
-    found: dict[str, list[float]] = {}
+# hardships
+
+
+async def survived(dial: Dial) -> float:
+    """After how many of `NUM_CANCELLED` cancelled writes a neighbour on the connection still had its echoes."""
+    neighbour = await dial(ECHO)
+    for number in range(NUM_CANCELLED):
+        try:
+            with trio.fail_after(HARM_S):
+                pipe = await dial(NAP)
+                with trio.move_on_after(0.002):
+                    await pipe.send(bytes(4 * MEGA))
+                await pipe.drop()
+                await echo_ms(neighbour, 14 * KILO, 1)
+        except Exception as harm:  # of any stack, in its own type
+            print(f"cancelled write {number}: {harm!r}", file=sys.stderr)
+            return number
+    return NUM_CANCELLED
+
+
+async def beside_a_sleeper(dial: Dial) -> tuple[float, float]:
+    """The slowest echo in ms while a reader on the connection sleeps, and the share of its bytes that it got.
+
+    An echo that does not come in `HARM_S` counts as that long, and ends the trial.
+    """
+    neighbour, sleeper = await dial(ECHO), await dial(NAP)
+    slowest_ms, arrived = 0.0, 0.0
+
+    async def fill() -> None:
+        nonlocal arrived
+        size = 4 * MEGA
+        try:
+            await sleeper.send(size.to_bytes(8) + bytes(size))
+            arrived = float(bool(await sleeper.receive()))
+        except Exception as harm:  # as in `survived`
+            print(f"to the sleeper: {harm!r}", file=sys.stderr)
+
+    async def look_on() -> None:
+        nonlocal slowest_ms
+        until = trio.current_time() + NAP_S
+        while trio.current_time() < until:
+            slowest_ms = max(slowest_ms, HARM_S * 1e3)
+            with trio.fail_after(HARM_S):
+                (ms,) = await echo_ms(neighbour, 14 * KILO, 1)
+            slowest_ms = max(ms, 0.0 if slowest_ms == HARM_S * 1e3 else slowest_ms)
+            await trio.sleep(0.1)
+
+    with suppress(ExceptionGroup), trio.move_on_after(NAP_S + HARM_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill)
+            nursery.start_soon(look_on)
+    return slowest_ms, arrived
+
+
+async def noticed_s(dial: Dial, far: Far) -> float:
+    """Seconds until a reader hears that its peer was stopped; at most `STOPPED_S`."""
+    pipe = await dial(ECHO)
+    await echo_ms(pipe, 1, 1)
+    far.process.send_signal(signal.SIGSTOP)
+    began = time.perf_counter()
+    with trio.move_on_after(STOPPED_S), suppress(Exception):
+        await pipe.receive()
+    return time.perf_counter() - began
+
+
+# one stack's round
+
+
+async def measure_near(kind: str, far: Far, *, parts: set[str], quick: bool) -> Figures:
+    """On loopback."""
+    found: Figures = {}
     few = 3 if quick else 10
-    async with DIALLERS[kind](port, peer) as dial:
+    async with DIALLERS[kind](far.port, far.peer) as dial:
         pipe = await dial(ECHO)
         await echo_ms(pipe, 14 * KILO, 20)
-        for name, size in SIZES.items():
+        for name, size in SIZES.items() if "echo" in parts else ():
             found[name] = await echo_ms(pipe, size, few * (40 if size <= 64 * KILO else 3))
-        found["open"] = await open_ms(dial, few * 5)
-        found["bulk"] = [await bulk_mb_per_s(await dial(SWALLOW), (20 if quick else 50) * MEGA)]
-        found["eight"] = [await messages_per_s(dial, 8, few * 10)]
-        if kind == "ours":
-            found["many"] = [await many_streams_s(dial, 1000)]
+        if "bulk" in parts:
+            found["bulk"] = [await bulk_mb_per_s(await dial(SWALLOW), 50 * MEGA)]
+        if "streams" in parts:
+            found["open"] = await open_ms(dial, few * 5)
+            found["eight"] = [await messages_per_s(dial, 8, few * 10)]
+            if kind == "ours":
+                found["many"] = [await many_streams_s(dial, 1000)]
     return found
 
 
-async def measure_far(kind: str, port: int, peer: str, *, quick: bool) -> dict[str, list[float]]:
-    """One round through the slow link."""
-    async with DIALLERS[kind](port, peer) as dial:
-        pipe = await dial(ECHO)
-        found = {"14 KB": await echo_ms(pipe, 14 * KILO, 10 if quick else 30)}
-        size = (20 if quick else 50) * MEGA
-        found["bulk"] = [await bulk_mb_per_s(await dial(SWALLOW), size)]
+async def measure_far(kind: str, far: Far, *, quick: bool) -> Figures:
+    """Through the slow link."""
+    with slow_link(far.port) as port:
+        async with DIALLERS[kind](port, far.peer) as dial:
+            pipe = await dial(ECHO)
+            found = {"far 14 KB": await echo_ms(pipe, 14 * KILO, 10 if quick else 30)}
+            found["far bulk"] = [await bulk_mb_per_s(await dial(SWALLOW), 50 * MEGA)]
     return found
 
 
-def gather(*, quick: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Medians by stack and figure: on loopback, and through the slow link."""
-    samples: list[dict[str, dict[str, list[float]]]] = [{kind: {} for kind in KINDS} for _ in range(2)]
+async def measure_hardships(kind: str, far: Far) -> Figures:
+    """Once; the far side is stopped in the end. Each on a connection of its own, lest one harm the next."""
+    found: Figures = {}
+    async with DIALLERS[kind](far.port, far.peer) as dial:
+        found["survived"] = [await survived(dial)]
+    async with DIALLERS[kind](far.port, far.peer) as dial:
+        slowest_ms, arrived = await beside_a_sleeper(dial)
+        found["slowest"], found["arrived"] = [slowest_ms], [arrived]
+    async with DIALLERS[kind](far.port, far.peer) as dial:
+        found["noticed"] = [await noticed_s(dial, far)]
+    return found
+
+
+def gather(parts: set[str], *, quick: bool) -> dict[str, dict[str, float]]:
+    """Medians by stack and figure."""
+    samples: dict[str, Figures] = {kind: {} for kind in KINDS}
+
+    def keep(kind: str, measure: Callable[[str, Far], Awaitable[Figures]]) -> None:
+        with far_side(kind) as far:
+            for name, values in anyio.run(measure, kind, far, backend="trio").items():
+                samples[kind].setdefault(name, []).extend(values)
+
     for _ in range(3 if quick else 5):
         for kind in KINDS:
-            with other_process("--serve", kind) as (port, peer), other_process("--proxy", str(port)) as slow:
-                for where, found in zip(
-                    samples,
-                    (
-                        run(measure_near, kind, port, peer, quick),
-                        run(measure_far, kind, slow[0], peer, quick),
-                    ),
-                    strict=True,
-                ):
-                    for name, values in found.items():
-                        where[kind].setdefault(name, []).extend(values)
-    near, far = ({k: {n: median(v) for n, v in f.items()} for k, f in where.items()} for where in samples)
-    return near, far
+            if parts & {"echo", "bulk", "streams"}:
+                keep(kind, partial(measure_near, parts=parts, quick=quick))
+            if "far" in parts:
+                keep(kind, partial(measure_far, quick=quick))
+    for kind in ("stock", "ours") if "hardships" in parts else ():
+        keep(kind, measure_hardships)
+    return {kind: {name: median(values) for name, values in of.items()} for kind, of in samples.items()}
 
 
-def run(measure: Callable[..., Awaitable[Any]], kind: str, port: int, peer: str, quick: bool) -> Any:
-    async def main() -> Any:
-        return await measure(kind, port, peer, quick=quick)
-
-    return anyio.run(main, backend="trio")
-
-
-def report(near: dict[str, dict[str, float]], far: dict[str, dict[str, float]]) -> Report:
+def report(found: dict[str, dict[str, float]], parts: set[str]) -> Report:
+    """What was measured, ours beside each other stack."""
     out = Report()
-    for name in SIZES:
-        target = 1 / 2.5 if name == "14 KB" else None
-        ours, stock, raw = (near[kind][name] for kind in ("ours", "stock", "raw"))
-        out.add(Measured(f"echo {name}, beside stock", ours, "ms", stock, target=target, at_most=True))
-        out.add(Measured(f"echo {name}, beside raw TCP", ours, "ms", raw))
-    ours, stock, raw = (near[kind]["bulk"] for kind in ("ours", "stock", "raw"))
-    out.add(Measured("bulk, beside stock", ours, "MB/s", stock, target=2.5))
-    out.add(Measured("bulk, beside raw TCP", ours, "MB/s", raw))
-    out.add(Measured("new stream, beside stock", near["ours"]["open"], "ms", near["stock"]["open"]))
-    out.add(
-        Measured(
-            "8 streams of 14 KB, beside stock", near["ours"]["eight"], "echoes/s", near["stock"]["eight"]
-        )
-    )
-    out.add(Measured("1000 streams opened at once", near["ours"]["many"], "s"))
-    for other in ("stock", "raw"):
-        beside = "stock" if other == "stock" else "raw TCP"
+    ours = found["ours"]
+
+    def beside(
+        name: str, what: str, unit: str, *, target: float | None = None, at_most: bool = False
+    ) -> None:
+        for kind, called in (("stock", "stock"), ("raw", "raw TCP")):
+            held = target if kind == "stock" else None
+            out.add(
+                Measured(
+                    f"{what}, beside {called}", ours[name], unit, found[kind][name], held, at_most=at_most
+                )
+            )
+
+    for name in SIZES if "echo" in parts else ():
+        beside(name, f"echo {name}", "ms", target=1 / 2.5 if name == "14 KB" else None, at_most=True)
+    if "bulk" in parts:
+        beside("bulk", "bulk", "MB/s", target=2.5)
+    if "streams" in parts:
+        beside("open", "new stream", "ms")
+        beside("eight", "8 streams of 14 KB", "echoes/s")
+        out.add(Measured("1000 streams opened at once", ours["many"], "s"))
+    if "far" in parts:
         slow = f"{ROUND_TRIP_S * 1e3:.0f} ms round trip"
-        out.add(
-            Measured(f"{slow}: echo 14 KB, beside {beside}", far["ours"]["14 KB"], "ms", far[other]["14 KB"])
-        )
-        out.add(Measured(f"{slow}: bulk, beside {beside}", far["ours"]["bulk"], "MB/s", far[other]["bulk"]))
+        beside("far 14 KB", f"{slow}: echo 14 KB", "ms")
+        beside("far bulk", f"{slow}: bulk", "MB/s", target=2.5)
+    if "hardships" in parts:
+        report_hardships(out, found)
     return out
+
+
+def report_hardships(out: Report, found: dict[str, dict[str, float]]) -> None:
+    """Add the hardships, the stock muxer's first; only ours are held to a target."""
+    for kind in ("stock", "ours"):
+        of = found[kind]
+        held = kind == "ours"
+        out.add(
+            Measured(
+                f"{kind}: cancelled writes survived", of["survived"], "of 100", target=100 * held or None
+            )
+        )
+        slow = HARM_S * 1e3 / 5 if held else None
+        out.add(
+            Measured(f"{kind}: slowest echo beside a sleeper", of["slowest"], "ms", target=slow, at_most=True)
+        )
+        out.add(Measured(f"{kind}: the sleeper got all, late", of["arrived"], "yes/no", target=held or None))
+        out.add(
+            Measured(
+                f"{kind}: a stopped peer is noticed",
+                of["noticed"],
+                "s",
+                target=10 if held else None,
+                at_most=True,
+            )
+        )
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--proxy", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=PARTS, action="append", metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR)
-    )  # stdout is a pipe
-    if options.serve:
-        anyio.run(SERVERS[options.serve], backend="trio")
-    elif options.proxy:
-        anyio.run(proxy, options.proxy, backend="trio")
-    else:
-        near, far = gather(quick=options.quick)
-        report(near, far).finish(options.json)
+    be_quiet()
+    parts = set(options.only or PARTS)
+    report(gather(parts, quick=options.quick), parts).finish(options.json)
 
 
 if __name__ == "__main__":
