@@ -2,17 +2,14 @@
 
 It owns windows and stream states, and keeps the far side within `protocol/limits.py`. It knows no sockets,
 no tasks and no clock of its own: `yamux.py` waits, this decides.
-Source: https://github.com/hashicorp/yamux/blob/master/spec.md; how windows grow is in `windows.py`.
-
-    version u8 = 0 | type u8 | flags u16 | stream u32 | length u32 | body, for DATA only      (big endian)
+What frames look like is in `frames.py`, how windows grow in `windows.py`.
+Source: https://github.com/hashicorp/yamux/blob/master/spec.md
 """
 
 from __future__ import annotations
 
-import struct
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 from ...protocol.limits import (
@@ -24,30 +21,27 @@ from ...protocol.limits import (
     RAISED_WINDOW_BYTES,
     WINDOW_BUDGET_BYTES,
 )
+from .frames import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    HEADER_BYTES,
+    MAX_FRAME_BODY_BYTES,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    GoAway,
+    bare_frame,
+    data_frame,
+)
+from .inbox import Inbox
+from .outbox import Outbox
 from .windows import MAX_CREDIT_BYTES, fair_window_bytes, is_long_wait, wanted_window_bytes
 
-_HEADER: Final = struct.Struct(">BBHII")
-HEADER_BYTES: Final = _HEADER.size
-
-_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
-
-# One frame, its header included, fills one Noise message (65,535 less 16 of authentication), so that no
-# frame is cut in two encryptions.
-MAX_MESSAGE_BYTES: Final = 65_519
-MAX_FRAME_BODY_BYTES: Final = MAX_MESSAGE_BYTES - HEADER_BYTES
-
-SMALL_PIECE_BYTES: Final = 1024  # smaller ones are joined as they arrive: an object costs more than it holds
-_JOINED_BYTES: Final = 64 * 1024
 _MAX_U32: Final = (1 << 32) - 1
-
-
-class GoAway(IntEnum):
-    """Why a connection ends, on the wire."""
-
-    NORMAL = 0
-    PROTOCOL_ERROR = 1
-    INTERNAL_ERROR = 2
 
 
 class ViolationError(Exception):
@@ -62,7 +56,6 @@ class MuxStream:
         "consumed_bytes",
         "granted_bytes",
         "inbox",
-        "inbox_bytes",
         "local_end",
         "ours",
         "paced_at",
@@ -85,8 +78,7 @@ class MuxStream:
         self.consumed_bytes = 0  # read here since the last grant
         self.paced_at = 0.0  # the last grant, or the end of the reader's last long wait since
         self.paced_bytes = 0  # read here since then
-        self.inbox: deque[bytes | bytearray | memoryview] = deque()
-        self.inbox_bytes = 0
+        self.inbox = Inbox()
         self.acknowledged = False
         self.local_end = False  # we sent FIN
         self.remote_end = False  # the far side sent FIN
@@ -157,9 +149,7 @@ class Mux:
         self._body: MuxStream | None = None  # whom the rest of the current body belongs to
         self._body_left = 0
         self._body_ends = False
-        self._urgent: deque[bytes] = deque()
-        self._queue: deque[tuple[int, bytes]] = deque()
-        self._queued_bytes = 0
+        self._outbox = Outbox()
         self.rtt_s = 0.0
         self.max_unread_bytes = MAX_UNREAD_BYTES
         self.num_frames = 0
@@ -180,7 +170,7 @@ class Mux:
     @property
     def queued_bytes(self) -> int:
         """What waits to be sent."""
-        return self._queued_bytes
+        return self._outbox.num_bytes
 
     @property
     def unread_bytes(self) -> int:
@@ -202,9 +192,9 @@ class Mux:
         self._next_id += 2
         self._streams[stream.stream_id] = stream
         self._num_unacknowledged += 1
-        self._enqueue(
+        self._outbox.put(
             stream.stream_id,
-            _frame(_WINDOW_UPDATE, _SYN, stream.stream_id, self._grow(stream, RAISED_WINDOW_BYTES)),
+            bare_frame(WINDOW_UPDATE, SYN, stream.stream_id, self._grow(stream, RAISED_WINDOW_BYTES)),
         )
         return stream
 
@@ -213,15 +203,14 @@ class Mux:
         if not (stream.acknowledged or stream.reset):
             stream.acknowledged = True
             delta = self._grow(stream, RAISED_WINDOW_BYTES)
-            self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _ACK, stream.stream_id, delta))
+            self._outbox.put(stream.stream_id, bare_frame(WINDOW_UPDATE, ACK, stream.stream_id, delta))
 
     def send(self, stream: MuxStream, data: memoryview) -> int:
         """Queue the first bytes of `data`, as many as window and frame allow; gives how many."""
         size = min(len(data), stream.send_window_bytes, MAX_FRAME_BODY_BYTES)
         if size and not (stream.local_end or stream.reset):
             stream.send_window_bytes -= size
-            header = _HEADER.pack(0, _DATA, 0, stream.stream_id, size)
-            self._enqueue(stream.stream_id, b"".join((header, data[:size])))
+            self._outbox.put(stream.stream_id, data_frame(stream.stream_id, data[:size]))
             return size
         return 0
 
@@ -232,23 +221,7 @@ class Mux:
         """
         if not stream.paced_at or is_long_wait(waited_s, self.rtt_s):
             stream.paced_at, stream.paced_bytes = now, 0
-        inbox = stream.inbox
-        if limit is None or stream.inbox_bytes <= limit:
-            data = bytes(inbox[0]) if len(inbox) == 1 else b"".join(inbox)
-            inbox.clear()
-        else:
-            pieces = []
-            left = limit
-            while left:
-                piece = inbox.popleft()
-                if len(piece) > left:
-                    view = memoryview(bytes(piece) if isinstance(piece, bytearray) else piece)
-                    inbox.appendleft(view[left:])
-                    piece = view[:left]
-                pieces.append(piece)
-                left -= len(piece)
-            data = b"".join(pieces)
-        stream.inbox_bytes -= len(data)
+        data = stream.inbox.take(limit)
         self._unread_bytes -= len(data)
         stream.consumed_bytes += len(data)
         stream.paced_bytes += len(data)
@@ -260,7 +233,7 @@ class Mux:
         if stream.local_end or stream.reset:
             return
         stream.local_end = True
-        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _FIN, stream.stream_id, 0))
+        self._outbox.put(stream.stream_id, bare_frame(WINDOW_UPDATE, FIN, stream.stream_id, 0))
         self._forget_if_done(stream)
 
     def reset(self, stream: MuxStream) -> None:
@@ -268,37 +241,21 @@ class Mux:
         if stream.reset or (stream.local_end and stream.remote_end):
             self._drop_inbox(stream)
             return
-        self._withdraw(stream.stream_id)
-        self._enqueue(stream.stream_id, _frame(_WINDOW_UPDATE, _RST, stream.stream_id, 0))
+        self._outbox.withdraw(stream.stream_id)
+        self._outbox.put(stream.stream_id, bare_frame(WINDOW_UPDATE, RST, stream.stream_id, 0))
         self._break(stream)
 
     def ping(self, nonce: int) -> None:
         """Ask for a `Pong`."""
-        self._enqueue_urgent(_frame(_PING, _SYN, 0, nonce))
+        self._outbox.put_urgent(bare_frame(PING, SYN, 0, nonce))
 
     def go_away(self, code: GoAway) -> None:
         """Announce the end of the connection, after what is queued."""
-        self._enqueue(0, _frame(_GO_AWAY, 0, 0, code))
+        self._outbox.put(0, bare_frame(GO_AWAY, 0, 0, code))
 
-    def next_messages(self, count: int) -> list[bytes]:
+    def next_messages(self, count: int) -> Sequence[bytes]:
         """The next bytes to send, in at most `count` messages: frames joined up to one Noise message each."""
-        messages: list[bytes] = []
-        while len(messages) < count and (self._urgent or self._queue):
-            messages.append(self.next_message())
-        return messages
-
-    def next_message(self) -> bytes:
-        """The next bytes to send, frames joined up to one Noise message; `b""` when there are none."""
-        frames: list[bytes] = []
-        size = 0
-        while self._urgent and size + len(self._urgent[0]) <= MAX_MESSAGE_BYTES:
-            frames.append(self._urgent.popleft())
-            size += len(frames[-1])
-        while self._queue and size + len(self._queue[0][1]) <= MAX_MESSAGE_BYTES:
-            frames.append(self._queue.popleft()[1])
-            size += len(frames[-1])
-        self._queued_bytes -= size
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+        return self._outbox.next_messages(count) if self._outbox.num_bytes else ()
 
     # what the far side does
 
@@ -311,7 +268,8 @@ class Mux:
                 if at == end:
                     return events
                 size = min(self._body_left, end - at)
-                piece = data if size == end else data[at : at + size]
+                # Most of the message is kept as it is; a small part is copied, lest it keep the rest alive.
+                piece = memoryview(data)[at : at + size] if 2 * size >= end else data[at : at + size]
                 at += size
                 self._body_left -= size
                 self._take_body(piece, events)
@@ -322,41 +280,41 @@ class Mux:
                 at += size
                 if len(self._partial) < HEADER_BYTES:
                     return events
-                header = _HEADER.unpack(self._partial)
+                header = HEADER.unpack(self._partial)
                 self._partial.clear()
             else:
-                header = _HEADER.unpack_from(data, at)
+                header = HEADER.unpack_from(data, at)
                 at += HEADER_BYTES
             self._take_header(header, events)
 
     def _take_header(self, header: tuple[int, int, int, int, int], events: list[Event]) -> None:
         version, kind, flags, stream_id, length = header
         self.num_frames += 1
-        if version != 0 or kind > _GO_AWAY:
+        if version != 0 or kind > GO_AWAY:
             raise ViolationError(f"frame of version {version}, type {kind}")
-        if kind == _PING:
-            if flags & _SYN:
+        if kind == PING:
+            if flags & SYN:
                 self._check_queue()
-                self._enqueue_urgent(_frame(_PING, _ACK, 0, length))
+                self._outbox.put_urgent(bare_frame(PING, ACK, 0, length))
             else:
                 events.append(Pong(length))
             return
-        if kind == _GO_AWAY:
+        if kind == GO_AWAY:
             events.append(Departed(length))
             return
         stream = self._streams.get(stream_id)
-        if flags & _SYN:
+        if flags & SYN:
             stream = self._take_open(stream_id, stream, events)
         elif stream is None and not self._was_open(stream_id):
             raise ViolationError(f"frame of type {kind} for stream {stream_id}, which was never opened")
-        if stream is not None and flags & (_ACK | _RST) and stream.ours:
+        if stream is not None and flags & (ACK | RST) and stream.ours:
             self._acknowledge(stream, events)
-        if stream is not None and flags & _RST:
-            self._withdraw(stream_id)
+        if stream is not None and flags & RST:
+            self._outbox.withdraw(stream_id)
             self._break(stream)
             events += (Readable(stream), Writable(stream))
             stream = None
-        if kind == _DATA:
+        if kind == DATA:
             self._take_data(stream, length, flags, events)
             return
         if stream is not None and length:
@@ -364,7 +322,7 @@ class Mux:
             if stream.send_window_bytes > _MAX_U32:
                 raise ViolationError(f"stream {stream_id} was given a window beyond {_MAX_U32} bytes")
             events.append(Writable(stream))
-        if stream is not None and flags & _FIN:
+        if stream is not None and flags & FIN:
             self._take_end(stream, events)
 
     def _take_data(self, stream: MuxStream | None, length: int, flags: int, events: list[Event]) -> None:
@@ -378,11 +336,11 @@ class Mux:
         if length and stream.remote_end:
             raise ViolationError(f"stream {stream.stream_id} sent {length} bytes after its end")
         stream.granted_bytes -= length
-        self._body, self._body_left, self._body_ends = stream, length, bool(flags & _FIN)
+        self._body, self._body_left, self._body_ends = stream, length, bool(flags & FIN)
         if not length and self._body_ends:
             self._take_end(stream, events)
 
-    def _take_body(self, piece: bytes, events: list[Event]) -> None:
+    def _take_body(self, piece: bytes | memoryview, events: list[Event]) -> None:
         stream = self._body
         if stream is None:
             return
@@ -391,8 +349,7 @@ class Mux:
                 self.reset(stream)
                 events += (Readable(stream), Writable(stream))
             else:
-                _append(stream.inbox, piece)
-                stream.inbox_bytes += len(piece)
+                stream.inbox.append(piece)
                 self._unread_bytes += len(piece)
                 events.append(Readable(stream))
         if not self._body_left and self._body_ends:
@@ -412,7 +369,7 @@ class Mux:
         self.num_opened += 1
         if self._num_theirs >= MAX_STREAMS:
             self._check_queue()
-            self._enqueue(stream_id, _frame(_WINDOW_UPDATE, _RST, stream_id, 0))
+            self._outbox.put(stream_id, bare_frame(WINDOW_UPDATE, RST, stream_id, 0))
             return None
         stream = MuxStream(stream_id, ours=False)
         self._streams[stream_id] = stream
@@ -447,7 +404,7 @@ class Mux:
             delta += self._grow(stream, min(wanted, fair))
         stream.consumed_bytes = stream.paced_bytes = 0
         stream.paced_at = now
-        self._enqueue_urgent(_frame(_WINDOW_UPDATE, 0, stream.stream_id, delta))
+        self._outbox.put_urgent(bare_frame(WINDOW_UPDATE, 0, stream.stream_id, delta))
 
     def _grow(self, stream: MuxStream, window_bytes: int) -> int:
         """Widen a stream's window, as far as the budget allows; gives by how much."""
@@ -464,8 +421,7 @@ class Mux:
         self._forget(stream)
 
     def _drop_inbox(self, stream: MuxStream) -> None:
-        self._unread_bytes -= stream.inbox_bytes
-        stream.inbox_bytes = 0
+        self._unread_bytes -= stream.inbox.num_bytes
         stream.inbox.clear()
 
     def _forget_if_done(self, stream: MuxStream) -> None:
@@ -482,41 +438,9 @@ class Mux:
             stream.acknowledged = True
             self._num_unacknowledged -= 1
 
-    def _withdraw(self, stream_id: int) -> None:
-        """Take back a stream's queued frames, except its opening, which the far side must see first."""
-        kept = deque(
-            (owner, frame) for owner, frame in self._queue if owner != stream_id or frame[3] & (_SYN | _ACK)
-        )
-        if len(kept) != len(self._queue):
-            self._queued_bytes += sum(len(f) for _, f in kept) - sum(len(f) for _, f in self._queue)
-            self._queue = kept
-
-    def _enqueue(self, owner: int, frame: bytes) -> None:
-        self._queue.append((owner, frame))
-        self._queued_bytes += len(frame)
-
-    def _enqueue_urgent(self, frame: bytes) -> None:
-        self._urgent.append(frame)
-        self._queued_bytes += len(frame)
-
     def _check_queue(self) -> None:
         """Before an answer: the far side cannot make us keep ever more of them."""
-        if len(self._urgent) + len(self._queue) >= MAX_QUEUED_FRAMES:
+        if self._outbox.num_frames >= MAX_QUEUED_FRAMES:
             raise ViolationError(
                 f"{MAX_QUEUED_FRAMES} frames wait, and the peer asks on without reading them"
             )
-
-
-def _append(inbox: deque[bytes | bytearray | memoryview], piece: bytes) -> None:
-    if len(piece) >= SMALL_PIECE_BYTES:
-        inbox.append(piece)
-        return
-    last = inbox[-1] if inbox else None
-    if isinstance(last, bytearray) and len(last) < _JOINED_BYTES:
-        last += piece
-    else:
-        inbox.append(bytearray(piece))
-
-
-def _frame(kind: int, flags: int, stream_id: int, length: int) -> bytes:
-    return _HEADER.pack(0, kind, flags, stream_id, length)

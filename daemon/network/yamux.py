@@ -28,12 +28,12 @@ from multiaddr import Multiaddr
 
 from ...protocol.limits import MAX_PACE_S, SILENCE_S, WRITE_STALL_S
 from .allowance import Allowance
+from .frames import GoAway
 from .multistream import agree, answer
 from .muxing import (
     Acknowledged,
     Departed,
     Event,
-    GoAway,
     Mux,
     MuxStream,
     Opened,
@@ -84,7 +84,7 @@ class YamuxStream(IMuxedStream):
         stream = self._stream
         await trio.lowlevel.checkpoint_if_cancelled()
         asked_at = trio.current_time()
-        while not stream.inbox_bytes:
+        while not stream.inbox.num_bytes:
             if stream.reset:
                 raise MuxedStreamReset(f"stream {self.stream_id} was reset")
             if stream.remote_end:

@@ -335,12 +335,12 @@ def _muxed_traffic() -> list[bytes]:
     for protocol in (HELLO_PROTOCOL, IDENTIFY_PUSH, PING):
         stream = one.open()
         one.send(stream, memoryview(b"\x13/multistream/1.0.0\n" + _prefixed(protocol.encode() + b"\n")))
-        frames.append(one.next_message())
+        frames.append(b"".join(one.next_messages(1)))
         one.send(stream, memoryview(bytes(32)))
         one.finish(stream)
-        frames.append(one.next_message())
+        frames.append(b"".join(one.next_messages(1)))
     one.ping(5)
-    return [*frames, one.next_message()]
+    return [*frames, b"".join(one.next_messages(1))]
 
 
 CALLS: Final = [
