@@ -36,7 +36,7 @@ from multiaddr import Multiaddr
 from .multistream import agree, answer
 from .sealing import MAX_PLAIN_BYTES, Sealer, Unsealer
 
-_READ_BYTES: Final = 128 * 1024  # two full Noise messages
+_READ_BYTES: Final = 256 * 1024  # four full Noise messages
 
 
 class NoiseSession(ISecureConn):
