@@ -87,6 +87,13 @@ BOUNDS: Final = (
     Bound("first message", limits.FIRST_WORD_S, _S, "a stream", "it was opened to say something"),
     Bound("message", limits.MAX_HEADER_BYTES, _B, "a stream", "names and numbers of the longest message"),
     Bound("message's tensors", limits.MAX_PAYLOAD_BYTES, _B, "a stream", "one step's hidden states"),
+    Bound(
+        "unfinished messages",
+        limits.MAX_UNFINISHED_BYTES,
+        _B,
+        "a peer",
+        "eight of the longest at once; others wait their turn",
+    ),
     Bound("message", limits.MESSAGE_TIMEOUT_S, _S, "a stream", "8 MiB over half a megabit"),
     Bound("greeting", limits.MAX_HELLO_BYTES, _B, "a peer", "64 memberships and the owner's revocations"),
     # sessions and training

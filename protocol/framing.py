@@ -65,6 +65,14 @@ class FrameParser:
         """Bytes of an unfinished frame: not 0 at the end of a stream means that it was cut off."""
         return len(self._buffer)
 
+    @property
+    def num_announced_bytes(self) -> int:
+        """The whole length of the unfinished frame; 0 while it is not known."""
+        if len(self._buffer) < _LENGTHS.size:
+            return 0
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
+        return int(_LENGTHS.size + header_bytes + payload_bytes)
+
     def _next(self) -> Frame | None:
         if len(self._buffer) < _LENGTHS.size:
             return None

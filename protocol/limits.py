@@ -64,6 +64,9 @@ WRITE_STALL_S: Final = 60.0  # a peer that takes none of what we send for so lon
 MAX_PEERS_REMEMBERED: Final = 4096  # what they used of their allowance, and who proved to be a stranger
 FIRST_WORD_BYTES: Final = 64 * KIB  # of a stream, before its request is admitted: the names of 1024 parts
 FIRST_WORD_S: Final = 10.0
+# Messages longer than a first word take room for all of themselves before their body is read; who finds none
+# waits. So one peer's streams hold this of half-sent messages, and a first word each, however many they are.
+MAX_UNFINISHED_BYTES: Final = 64 * MIB  # of one peer: eight of the longest at once
 MESSAGE_TIMEOUT_S: Final = 120.0  # from its first byte to its last: 8 MiB over half a megabit
 SESSION_IDLE_S: Final = 6 * 3600.0  # nothing said on a session's stream; its client may open it again
 GREETINGS_PER_S: Final = 0.5  # of one peer: each may bring 64 signatures to be checked

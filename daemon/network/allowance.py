@@ -34,6 +34,7 @@ from ...protocol.limits import (
     STREAMS_PER_PEER,
     STREAMS_PER_STRANGER,
 )
+from .room import Room
 
 WEIGH_EVERY_BYTES: Final = 32 * MIB  # so much more than the limit may wait for its readers, for a moment
 
@@ -95,10 +96,11 @@ class Allowance:
     terms: asked each time, since a stranger may become a member. on_bytes: told of all that came in.
     """
 
-    __slots__ = ("_bytes", "_frames", "_on_bytes", "_opens", "_terms", "num_streams")
+    __slots__ = ("_bytes", "_frames", "_on_bytes", "_opens", "_terms", "num_streams", "room")
 
     def __init__(self, terms: Callable[[], Terms], on_bytes: Callable[[int], None] = lambda _: None) -> None:
         self.num_streams = 0  # served now
+        self.room = Room()  # for what it has begun to say, on all its streams
         self._terms = terms
         self._on_bytes = on_bytes
         self._bytes = Bucket()

@@ -15,6 +15,7 @@ from ...protocol.limits import (
     SESSION_IDLE_S,
 )
 from ...protocol.messages import Message, Vocabulary, encode
+from .room import Room
 from .seam import Stream
 
 
@@ -69,21 +70,22 @@ class Conversation:
         Raises `PEER_LOST`, `TIMEOUT`, `LIMIT_EXCEEDED`, `PROTOCOL_VIOLATION`, and `UNSUPPORTED` for a kind
         unknown here.
         """
-        while True:
-            # One at a time: a thousand small frames, taken apart, cost many times their bytes.
-            frame = next(self._parser.frames(), None)
-            if frame is not None:
-                self._begun_at = None
-                return self._vocabulary.decode(frame)
-            data = await self._receive()
-            if not data:
-                if self._parser.num_buffered_bytes:
-                    raise error(Code.PROTOCOL_VIOLATION, f"{self.stream.peer} ended amid a message")
-                return None
-            self._parser.feed(data)
+        with _Claim(self.stream.room) as claim:
+            while True:
+                # One at a time: a thousand small frames, taken apart, cost many times their bytes.
+                frame = next(self._parser.frames(), None)
+                if frame is not None:
+                    self._begun_at = None
+                    return self._vocabulary.decode(frame)
+                data = await self._receive(claim)
+                if not data:
+                    if self._parser.num_buffered_bytes:
+                        raise error(Code.PROTOCOL_VIOLATION, f"{self.stream.peer} ended amid a message")
+                    return None
+                self._parser.feed(data)
 
-    async def _receive(self) -> bytes:
-        """Some bytes, in the time that is left for them. Raises `TIMEOUT`."""
+    async def _receive(self, claim: _Claim) -> bytes:
+        """Some bytes, in the time that is left for them, once there is room for their message. Raises `TIMEOUT`."""
         now = anyio.current_time()
         if not self._parser.num_buffered_bytes:
             left_s = self._idle_s
@@ -92,6 +94,9 @@ class Conversation:
             left_s = self._begun_at + MESSAGE_TIMEOUT_S - now
         try:
             with anyio.fail_after(left_s):
+                if self._parser.num_announced_bytes <= FIRST_WORD_BYTES:
+                    return await self.stream.receive(FIRST_WORD_BYTES)
+                await claim.make(self._parser.num_announced_bytes)
                 return await self.stream.receive()
         except TimeoutError as problem:
             what = "did not finish its message in" if self._begun_at is not None else "said nothing for"
@@ -110,3 +115,26 @@ class Conversation:
         if answer is None:
             raise error(Code.PEER_LOST, f"{self.stream.peer} ended instead of answering {message.KIND}")
         return answer
+
+
+class _Claim:
+    """Of the message that is heard, on the room of its peer: at most one, given back in the end."""
+
+    __slots__ = ("_num_bytes", "_room")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._num_bytes = 0
+
+    async def make(self, num_bytes: int) -> None:
+        """Wait for room; once is enough."""
+        if not self._num_bytes:
+            await self._room.take(num_bytes)
+            self._num_bytes = num_bytes
+
+    def __enter__(self) -> _Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._num_bytes:
+            self._room.give_back(self._num_bytes)

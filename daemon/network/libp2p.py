@@ -35,6 +35,7 @@ from ...protocol.views import ReachView
 from ..identity import Identity
 from .allowance import Allowances, heaviest
 from .circuits import CircuitConnection
+from .connections import Connections, is_relayed, yamux_of
 from .dialling import AddressBook, Dials, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from .handlers import Handlers
 from .host import check_port, make_host, quieten, root_cause
@@ -144,7 +145,7 @@ class Libp2pNetwork:
         self._handlers = Handlers()
         self._listeners: list[Callable[[str, bool], None]] = []
         self._book = AddressBook()
-        self._connections: dict[str, list[SwarmConn]] = {}
+        self._connections = Connections()
         self._dials: Dials[SwarmConn] = Dials()
         self._routing: SwarmRouting | None = None
         self._stopping = trio.Event()
@@ -164,7 +165,9 @@ class Libp2pNetwork:
         self._presence.serve()
         self.relays: Final = self._presence.relays
         self.relaying: Final = self._presence.relaying
-        ways = Ways(self._dial, self._meet, self._call_near, self._presence.doors, self._is_direct)
+        ways = Ways(
+            self._dial, self._meet, self._call_near, self._presence.doors, self._connections.is_direct
+        )
         self._punching = Punching(self, ways)
         self._punching.serve()
 
@@ -194,19 +197,18 @@ class Libp2pNetwork:
         if peer == self._peer:
             return
         self._book.learn(peer, addresses)
-        if self._routing is not None and self._live(peer) is not None:
+        if self._routing is not None and self._connections.live(peer) is not None:
             self._nursery.start_soon(self._routing.add, peer, self._known(peer))  # the guard may admit it now
 
     def peers(self) -> tuple[PeerView, ...]:
-        return tuple(_view(peer, connections) for peer, connections in self._connections.items())
+        return self._connections.views()
 
     def observes(self, peer: str) -> str:
-        direct = [c for c in self._connections.get(peer, ()) if not _is_relayed(c)]
-        direct.sort(key=lambda c: c.direction is not Direction.INBOUND)  # how it came tells it more
+        direct = self._connections.direct(peer)
         return next((str(address) for c in direct for address in c.get_transport_addresses()), "")
 
     def observed_by(self, peer: str, address: str) -> None:
-        direct = [c for c in self._connections.get(peer, ()) if not _is_relayed(c)]
+        direct = self._connections.direct(peer)
         places = [place_of(str(a)) for c in direct for a in c.get_transport_addresses()]
         if not places:
             return
@@ -220,7 +222,7 @@ class Libp2pNetwork:
         if peer == self._peer:
             return await self._open_to_self(protocol)
         with trio.move_on_after(timeout_s):
-            connection = self._live(peer)
+            connection = self._connections.live(peer)
             if connection is not None:
                 try:
                     return await self._agree(connection, peer, protocol)
@@ -238,7 +240,7 @@ class Libp2pNetwork:
         bare, peer = split_peer(address)
         if peer == self._peer or bare in self._presence.whereabouts.direct():
             raise error(Code.BAD_REQUEST, f"{address} is this daemon's own address", "give another member's")
-        if peer is not None and self._live(peer) is not None:
+        if peer is not None and self._connections.live(peer) is not None:
             return peer
         reason = f"no answer in {timeout_s:g} s"
         with trio.move_on_after(timeout_s):
@@ -256,7 +258,7 @@ class Libp2pNetwork:
 
     async def disconnect(self, peer: str) -> None:
         async with trio.open_nursery() as nursery:
-            for connection in tuple(self._connections.get(peer, ())):
+            for connection in self._connections.of(peer):
                 nursery.start_soon(connection.close)
 
     async def closest_peers(self, key: bytes, count: int) -> tuple[str, ...]:
@@ -311,9 +313,8 @@ class Libp2pNetwork:
     async def _farewell(self) -> None:
         with trio.move_on_after(CLOSE_TIMEOUT_S / 2):
             async with trio.open_nursery() as nursery:
-                for connections in tuple(self._connections.values()):
-                    for connection in tuple(connections):
-                        nursery.start_soon(connection.muxed_conn.close)
+                for connection in self._connections.all():
+                    nursery.start_soon(connection.muxed_conn.close)
         self._listeners.clear()
         self._presence.close()
         await self._host.close()
@@ -324,7 +325,7 @@ class Libp2pNetwork:
         """A live connection, an existing one or a new one to any known address. Raises `PEER_LOST`."""
         return await self._dials.share(
             peer,
-            lambda: self._live(peer),
+            lambda: self._connections.live(peer),
             lambda: try_each(peer, self._known(peer), lambda a: self._dial(a, peer), self._book),
         )
 
@@ -362,13 +363,8 @@ class Libp2pNetwork:
         known = (a for a in (*self._book.known(peer), *heard[:MAX_ADDRESSES]) if a not in own)
         return tuple(dict.fromkeys(known))
 
-    def _live(self, peer: str) -> SwarmConn | None:
-        live = [c for c in self._connections.get(peer, ()) if not c.muxed_conn.is_closed]
-        direct = [c for c in live if not _is_relayed(c)]
-        return direct[0] if direct else live[-1] if live else None  # of circuits the freshest
-
     def _is_dialable(self, peer: str) -> bool:
-        if self._live(peer) is not None:
+        if self._connections.live(peer) is not None:
             return True
         now = trio.current_time()
         return any(not self._book.looks_dead(address, now) for address in self._known(peer))
@@ -378,18 +374,17 @@ class Libp2pNetwork:
         if not isinstance(muxed, Yamux) or muxed.is_closed:
             return
         peer = str(muxed.peer_id)
-        connections = self._connections.setdefault(peer, [])
-        connections.append(connection)
+        is_first = self._connections.add(peer, connection)
         self._traffic.watch(muxed)
         muxed.on_broken = partial(self._on_broken, peer, connection)
-        if len(connections) == 1:
+        if is_first:
             self._tell(peer, connected=True)
         addresses = [str(address) for address in connection.get_transport_addresses()]
         if connection.direction is Direction.OUTBOUND:
             self._book.learn(peer, addresses)
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
-        if _is_relayed(connection) and connection.direction is Direction.OUTBOUND:
+        if is_relayed(connection) and connection.direction is Direction.OUTBOUND:
             self._nursery.start_soon(self._make_direct, peer, connection)
 
     async def _keep_circuit(
@@ -400,7 +395,7 @@ class Libp2pNetwork:
         while not connection.muxed_conn.is_closed:
             ways = (address, *(a for a in self._known(peer) if reach_of(a) is Reach.RELAYED))
             try:
-                if not self._is_direct(peer):
+                if not self._connections.is_direct(peer):
                     await try_each(peer, ways, lambda way: self._dial(way, peer), self._book)
                 await connection.close()
             except CorollaError as problem:
@@ -419,10 +414,6 @@ class Libp2pNetwork:
         """Dial a peer as one of our own network. Raises `PEER_LOST`."""
         near = [address for address in self._known(peer) if reach_of(address) is Reach.NEAR]
         await try_each(peer, near, lambda address: self._dial(address, peer), self._book)
-
-    def _is_direct(self, peer: str) -> bool:
-        connection = self._live(peer)
-        return connection is not None and not _is_relayed(connection)
 
     async def _meet(self, address: str, peer: str) -> None:
         """Dial one who dials us at the same time, and serve the connection. Raises `PEER_LOST` with the reason."""
@@ -443,26 +434,20 @@ class Libp2pNetwork:
     def _came_in(self, stream: Stream) -> bool:
         muxed = stream.connection if isinstance(stream, Libp2pStream) else None
         return any(
-            c.muxed_conn is muxed and c.direction is Direction.INBOUND and not _is_relayed(c)
-            for c in self._connections.get(stream.peer, ())
+            c.muxed_conn is muxed and c.direction is Direction.INBOUND and not is_relayed(c)
+            for c in self._connections.of(stream.peer)
         )
 
     def _weigh(self) -> None:
         """Part with the peer that fills most of our memory, if all together fill too much of it."""
-        unread = {
-            peer: sum(_yamux(connection).mux.unread_bytes for connection in connections)
-            for peer, connections in self._connections.items()
-        }
+        unread = self._connections.unread_bytes()
         peer = heaviest(unread, MAX_UNREAD_OF_ALL_BYTES)
         if peer is not None:
             _log.warning("memory_full", dropped=peer, unread_bytes=unread[peer], of_all=sum(unread.values()))
             self._nursery.start_soon(self.disconnect, peer)
 
     def _on_broken(self, peer: str, connection: SwarmConn) -> None:
-        connections = self._connections.get(peer, [])
-        if connection in connections:
-            connections.remove(connection)
-        if not connections and self._connections.pop(peer, None) is not None:
+        if self._connections.remove(peer, connection):
             self._presence.whereabouts.lost(peer)
             self._tell(peer, connected=False)
 
@@ -487,7 +472,7 @@ class Libp2pNetwork:
         """A new stream for a protocol, over a connection."""
         muxed: YamuxStream | None = None
         try:
-            muxed = await _yamux(connection).open_stream()
+            muxed = await yamux_of(connection).open_stream()
             await agree(muxed, peer, protocol)
         except (MuxedStreamError, MuxedConnUnavailable) as failure:
             if muxed is not None:
@@ -514,25 +499,3 @@ class Libp2pNetwork:
             return
         peer = str(muxed.muxed_conn.peer_id)
         await self._handlers.serve(Libp2pStream(muxed, peer, protocol, self._traffic))
-
-
-def _view(peer: str, connections: Sequence[SwarmConn]) -> PeerView:
-    rtts = [rtt for c in connections if (rtt := _yamux(c).rtt()) > 0]
-    return PeerView(
-        peer=peer,
-        addresses=tuple(str(address) for c in connections for address in c.get_transport_addresses()),
-        relayed=all(_is_relayed(c) for c in connections),
-        inbound=all(c.direction is Direction.INBOUND for c in connections),
-        rtt_s=min(rtts, default=None),
-    )
-
-
-def _is_relayed(connection: SwarmConn) -> bool:
-    return any(reach_of(str(a)) is Reach.RELAYED for a in connection.get_transport_addresses())
-
-
-def _yamux(connection: SwarmConn) -> Yamux:
-    muxed = connection.muxed_conn
-    if not isinstance(muxed, Yamux):
-        raise MuxedConnUnavailable(f"the connection speaks {type(muxed).__name__}")
-    return muxed

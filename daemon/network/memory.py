@@ -17,8 +17,10 @@ from typing import Final
 import trio
 
 from ...protocol.errors import Code, error
+from ...protocol.limits import MIB
 from ...protocol.views import ReachView
 from .handlers import Handlers
+from .room import Room
 from .seam import Guard, Handler, PeerView
 
 WINDOW_BYTES: Final = 256 * 1024  # on their way in one direction of a stream, as in the muxer
@@ -139,6 +141,7 @@ class MemoryStream:
         self._protocol = protocol
         self._outward = outward
         self._inward = inward
+        self.room: Final = Room()  # its own: in memory a window holds little
 
     @property
     def peer(self) -> str:
@@ -156,7 +159,7 @@ class MemoryStream:
     async def send(self, data: bytes) -> None:
         await self._outward.put(data)
 
-    async def receive(self) -> bytes:
+    async def receive(self, limit: int = MIB) -> bytes:
         return await self._inward.get()
 
     async def close(self) -> None:

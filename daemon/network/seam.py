@@ -10,7 +10,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...protocol.limits import MIB
 from ...protocol.views import ReachView
+from .room import Room
 
 
 class Stream(Protocol):
@@ -24,14 +26,21 @@ class Stream(Protocol):
     def protocol(self) -> str:
         """The protocol that was agreed on."""
 
+    @property
+    def room(self) -> Room:
+        """For the long messages that the peer has begun; its other streams share it."""
+
     async def send(self, data: bytes) -> None:
         """Send all of `data`; waits while the far side's window is closed. Raises `PEER_LOST`.
 
         Cancelling it harms this stream only: a part may have been sent, so the stream should be reset.
         """
 
-    async def receive(self) -> bytes:
-        """Some bytes, at least one; `b""` at the end. Raises `PEER_LOST` when the stream broke."""
+    async def receive(self, limit: int = MIB) -> bytes:
+        """Some bytes, at least one; `b""` at the end. Raises `PEER_LOST` when the stream broke.
+
+        limit: of the bytes, at least 64 KiB.
+        """
 
     async def close(self) -> None:
         """Send what is queued, then the end. Never raises.

@@ -5,28 +5,28 @@ Which connection a stream belongs to, and which protocol was agreed on, is decid
 
 from __future__ import annotations
 
-from typing import Final
-
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import MIB
+from .room import Room
 from .traffic import PIECE_BYTES, Lane, Traffic
 from .yamux import Yamux, YamuxStream
-
-_RECEIVE_BYTES: Final = 1024 * 1024
 
 
 class Libp2pStream:
     """One stream of a connection; see `seam.Stream`."""
 
-    __slots__ = ("_lane", "_muxed", "_peer", "_protocol", "_sending")
+    __slots__ = ("_lane", "_muxed", "_peer", "_protocol", "_room", "_sending")
 
     def __init__(self, muxed: YamuxStream, peer: str, protocol: str, traffic: Traffic) -> None:
         self._muxed = muxed
         self._peer = peer
         self._protocol = protocol
         self._lane = traffic.lane(muxed.get_remote_address())
+        allowance = muxed.muxed_conn.allowance
+        self._room = allowance.room if allowance is not None else Room()
         self._sending = trio.StrictFIFOLock()  # of messages that leave in pieces
 
     @property
@@ -36,6 +36,10 @@ class Libp2pStream:
     @property
     def protocol(self) -> str:
         return self._protocol
+
+    @property
+    def room(self) -> Room:
+        return self._room
 
     @property
     def connection(self) -> Yamux:
@@ -61,9 +65,9 @@ class Libp2pStream:
                 await lane.leave(len(piece))
                 await self._muxed.write(piece)
 
-    async def receive(self) -> bytes:
+    async def receive(self, limit: int = MIB) -> bytes:
         try:
-            data = await self._muxed.read(_RECEIVE_BYTES)
+            data = await self._muxed.read(limit)
         except MuxedStreamEOF:
             return b""
         except MuxedStreamError as failure:

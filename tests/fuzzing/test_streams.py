@@ -24,8 +24,9 @@ from corolla.daemon.network.host import key_pair
 from corolla.daemon.network.multistream import agree, answer
 from corolla.daemon.network.noise import FastNoise, NoiseOnly
 from corolla.daemon.network.relays import observed_address
+from corolla.daemon.network.room import Room
 from corolla.protocol.errors import Code
-from corolla.protocol.limits import MAX_CIRCUIT_MESSAGE_BYTES
+from corolla.protocol.limits import MAX_CIRCUIT_MESSAGE_BYTES, MIB
 from corolla.protocol.messages import encode
 from corolla.protocol.punch import PUNCH, Doors, Now
 
@@ -47,6 +48,7 @@ class Scripted:
 
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = [piece for piece in pieces if piece]
+        self.room = Room()
         self.asked = 0
 
     async def send(self, data: bytes) -> None: ...
@@ -54,7 +56,7 @@ class Scripted:
     async def close(self) -> None: ...
     def reset(self) -> None: ...
 
-    async def receive(self) -> bytes:
+    async def receive(self, limit: int = MIB) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
     async def read(self, n: int | None = None) -> bytes:

@@ -185,7 +185,7 @@ async def test_one_that_greets_without_a_membership_hears_why_and_of_nobody(show
 async def say_at_once(network: Network, peer: str, question: Message) -> bytes:
     """Propose the registry's protocol and ask along with it, without waiting; all that comes back in a while."""
     assert isinstance(network, Libp2pNetwork)
-    connection = network._live(peer)
+    connection = network._connections.live(peer)
     assert connection is not None
     muxed = await connection.muxed_conn.open_stream()
     proposal = bytes([len(REGISTRY_PROTOCOL) + 1]) + REGISTRY_PROTOCOL.encode() + b"\n"

@@ -283,7 +283,7 @@ async def test_garbage_on_the_port_does_no_harm(garbage: bytes) -> None:
 async def test_garbage_instead_of_a_proposal_costs_one_stream(garbage: bytes) -> None:
     async with network() as one, network() as other:
         await one.connect(other.addresses()[0], timeout_s=5)
-        connection = one._live(other.peer)
+        connection = one._connections.live(other.peer)
         assert connection is not None
         muxed = await connection.muxed_conn.open_stream()
         await muxed.write(garbage)
