@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
@@ -18,7 +20,7 @@ from trio.testing import open_stream_to_socket_listener
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.host import key_pair
 from corolla.daemon.network.noise import FastNoise, NoiseSession
-from corolla.daemon.network.sealing import MAX_PLAIN_BYTES
+from corolla.daemon.network.sealing import MAX_PLAIN_BYTES, Sealer, Unsealer
 
 pytestmark = pytest.mark.anyio
 
@@ -95,6 +97,30 @@ async def test_what_the_socket_does_not_take_at_once_is_kept_for_flush() -> None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.write, b"the last")
             assert await read_exactly(two, len(sent) + 8) == sent + b"the last"
+
+
+async def test_the_librarys_own_session_understands_ours() -> None:
+    async with sessions() as (one, two):
+        stock = two._session  # before any message: both start from the handshake's keys
+        data = bytes(index % 251 for index in range(100_000))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.write, data)
+            got = b""
+            while len(got) < len(data):
+                got += await stock.read(len(data) - len(got))
+        assert got == data
+        await stock.write(b"and back")
+        assert await read_exactly(one, 8) == b"and back"
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.lists(st.integers(0, 3000), max_size=8))
+def test_sealed_messages_cut_anywhere_come_out_whole(messages: list[bytes], cuts: list[int]) -> None:
+    sealer, unsealer = Sealer(bytes(32), 7), Unsealer(bytes(32), 7)
+    sealed = b"".join(piece for message in messages for piece in sealer.seal(message))
+    at = sorted(min(cut, len(sealed)) for cut in cuts)
+    pieces = [sealed[a:b] for a, b in zip([0, *at], [*at, len(sealed)], strict=True)]
+    found = [message for piece in pieces for message in unsealer.unseal(piece)]
+    assert found == [message for message in messages if message]
 
 
 async def test_the_end_is_an_error_of_the_connection() -> None:
