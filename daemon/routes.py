@@ -7,7 +7,7 @@ frozen view. It opens no session.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import anyio
@@ -25,6 +25,7 @@ from .session.wiring import Route, RouteHop, RouteRequest
 from .swarm.blame import Ledger
 from .swarm.models import known_models, resolve_model
 from .swarm.routing import Path, Wanted, find_path
+from .swarm.standby import Standing, stand
 from .swarm.view import Span, SwarmView
 
 KNOWN_WELL_S: Final = 30.0  # so old may the answer of holders be when a route is found in it
@@ -90,6 +91,16 @@ class Routes:
                 for leg in path.legs
             )
         )
+
+    async def stand(self, request: RouteRequest, hops: Sequence[RouteHop]) -> list[Standing]:
+        """How each hop of a session's route does beside its standby, by what is known here. Nobody is measured for it.
+
+        request: what the route was found for. Raises what the registry raises, as `find_route`.
+        """
+        num_blocks = self._num_blocks(request.fingerprint, request.end)
+        await self._registry.spans(request.fingerprint, num_blocks, max_age_s=KNOWN_WELL_S)
+        view = self.view(request.fingerprint, num_blocks)
+        return stand(view, _wanted(request), [(place.hop, place.start, place.end) for place in hops])
 
     async def find_model(self, name: str) -> ModelFacts:
         """The model that a user calls `name`; see `swarm.models.resolve_model` for what it raises."""
@@ -212,7 +223,8 @@ class Routes:
     async def _probe(self, request: RouteRequest, path: Path) -> bool:
         """Connect to a few peers whose distance would matter and is not known; True if any answered.
 
-        Those are the peers on the path, and then others that serve the same blocks, by chance.
+        Those are the peers on the path, then those who would take over from one of them, so that a standby is warm
+        when it is needed, and then others that serve the same blocks, by chance.
         """
         view = self.view(request.fingerprint, self._num_blocks(request.fingerprint, request.end))
         unknown = {
@@ -225,7 +237,10 @@ class Routes:
             and span.peer not in request.avoid_peers
         }
         connected = {peer.peer for peer in self._network.peers()}
-        first = list(dict.fromkeys(leg.span.peer for leg in path.legs if leg.span.peer in unknown))
+        places = [(leg.span.hop, leg.start, leg.end) for leg in path.legs]
+        standbys = [one.standby for one in stand(view, _wanted(request), places) if one.standby is not None]
+        legs = (*path.legs, *(leg for standby in standbys for leg in standby.legs))
+        first = list(dict.fromkeys(leg.span.peer for leg in legs if leg.span.peer in unknown))
         others = sorted(unknown - set(first))
         self._rng.shuffle(others)
         chosen = [peer for peer in (*first, *others) if peer not in connected][:MAX_PROBES]

@@ -6,12 +6,14 @@ A program's own session lives in a task of its connection, and ends with it.
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+import structlog
 import trio
 
 from ..protocol.control import OpenModelSession, SessionHandle, SessionOpened, SessionStep
@@ -27,11 +29,15 @@ from .session.deadlines import Settings
 from .session.events import SessionEvent
 from .session.prefix import Prefix
 from .session.roster import Terms
+from .session.wiring import RouteRequest
+from .swarm.standby import Unrest
 from .training.parts import Adapter, put_parts
 
 MAX_SESSIONS_PER_PROGRAM: Final = 64
 MODEL_RETRY_S: Final = 0.5  # between two looks for a model that nobody serves yet
 DEFAULT_ENCODING: Final = Encoding.FLOAT32  # the one in which every promise of equality holds
+
+_log = structlog.get_logger("corolla.sessions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,26 @@ async def opened(
         await belonging.over.wait()
         scope.cancel()
 
+    async def leave_slow_hops(session: Session) -> None:
+        request = RouteRequest(
+            facts.fingerprint, terms.start, terms.end, terms.encoding, terms.max_rows, terms.max_tokens
+        )
+        unrest = Unrest(random.Random())  # noqa: S311 - spreads looks, guards nothing
+        while True:
+            await trio.sleep(unrest.next_look_s())
+            try:
+                standings = await routes.stand(request, session.statistics().hops)
+            except (
+                CorollaError
+            ) as problem:  # nothing is known now: whoever fails meanwhile is replaced as ever
+                _log.debug("route_not_looked_at", problem=str(problem))
+                continue
+            slow = unrest.look(standings)
+            if slow is not None and slow.standby is not None:
+                there_s = slow.standby.expected_s
+                told = f"expected to take {slow.expected_s:.3f} s a token, {there_s:.3f} s elsewhere"
+                session.leave(slow.leg.span.hop, f"is slow: {told}")
+
     failure: Exception | None = None
     is_done = False
     network, routes = belonging.network, belonging.routes
@@ -102,6 +128,7 @@ async def opened(
     ):
         nursery.start_soon(tell, session.events())
         nursery.start_soon(end_with_swarm, nursery.cancel_scope)
+        nursery.start_soon(leave_slow_hops, session)
         try:
             yield session
             is_done = True

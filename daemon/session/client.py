@@ -171,6 +171,11 @@ class Session:
         if self._problem is None:
             self._feed(ev.KeepRequested(rows))
 
+    def leave(self, hop: Hop, reason: str) -> None:
+        """Go on without a hop that is slow beside others; what it computed is replayed elsewhere."""
+        if self._problem is None:
+            self._feed(ev.LeaveRequested(hop, reason))
+
     def events(self) -> Events:
         """What happens from now on: repairs, waiting, changes of precision."""
         listener = Events()

@@ -50,6 +50,14 @@ class Disputed:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaveRequested:
+    """A hop that works is slow beside others: the session goes on without it. Charges nobody."""
+
+    hop: Hop
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RouteFound:
     """The answer to `FindRoute`."""
 
@@ -104,6 +112,7 @@ Event = (
     | StepRequested
     | KeepRequested
     | Disputed
+    | LeaveRequested
     | RouteFound
     | RouteMissing
     | HopSaid

@@ -44,6 +44,7 @@ from .events import (
     HopSaid,
     KeepRequested,
     Kind,
+    LeaveRequested,
     OpenRequested,
     PartsPut,
     Refuse,
@@ -152,6 +153,11 @@ class SessionMachine(Ascent):
             self._accuse(None, suspects[0].place, after, event.problem)
         else:
             self._disturb("the last answer was wrong, and it is not known whose it was")
+
+    def _on_leave_requested(self, event: LeaveRequested) -> None:
+        member = next((member for member in self._roster if member.place.hop == event.hop), None)
+        if member is not None and self._phase is Phase.RUNNING:
+            self._drop(member, event.reason)
 
     def _on_close_requested(self, event: CloseRequested) -> None:
         self._end()
@@ -461,6 +467,7 @@ _EVENTS: Final[dict[type, Callable[[SessionMachine, Any], None]]] = {
     StepRequested: SessionMachine._on_step_requested,
     KeepRequested: SessionMachine._on_keep_requested,
     Disputed: SessionMachine._on_disputed,
+    LeaveRequested: SessionMachine._on_leave_requested,
     RouteFound: SessionMachine._on_route_found,
     RouteMissing: SessionMachine._on_route_missing,
     HopSaid: SessionMachine._on_said,

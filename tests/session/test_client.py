@@ -137,3 +137,24 @@ async def test_after_its_end_a_session_refuses_steps() -> None:
         with pytest.raises(CorollaError) as caught:
             await session.step(NEW, PROMPT)
         assert caught.value.code is Code.CANCELLED
+
+
+@pytest.mark.anyio
+async def test_a_session_leaves_a_hop_that_is_slow_without_charging_anybody() -> None:
+    charged: list[str] = []
+    async with swarm("slow", "other") as peers:
+        async with open_session(
+            peers.client, peers, TERMS, charge=lambda peer, *_: charged.append(peer)
+        ) as session:
+            events = session.events()
+            await session.step(NEW, PROMPT)
+            session.leave(Hop("slow", 0), "is slow")
+            answer = await session.step((Row(0, 3, 1),), PROMPT[:SIZE])
+            tokens = [PROMPT[i : i + SIZE] for i in range(0, len(PROMPT), SIZE)]
+            assert answer == whole_row(0, 2, [*tokens, PROMPT[:SIZE]])[-1]
+            assert [place.hop.peer for place in session.statistics().hops] == ["other"]
+            session.leave(Hop("slow", 0), "is not here any more")
+            assert session.statistics().num_repairs == 1
+        kinds = [event.kind async for event in events]
+    assert kinds == [Kind.REPAIRING, Kind.REPAIRED]
+    assert charged == []
