@@ -50,7 +50,7 @@ def test_without_anybody_else_a_hop_has_no_standby_and_is_kept_however_slow_it_i
 
 def test_a_hop_whose_queue_or_distance_grows_is_left_after_two_looks_that_agree() -> None:
     for change in ({"queue": 20}, {"rtt_s": 0.5}, {"tokens_per_s": 5.0}, {"penalty_s": 0.5}):
-        slow = view(replace(SWARM.spans[0], **change), *SWARM.spans[1:])  # type: ignore[arg-type]
+        slow = view(replace(SWARM.spans[0], **change), *SWARM.spans[1:])
         unrest = Unrest(random.Random(1))
         looks = [left(unrest, stand(slow, WHOLE, ROUTE)) for _ in range(LOOKS)]
         assert looks == [None] * (LOOKS - 1) + ["a"], change
