@@ -262,13 +262,14 @@ def _attend_cached(
     keys, values = cache.keys(block), cache.values(block)
     if cache.is_paged:
         return _attend_paged(query, keys, values, layout, form, cache.page_tokens).transpose(0, 1)
+    ones = _attend_ones(query, keys, values, layout, form) if form.is_plain else None
+    if ones is not None:
+        return ones
     outputs = []
     for reach in layout.reaches:
         tokens = slice(reach.offset, reach.offset + reach.n)
         row_query = query[:, tokens]  # (num_heads, n, head_dim)
-        if reach.n == 1 and form.is_plain:
-            outputs.append(_attend_one(row_query, keys, values, reach, form))
-        elif reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
+        if reach.n <= _FEW_TOKENS or not form.is_plain or _is_windowed(reach, form):
             outputs.append(_attend_runs(row_query, keys, values, reach, form))
         else:
             fresh = key[:, tokens], value[:, tokens]
@@ -277,30 +278,30 @@ def _attend_cached(
     return output.transpose(0, 1)
 
 
-def _attend_one(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
-    """(num_heads, 1, value_dim): one new token on a CPU, by flash attention over each run, itself included.
+def _attend_ones(query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: _Form) -> Tensor | None:
+    """(num_tokens, num_heads, value_dim): one new token of each of many rows on a CPU, in as few calls as can be.
 
-    Query heads that share a key head are folded into queries of it, so that its keys are read once.
+    Query heads that share a key head are folded into queries of it, so that its keys are read once. None where
+    some row is of another kind, or not in one run.
     """
-    num_heads, num_kv_heads = query.shape[0], keys.shape[0]
-    folded = query.reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
-    first_key = 0 if form.window is None else max(0, reach.start - form.window + 1)
-    parts = []
-    for run in reach.runs:
-        end = run.first + run.num
-        if end > first_key:
-            first, last = run.slot + max(first_key - run.first, 0), run.slot + run.num
-            parts.append(
-                _flash(
-                    folded,
-                    keys[None, :, first:last],
-                    values[None, :, first:last],
-                    0.0,
-                    False,
-                    scale=form.scaling,
-                )
-            )
-    return _merged(parts).view(num_heads, 1, -1)
+    places = []
+    for reach in layout.reaches:
+        oldest = 0 if form.window is None else max(0, reach.start - form.window + 1)
+        runs = [run for run in reach.runs if run.first + run.num > oldest]
+        if reach.n != 1 or len(runs) != 1:
+            return None
+        hidden = max(0, oldest - runs[0].first)
+        places.append((runs[0].slot + hidden, runs[0].num - hidden))
+    num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = keys.shape[0]
+    folded = query.transpose(0, 1).reshape(num_tokens, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    keys, values = keys[None], values[None]
+    outputs = [
+        _flash(own, keys.narrow(2, *place), values.narrow(2, *place), 0.0, False, scale=form.scaling)[0]
+        for own, place in zip(folded.unbind(), places, strict=True)
+    ]  # (1, num_kv_heads, heads of each, value_dim) each
+    output = outputs[0] if num_tokens == 1 else torch.cat(outputs)
+    return output.reshape(num_tokens, num_heads, -1)
 
 
 def _attend_paged(

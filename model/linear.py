@@ -164,6 +164,11 @@ class PartLinear(FrozenLinear):
     def forward(self, rows: Tensor) -> Tensor:
         return self._joint.part(rows, *self._range)
 
+    @property
+    def whole(self) -> FrozenLinear:
+        """The layer that it is a part of."""
+        return self._joint.layer
+
     def whole_with(self, layers: Sequence[nn.Module]) -> FrozenLinear | None:
         """The layer that these, in this order, are all parts of, if they are."""
         end = 0
@@ -370,7 +375,8 @@ class PlainInt8Linear(FrozenLinear):
 
 def is_rounding(module: nn.Module) -> bool:
     """Whether some layer of it rounds its rows to bfloat16, whatever their dtype."""
-    return any(isinstance(layer, _Rounded) for layer in module.modules())
+    layers = (part.whole if isinstance(part, PartLinear) else part for part in module.modules())
+    return any(isinstance(layer, _Rounded) for layer in layers)
 
 
 def check_scheme(scheme: Quantization | None, device: torch.device) -> None:

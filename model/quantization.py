@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -51,6 +51,18 @@ class Stored(NamedTuple):
     scheme: Quantization
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
+
+
+def stacked(weights: Sequence[Stored]) -> Stored:
+    """One weight with the outputs of these, all INT8 or all INT4, and of the same inputs."""
+    scheme, in_features = weights[0].scheme, weights[0].shape[1]
+    tensors = {
+        "codes": torch.cat([weight.tensors["codes"] for weight in weights]),
+        "scales": torch.cat(
+            [weight.tensors["scales"] for weight in weights], dim=1 if scheme is Quantization.INT4 else 0
+        ),
+    }
+    return Stored(scheme, (sum(weight.shape[0] for weight in weights), in_features), tensors)
 
 
 def scheme_of(name: str | None) -> Quantization | None:

@@ -21,13 +21,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..protocol.errors import Code, error
+from ..protocol.tensors import Quantization
 from . import hub, prequantized
 from .checkpoint import Checkpoint, open_safetensors
 from .experts import STACKED, Experts, is_stack, weight_of
 from .families import Skeleton
 from .linear import PackedLinear, is_packable, joined, quantized
 from .norms import quick
-from .quantization import Shelf, Stored, can_hold, quantize
+from .quantization import Shelf, Stored, can_hold, quantize, stacked
 
 # More than malloc ever keeps for itself, so that the buffer goes back to the system; memory that no weight
 # touches is never taken.
@@ -241,6 +242,7 @@ class _Placer:
         self._waiting: dict[
             str, dict[str, Tensor]
         ] = {}  # module → name → weight, until all siblings are there
+        self._quantized: dict[str, dict[str, Stored]] = {}  # likewise, of quantized ones
         self._experts: dict[str, dict[str, list[nn.Module]]] = {}  # path → leaf → each expert's layer
 
     def place(self, name: str, tensor: Tensor) -> None:
@@ -250,6 +252,10 @@ class _Placer:
         if type(owner) is nn.Linear and leaf == "weight":
             if self._joins(path):
                 self._join(path, tensor)
+                return
+            stored = self._quantizer.quantized(name, tensor) if self._quantizer is not None else None
+            if stored is not None:
+                self._put_quantized(path, stored)
                 return
             layer = self._layer(name, tensor, owner.bias)
             if layer is not None:
@@ -279,7 +285,7 @@ class _Placer:
             stored = kept.get(name)
             if stored is None or tuple(owner.weight.shape) != stored.shape:
                 return False
-            self._put(path, quantized(stored, owner.bias, self._device))
+            self._put_quantized(path, stored)
             return True
         if not is_stack(owner, leaf):
             return False
@@ -337,6 +343,25 @@ class _Placer:
         for place, own in zip(torch.split(together, sizes), weights, strict=True):
             place.copy_(own)
         whole = PackedLinear(together, torch.cat(biases) if biases else None)
+        for sibling, part in zip(siblings, joined(whole, sizes), strict=True):
+            self._put(f"{parent}.{sibling}" if parent else sibling, part)
+
+    def _put_quantized(self, path: str, stored: Stored) -> None:
+        """Set a quantized layer, on a CPU in one piece with its siblings, once these are there too."""
+        owner: Any = self.module.get_submodule(path)
+        siblings = self._siblings(path) if self._device.type == "cpu" else {}
+        if stored.scheme is Quantization.NF4 or len(siblings) < 2:
+            self._put(path, quantized(stored, owner.bias, self._device))
+            return
+        parent, _, name = path.rpartition(".")
+        waiting = self._quantized.setdefault(parent, {})
+        waiting[name] = stored
+        if not all(sibling in waiting for sibling in siblings):
+            return
+        weights = [waiting.pop(sibling) for sibling in siblings]
+        biases: list[Tensor] = [layer.bias for layer in siblings.values() if layer.bias is not None]
+        whole = quantized(stacked(weights), torch.cat(biases) if biases else None, self._device)
+        sizes = [weight.shape[0] for weight in weights]
         for sibling, part in zip(siblings, joined(whole, sizes), strict=True):
             self._put(f"{parent}.{sibling}" if parent else sibling, part)
 
