@@ -165,9 +165,8 @@ class Libp2pNetwork:
         self._presence.serve()
         self.relays: Final = self._presence.relays
         self.relaying: Final = self._presence.relaying
-        ways = Ways(
-            self._dial, self._meet, self._call_near, self._presence.doors, self._connections.is_direct
-        )
+        is_direct = self._connections.is_direct
+        ways = Ways(self._dial, self._meet, self._call_near, self._presence.doors, is_direct)
         self._punching = Punching(self, ways)
         self._punching.serve()
 

@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -63,9 +63,10 @@ async def swallow(pipe: Pipe) -> None:
 
 
 async def nap(pipe: Pipe) -> None:
-    """`swallow`, later."""
+    """`swallow`, later, unless the stream was dropped meanwhile."""
     await trio.sleep(NAP_S)
-    await swallow(pipe)
+    with suppress(Exception):  # of any stack, in its own type
+        await swallow(pipe)
 
 
 HANDLERS: dict[str, Callable[[Any], Awaitable[None]]] = {ECHO: echo, SWALLOW: swallow, NAP: nap}

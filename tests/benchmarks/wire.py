@@ -131,7 +131,8 @@ async def survived(dial: Dial) -> float:
                 pipe = await dial(NAP)
                 with trio.move_on_after(0.002):
                     await pipe.send(bytes(4 * MEGA))
-                await pipe.drop()
+                with suppress(Exception):  # that it has ended already is no harm
+                    await pipe.drop()
                 await echo_ms(neighbour, 14 * KILO, 1)
         except Exception as harm:  # of any stack, in its own type
             print(f"cancelled write {number}: {harm!r}", file=sys.stderr)
@@ -216,17 +217,17 @@ async def measure_far(kind: str, far: Far, *, quick: bool) -> Figures:
     return found
 
 
-async def measure_hardships(kind: str, far: Far) -> Figures:
-    """Once; the far side is stopped in the end. Each on a connection of its own, lest one harm the next."""
-    found: Figures = {}
+async def measure_hardship(kind: str, far: Far, *, name: str) -> Figures:
+    """One trial."""
     async with DIALLERS[kind](far.port, far.peer) as dial:
-        found["survived"] = [await survived(dial)]
-    async with DIALLERS[kind](far.port, far.peer) as dial:
-        slowest_ms, arrived = await beside_a_sleeper(dial)
-        found["slowest"], found["arrived"] = [slowest_ms], [arrived]
-    async with DIALLERS[kind](far.port, far.peer) as dial:
-        found["noticed"] = [await noticed_s(dial, far)]
-    return found
+        match name:
+            case "survived":
+                return {name: [await survived(dial)]}
+            case "noticed":
+                return {name: [await noticed_s(dial, far)]}
+            case _:
+                slowest_ms, arrived = await beside_a_sleeper(dial)
+                return {"slowest": [slowest_ms], "arrived": [arrived]}
 
 
 def gather(parts: set[str], *, quick: bool) -> dict[str, dict[str, float]]:
@@ -245,7 +246,12 @@ def gather(parts: set[str], *, quick: bool) -> dict[str, dict[str, float]]:
             if "far" in parts:
                 keep(kind, partial(measure_far, quick=quick))
     for kind in ("stock", "ours") if "hardships" in parts else ():
-        keep(kind, measure_hardships)
+        for name in (
+            "survived",
+            "slowest",
+            "noticed",
+        ):  # each with a far side of its own, lest one harm the next
+            keep(kind, partial(measure_hardship, name=name))
     return {kind: {name: median(values) for name, values in of.items()} for kind, of in samples.items()}
 
 
