@@ -331,27 +331,43 @@ class Nf4Linear(FrozenLinear):
     """NF4 as bitsandbytes keeps it, on any device.
 
     On a GPU bitsandbytes chooses the kernel by the number of rows: up to some tens it reads the codes as they are,
-    above that it dequantizes. On a CPU it always does, and so do we, at once.
+    above that it dequantizes. On a CPU it always does, and so do we, tile by tile.
     """
 
     def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
         codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
         super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
         self._codes, self._scales = codes, scales
+        self._codes_each = 2  # weights that an entry stands for
+        self._scales_each = stored.shape[0] * stored.shape[1] // len(scales)
 
     def multiply(self, rows: Tensor) -> Tensor:
         if rows.device.type == "cpu":
-            return F.linear(rows, self._weight(rows.dtype), self.bias)
+            return self._multiply_tiles(rows)
         return multiply_nf4(rows, self._codes, self._scales, (self.out_features, self.in_features), self.bias)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
-        return gradient @ self._weight(gradient.dtype)
+        return gradient @ self._weight(0, self.out_features, gradient.dtype)
 
     def dense_weight(self) -> Tensor:
-        return self._weight(torch.float32)
+        return self._weight(0, self.out_features, torch.float32)
 
-    def _weight(self, dtype: torch.dtype) -> Tensor:
-        return from_nf4(self._codes, self._scales, (self.out_features, self.in_features), dtype)
+    def _multiply_tiles(self, rows: Tensor) -> Tensor:
+        product = rows.new_empty((*rows.shape[:-1], self.out_features))
+        for first in range(0, self.out_features, _TILE_FEATURES):
+            last = min(first + _TILE_FEATURES, self.out_features)
+            bias = self.bias[first:last] if self.bias is not None else None
+            product[..., first:last] = F.linear(rows, self._weight(first, last, rows.dtype), bias)
+        return product
+
+    def _weight(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Of outputs [first, last), (last - first, in_features)."""
+        numbers = first * self.in_features, last * self.in_features  # whole groups: rows are made of them
+        codes, scales = (
+            part[slice(*(n // size for n in numbers))]
+            for part, size in ((self._codes, self._codes_each), (self._scales, self._scales_each))
+        )
+        return from_nf4(codes, scales, (last - first, self.in_features), dtype)
 
 
 class PlainInt8Linear(FrozenLinear):

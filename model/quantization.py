@@ -37,7 +37,9 @@ _GROUP: Final = 32  # weights that share a step and a middle in int4: 5 bits a w
 _NF4_GROUP: Final = 64  # bitsandbytes' own choice: 4.5 bits a weight
 _INT8_MULTIPLE: Final = 32  # torch's int8 kernel reads beyond rows that are no multiple of 16
 _ALIGNMENT: Final = 16  # bytes; torch's int8 kernel crashes on codes that begin between
-_ROWS_AT_ONCE: Final = 256  # a few MB of intermediates, which stay in the processor's cache
+# A few MB of intermediates, which stay in the processor's cache; and results are there before them, so that they
+# leave no holes in memory behind (measured with NF4: 125 MB of holes for 14 MB of weights).
+_ROWS_AT_ONCE: Final = 256
 
 
 class Stored(NamedTuple):
@@ -98,11 +100,11 @@ def quantize(weight: Tensor, scheme: Quantization) -> Stored:
     shape = (weight.shape[0], weight.shape[1])
     match scheme:
         case Quantization.INT8:
-            tensors = _to_int8(weight.float())
+            tensors = _to_int8(weight)
         case Quantization.INT4:
-            tensors = _to_int4(weight.float())
+            tensors = _to_int4(weight)
         case Quantization.NF4:
-            tensors = _to_nf4(weight.float())
+            tensors = _to_nf4(weight)
     return Stored(scheme, shape, tensors)
 
 
@@ -124,10 +126,15 @@ def dequantize(stored: Stored) -> Tensor:
 
 def _to_int8(weight: Tensor) -> dict[str, Tensor]:
     """Codes are chosen for the scales as kept, so that rounding a scale costs no accuracy but a step's width."""
-    largest = weight.abs().amax(dim=1, keepdim=True)
-    scales = _at_least((largest / 127).clamp_min(1e-30))
-    codes = (weight / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
-    return {"codes": codes.contiguous(), "scales": scales[:, 0].contiguous()}
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], dtype=torch.bfloat16)
+    for first in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = weight[first : first + _ROWS_AT_ONCE].float()
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        own = _at_least((largest / 127).clamp_min(1e-30))
+        codes[first : first + len(rows)] = (rows / own.float()).round_().clamp_(-127, 127)
+        scales[first : first + len(rows)] = own[:, 0]
+    return {"codes": codes, "scales": scales}
 
 
 def _at_least(values: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ def _at_least(values: Tensor) -> Tensor:
 
 
 def _to_int4(weight: Tensor) -> dict[str, Tensor]:
-    parts = [_int4_rows(rows) for rows in torch.split(weight, _ROWS_AT_ONCE)]
+    parts = [_int4_rows(rows.float()) for rows in torch.split(weight, _ROWS_AT_ONCE)]
     return {
         "codes": torch.cat([codes for codes, _ in parts]),
         "scales": torch.cat([scales for _, scales in parts]).transpose(0, 1).contiguous(),
@@ -178,8 +185,16 @@ def _int4_codes(groups: Tensor, step: Tensor, middle: Tensor) -> Tensor:
 def _to_nf4(weight: Tensor) -> dict[str, Tensor]:
     from bitsandbytes import functional  # here: it takes a second, and no other scheme needs it
 
-    codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=_NF4_GROUP, quant_type="nf4")
-    return {"codes": codes, "scales": state.absmax}
+    in_features = weight.shape[1]
+    codes = torch.empty((weight.numel() // 2, 1), dtype=torch.uint8)
+    scales = torch.empty(weight.numel() // _NF4_GROUP)
+    for first in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = weight[first : first + _ROWS_AT_ONCE].float().contiguous()
+        own, state = functional.quantize_4bit(rows, blocksize=_NF4_GROUP, quant_type="nf4")
+        at, group = first * in_features // 2, first * in_features // _NF4_GROUP
+        codes[at : at + len(own)] = own
+        scales[group : group + len(state.absmax)] = state.absmax
+    return {"codes": codes, "scales": scales}
 
 
 def from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
