@@ -28,6 +28,7 @@ from .records import MAX_NAMES, Signed, check_addresses
 HELLO_PROTOCOL: Final = "/corolla/hello/1"
 REGISTRY_PROTOCOL: Final = "/corolla/registry/1"
 KEY_BYTES: Final = 32
+RUN_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Hello(Message):
     charter, proof: of an invited swarm, and that the speaker belongs to it. revocations: the owner's list.
     admitted: a sample of memberships that the speaker saw; none for strangers.
     unix_s: the speaker's clock; 0 if it tells none. observed: where the speaker sees the hearer.
-    problem: why the hearer is not admitted (`CorollaError.to_wire`).
+    problem: why the hearer is not admitted (`CorollaError.to_wire`). run: drawn anew whenever the speaker starts.
+    doubled: several runs greet in the hearer's name by turns, so another daemon uses its identity.
     """
 
     KIND: ClassVar[str] = "hello"
@@ -69,6 +71,8 @@ class Hello(Message):
     unix_s: float = 0.0
     observed: str = ""
     problem: Plain = None
+    run: bytes = b""
+    doubled: bool = False
 
     def __post_init__(self) -> None:
         check_length("swarm_id", self.swarm_id, MAX_NAME_CHARS)
@@ -79,6 +83,7 @@ class Hello(Message):
         check_length("members", self.members, MAX_MEMBERS_TOLD)
         check_length("admitted", self.admitted, MAX_ADMITTED_TOLD)
         check_length("observed", self.observed, MAX_NAME_CHARS)
+        check_length("run", self.run, RUN_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Doubts:
             str, tuple[float, float]
         ] = {}  # peer → how far its clock is ahead, when that was seen
         self._strange: dict[int, float] = {}  # seq of a record in our name → when it was seen
+        self._told_at: float | None = None  # when a member last told of a twin
 
     def note_clock(self, peer: str, ahead_s: float, now: float) -> None:
         """A peer signed a record; its clock was so far ahead of ours then, as good as can be told."""
@@ -38,6 +39,10 @@ class Doubts:
             self._strange = {old: at for old, at in self._strange.items() if now - at <= TWIN_MEMORY_S}
             self._strange[seq] = now
 
+    def note_twin(self, now: float) -> None:
+        """A member says that two daemons greet it in our name. It could lie, so all that follows is a hint."""
+        self._told_at = now
+
     def clock_behind_s(self, now: float) -> float | None:
         """How far our clock is behind, if most members say that it is off by more than records bear; else None."""
         recent = [ahead for ahead, at in self._skews.values() if now - at <= MEMORY_S]
@@ -45,7 +50,9 @@ class Doubts:
         return statistics.median(wrong) if 2 * len(wrong) > len(recent) else None
 
     def has_twin(self, now: float) -> bool:
-        """Whether somebody else signs with our key."""
+        """Whether somebody else uses our key."""
+        if self._told_at is not None and now - self._told_at <= TWIN_MEMORY_S:
+            return True
         return sum(now - at <= TWIN_MEMORY_S for at in self._strange.values()) >= SIGHTINGS
 
     def words(self, now: float) -> tuple[str, str] | None:

@@ -28,12 +28,13 @@ from ...protocol.limits import (
     MAX_MEMBERS_TOLD,
     MAX_NAME_CHARS,
 )
-from ...protocol.registry import HELLO_PROTOCOL, Hello, PeerAddresses
+from ...protocol.registry import HELLO_PROTOCOL, RUN_BYTES, Hello, PeerAddresses
 from .acquaintances import Acquaintances, of_peer, tell_of
 from .allowance import Paces, Rate
 from .bootstrap import Bootstrap
 from .greeting import PROTOCOL_MAJORS, Swarm, another_swarm, as_hello, converse, greet_with, let_it_hear
 from .roll import Roll
+from .runs import Runs
 from .seam import Network, Stream
 from .strangers import Strangers
 
@@ -94,6 +95,9 @@ class Membership:
         self._greetings = Paces(Rate(GREETINGS_PER_S, GREETINGS_AT_ONCE))
         self._listeners: list[Callable[[str, bool], None]] = []
         self._reviewers: list[Callable[[], None]] = []
+        self._twin_listeners: list[Callable[[], None]] = []
+        self._run = self._rng.randbytes(RUN_BYTES)
+        self._runs = Runs()
         self._on_refused = on_refused
         self._refusal: CorollaError | None = None
         self._changed: anyio.Event | None = None
@@ -131,6 +135,10 @@ class Membership:
     def on_review(self, listener: Callable[[], None]) -> None:
         """Call `listener()` whenever others are banned or revoked than before."""
         self._reviewers.append(listener)
+
+    def on_twin(self, listener: Callable[[], None]) -> None:
+        """Call `listener()` whenever a member says that another daemon greets in our name."""
+        self._twin_listeners.append(listener)
 
     @property
     def refusal(self) -> CorollaError | None:
@@ -364,6 +372,8 @@ class Membership:
             unix_s=self._unix(),
             observed=self._network.observes(to)[:MAX_NAME_CHARS],
             problem=None if refusal is None else refusal.to_wire(),
+            run=self._run,
+            doubled=self._runs.take_turns(to, self._clock()),
         )
 
     def _admit(self, peer: str, hello: Hello) -> bool:
@@ -386,6 +396,10 @@ class Membership:
         if addresses:
             self._network.learn(peer, addresses)
             self._known.met(peer, addresses)
+        self._runs.note(peer, hello.run, self._clock())
+        if hello.doubled:
+            for listener in self._twin_listeners:
+                listener()
         for told in hello.members:
             self._hear_of(told)
         self._known.bound(self._members)

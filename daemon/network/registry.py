@@ -394,6 +394,7 @@ class Registry:
             self._tasks = tasks
             self._membership.on_member(self._on_member)
             self._membership.on_review(self._on_review)
+            self._membership.on_twin(lambda: self.doubts.note_twin(self._clock()))
             self._network.handle(REGISTRY_PROTOCOL, self._serve)
             tasks.start_soon(self._keep_publishing)
             tasks.start_soon(self._keep_fresh)

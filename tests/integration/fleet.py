@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,41 @@ from ..processes import DaemonProcess, LocalSwarm, local_swarm, wait_until
 
 NUM_BLOCKS = 6
 SPANS = ((0, 2), (2, 4), (4, 6))
-NEW_TOKENS = 240  # a second or two, so that there is a text to disturb
+NEW_TOKENS = 120
+MOST_TOKENS = 8000  # of a text that its user ends: beyond what any machine writes while a repair lasts
+GRACE_S = 4  # what a hop keeps a session that left it; the next test waits for that
+GOES_ON = 24  # tokens after what was waited for
+LIAR = Path(__file__).with_name("liar.py")
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+
+
+@dataclass
+class Liar(DaemonProcess):
+    """A `corollad` of `liar.py`."""
+
+    def command(self) -> list[str]:
+        honest = super().command()
+        return [sys.executable, str(LIAR), str(self.folder), *honest[honest.index("corolla.daemon") + 1 :]]
+
+    def lie(self, kind: str) -> None:
+        """Spoil the next step that it sends."""
+        (self.folder / "lie").write_text(kind)
+
+    def cut(self, *others: DaemonProcess) -> None:
+        """No step of it reaches these any more; without any, all is well again."""
+        (self.folder / "unreachable").write_text("\n".join(map(peer_of, others)))
+
+    def hold(self) -> None:
+        """Keep back the next step that it sends, until `release`."""
+        (self.folder / "hold").touch()
+
+    def release(self) -> None:
+        """Send what was held back."""
+        (self.folder / "hold").unlink()
+
+    def holds(self) -> bool:
+        """Whether it keeps a step back now."""
+        return (self.folder / "held").exists()
 
 
 @dataclass
@@ -85,6 +120,15 @@ class Fleet:
             )
         return tuple(out[0, len(prompt) :].tolist())
 
+    def chosen(self, prompt: list[int], tokens: Sequence[int]) -> tuple[int, ...]:
+        """What the whole model would write at each place of a text: these very tokens, if the text is its own.
+
+        One pass instead of one for each token, since how long a text became depends on the machine.
+        """
+        with torch.inference_mode():
+            logits = self.whole(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits
+        return tuple(logits[0, len(prompt) - 1 :].argmax(-1).tolist())
+
     def charges(self) -> list[str]:
         """Peers that the client's daemon has charged so far, one for each charge."""
         with self.client.connect() as daemon:
@@ -122,30 +166,73 @@ def generate(
     prompt: list[int],
     disturb: Callable[[int], None] = lambda count: None,
     num_tokens: int = NEW_TOKENS,
+    *,
+    until: str = "",
+    then: Callable[[], None] = lambda: None,
     **sampling: Any,
 ) -> Outcome:
-    """One streamed generation; `disturb` is called after each token with their number."""
-    tokens: list[int] = []
+    """One streamed generation; `disturb` is called after each token with their number. See `generate_rows`."""
+    rows, events = generate_rows(
+        fleet, [prompt], disturb, MOST_TOKENS if until else num_tokens, until=until, then=then, **sampling
+    )
+    return Outcome(rows[0], events)
+
+
+def generate_rows(
+    fleet: Fleet,
+    prompts: list[list[int]],
+    disturb: Callable[[int], None],
+    num_tokens: int,
+    *,
+    until: str = "",
+    then: Callable[[], None] = lambda: None,
+    **sampling: Any,
+) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    """The tokens of each row, and the kinds of events in between.
+
+    until: the event that the text has to live to see: its user ends it a while after that, so that nothing depends
+    on how fast the machine writes. then: called when that event was told, amid the text.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
     events: list[str] = []
-    with fleet.client.connect() as daemon:
-        for piece in daemon.model("tiny").generate(
-            tokens=[prompt], max_new_tokens=num_tokens, stream=True, events=True, **sampling
-        ):
+    count = 0
+    end = math.inf
+    with (
+        fleet.client.connect() as daemon,
+        daemon.model("tiny").generate(
+            tokens=prompts, max_new_tokens=num_tokens, stream=True, events=True, **sampling
+        ) as pieces,
+    ):
+        for piece in pieces:
             if piece.event is not None:
                 events.append(piece.event)
-            else:
-                tokens.append(piece.token)
-                disturb(len(tokens))
-    return Outcome(tuple(tokens), tuple(events))
+                if piece.event == until and end == math.inf:
+                    end = count + GOES_ON * len(rows)
+                    then()
+                continue
+            rows[piece.row].append(piece.token)
+            count += 1
+            disturb(count)
+            if count >= end:
+                break
+    return [tuple(row) for row in rows], tuple(events)
 
 
 @contextmanager
-def fleet_of(folder: Path, cache: Path) -> Iterator[Fleet]:
-    """A fleet that serves a tiny random Llama of `NUM_BLOCKS`."""
+def fleet_of(folder: Path, cache: Path, kind: type[DaemonProcess] = DaemonProcess) -> Iterator[Fleet]:
+    """A fleet that serves a tiny random Llama of `NUM_BLOCKS`. kind: of the daemons that serve."""
     whole = save_tiny(
-        folder, "llama", seed=4, num_hidden_layers=NUM_BLOCKS, eos_token_id=None, max_position_embeddings=1024
+        folder,
+        "llama",
+        seed=4,
+        num_hidden_layers=NUM_BLOCKS,
+        eos_token_id=None,
+        max_position_embeddings=2 * MOST_TOKENS,
     )
-    with local_swarm(folder, *OPTIONS, "--cache-dir", str(cache)) as swarm:
+    config = cache / "config.toml"
+    config.write_text(f"session_grace_s = {GRACE_S}\n")
+    with local_swarm(folder, *OPTIONS, "--cache-dir", str(cache), "--config", str(config)) as swarm:
+        swarm.kind = kind
         yield Fleet(swarm, swarm.found(), whole)
 
 

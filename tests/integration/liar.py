@@ -2,7 +2,8 @@
 
 FOLDER/lie: what to do to the next step or result that it sends, once: `short` (bytes are missing), `nan` (a
 number that is none), `shifted` (one position too far). FOLDER/unreachable: peer ids, one a line, to whom no
-step gets through, as if the cable between the two were cut. FOLDER/stall: requests of the kind that it names
+step gets through, as if the cable between the two were cut. FOLDER/hold: while it is there no step is sent, and
+FOLDER/held says that one waits. FOLDER/stall: requests of the kind that it names
 (`forward`, `backward`) are taken, said to be worked on, and never answered; FOLDER/stalled appears once
 there is one.
 """
@@ -25,12 +26,14 @@ from corolla.protocol.limits import WORKING_EVERY_S
 from corolla.protocol.steps import PUSH_PROTOCOL, Result, Step
 from corolla.protocol.training import Working
 
+HELD_POLL_S = 0.01
 NAN = b"\x00\x00\xc0\x7f"  # float32, little endian
 
 
 def misbehave(folder: Path) -> None:
     """Put the lies and the cut cables between the daemon and its network."""
     lie, unreachable = folder / "lie", folder / "unreachable"
+    hold, held = folder / "hold", folder / "held"
     stall, stalled = folder / "stall", folder / "stalled"
     honest_send, honest_open = Served._send, Libp2pNetwork.open
     honest_answer = TrainingService._answer
@@ -39,6 +42,10 @@ def misbehave(folder: Path) -> None:
         return unreachable.exists() and peer in unreachable.read_text().split()
 
     async def send(self: Served, message: Any) -> bool:
+        while isinstance(message, (Step, Result)) and hold.exists():
+            held.touch()
+            await trio.sleep(HELD_POLL_S)
+        held.unlink(missing_ok=True)
         if isinstance(message, (Step, Result)) and lie.exists():
             message = spoiled(message, lie.read_text())
             lie.unlink()

@@ -212,6 +212,29 @@ def test_a_socket_nobody_listens_on_is_no_daemon(tmp_path: Path) -> None:
     assert str(left) in line
 
 
+def test_a_folder_for_sockets_that_is_open_to_others_is_no_place_for_one(tmp_path: Path) -> None:
+    folder = tmp_path / f"corolla-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    code, line = corollad(tmp_path, "--socket", str(folder / "s"))
+    assert code == Exit.PERMISSION
+    assert f"{folder} belongs to uid {os.getuid()} with mode 0755" in line
+
+
+@is_root
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_a_socket_that_one_may_not_reach_is_named(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(closed / "s"))
+        listener.listen()
+        closed.chmod(0)
+        code, line = answer_of([*WEAK, *CONTROL, "status", "--socket", str(closed / "s")])
+    assert code == Exit.PERMISSION
+    assert line.startswith(f"{closed / 's'}: Permission denied")
+
+
 # beside a running daemon
 
 
@@ -285,6 +308,30 @@ def test_joining_where_nobody_answers_names_the_address(setting: Setting) -> Non
     assert address.partition("/p2p/")[0] in line
     assert "refused" in line
     assert setting.lonely.status().state == "idle"
+
+
+def test_one_who_was_not_invited_is_told_so(setting: Setting) -> None:
+    owner = setting.swarm.add("owner", "--blocks", "none")
+    owner.wait_ready()
+    with owner.connect() as daemon:
+        daemon.create_swarm("closed", invited=True)
+    code, line = daemonctl(setting.lonely, "join", owner.status().addresses[0])
+    owner.kill()
+    assert code == Exit.PERMISSION
+    assert "closed, the swarm of the daemon at" in line
+    assert setting.lonely.status().state == "idle"
+
+
+def test_a_member_that_hangs_answers_no_ping_in_time(setting: Setting) -> None:
+    peer = setting.server.status().peer
+    setting.server.signal(signal.SIGSTOP)
+    try:
+        code, line = daemonctl(setting.client, "ping", peer, "--timeout", "0.5")
+    finally:
+        setting.server.signal(signal.SIGCONT)
+    assert code == Exit.TIMEOUT
+    assert peer in line
+    assert "0.5 s" in line
 
 
 def test_a_model_that_nobody_serves_is_named_beside_those_served(setting: Setting) -> None:

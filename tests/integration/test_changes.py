@@ -92,6 +92,26 @@ def test_weights_that_are_cut_short_fail_the_worker_once_and_a_reload_tries_agai
     server.wait_online()
 
 
+@pytest.mark.long  # members greet each other anew every half a minute
+def test_two_daemons_of_one_identity_that_serve_nothing_are_told(swarm: LocalSwarm) -> None:
+    swarm.found()
+    first = swarm.add("first", "--blocks", "none", "--join", swarm.token)
+    first.wait_for(lambda status: status.state == "online", "has joined")
+    twin = swarm.folder / "twin" / "state"
+    twin.mkdir(parents=True)
+    shutil.copy(first.folder / "state" / "identity.pem", twin)
+    second = swarm.add("twin", "--blocks", "none", "--join", swarm.token)
+    second.wait_for(lambda status: status.state == "online", "has joined")
+    assert first.status().peer == second.status().peer
+    wait_until(
+        lambda: any("identity.pem" in (daemon.status().hint or "") for daemon in (first, second)),
+        "one of them knows",
+        deadline_s=400,
+    )
+    for daemon in (first, second):
+        assert "Traceback" not in daemon.log(), daemon.log()
+
+
 @pytest.mark.long  # a daemon looks once a minute what is held in its name
 def test_two_daemons_of_one_identity_are_told_and_neither_falls(swarm: LocalSwarm) -> None:
     client = swarm.found()

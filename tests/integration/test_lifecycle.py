@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 PROMPT = [5, 17, 40, 8, 23]
 NUM_TOKENS = 240
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long))  # both end it in one way
 
 
 @pytest.fixture(scope="module")

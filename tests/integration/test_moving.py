@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ..processes import DaemonProcess, wait_until  # noqa: E402
-from .fleet import SPANS, Fleet, Outcome, fleet_of, generate, prompt_of  # noqa: E402
+from .fleet import NUM_BLOCKS, SPANS, Fleet, Outcome, fleet_of, generate, prompt_of  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = prompt_of(9)
@@ -36,7 +36,9 @@ def fleet(standing: Fleet) -> Fleet:
     return standing
 
 
-def timed(fleet: Fleet, disturb: Callable[[int], None] = lambda count: None) -> tuple[Outcome, float]:
+def timed(
+    fleet: Fleet, disturb: Callable[[int], None] = lambda count: None, until: str = "repaired"
+) -> tuple[Outcome, float]:
     """A text, and the longest pause between two of its tokens in seconds."""
     times: list[float] = []
 
@@ -44,14 +46,14 @@ def timed(fleet: Fleet, disturb: Callable[[int], None] = lambda count: None) -> 
         times.append(time.perf_counter())
         disturb(count)
 
-    outcome = generate(fleet, PROMPT, note)
+    outcome = generate(fleet, PROMPT, note, until=until)
     return outcome, max(later - sooner for sooner, later in itertools.pairwise(times))
 
 
 def test_a_session_leaves_a_hop_that_drains_and_no_token_changes(
     fleet: Fleet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, undisturbed_s = timed(fleet)
+    _, undisturbed_s = timed(fleet, until="")
     drained: list[DaemonProcess] = []
 
     def drain(count: int) -> None:
@@ -61,7 +63,7 @@ def test_a_session_leaves_a_hop_that_drains_and_no_token_changes(
                 daemon.drain()
 
     outcome, moved_s = timed(fleet, drain)
-    assert outcome.tokens == fleet.expected(PROMPT)
+    assert outcome.tokens == fleet.chosen(PROMPT, outcome.tokens)
     assert "waiting" not in outcome.events
     assert outcome.events.count("repaired") == 1
     assert fleet.charged() == set()
@@ -75,14 +77,18 @@ def test_a_session_leaves_a_hop_that_drains_and_no_token_changes(
 
 
 def test_a_daemon_that_is_told_to_end_lets_its_session_go_on_elsewhere(fleet: Fleet) -> None:
+    ended: list[DaemonProcess] = []
+
     def end(count: int) -> None:
         if count == 20:
-            fleet.in_use(MIDDLE).signal(signal.SIGTERM)
+            ended.append(fleet.in_use(MIDDLE))
+            ended[0].signal(signal.SIGTERM)
 
     outcome, _ = timed(fleet, end)
-    assert outcome.tokens == fleet.expected(PROMPT)
+    assert outcome.tokens == fleet.chosen(PROMPT, outcome.tokens)
     assert "waiting" not in outcome.events
     assert fleet.charged() == set()
+    assert ended[0].wait() == 0
 
 
 def test_a_paused_daemon_keeps_no_worker_and_one_that_resumes_serves_again(fleet: Fleet) -> None:
@@ -96,7 +102,7 @@ def test_a_paused_daemon_keeps_no_worker_and_one_that_resumes_serves_again(fleet
                 assert daemon.status().workers == ()
 
     outcome, _ = timed(fleet, pause)
-    assert outcome.tokens == fleet.expected(PROMPT)
+    assert outcome.tokens == fleet.chosen(PROMPT, outcome.tokens)
     assert fleet.charged() == set()
     (daemon,) = paused
     with daemon.connect() as connection:
@@ -106,6 +112,8 @@ def test_a_paused_daemon_keeps_no_worker_and_one_that_resumes_serves_again(fleet
 
 
 def test_a_span_that_is_moved_by_hand_serves_there_and_its_session_goes_on(fleet: Fleet) -> None:
+    for daemon in fleet.serving[MIDDLE]:  # each judges by what it knows, also of those that have just ended
+        fleet.swarm.wait_covered(daemon, [2] * NUM_BLOCKS)
     moved: list[DaemonProcess] = []
 
     def move(count: int) -> None:
@@ -117,7 +125,7 @@ def test_a_span_that_is_moved_by_hand_serves_there_and_its_session_goes_on(fleet
                 daemon.rebalance(to=SPANS[2])
 
     outcome, _ = timed(fleet, move)
-    assert outcome.tokens == fleet.expected(PROMPT)
+    assert outcome.tokens == fleet.chosen(PROMPT, outcome.tokens)
     assert fleet.charged() == set()
 
     def spans() -> list[tuple[int, int]]:

@@ -343,7 +343,7 @@ def test_processes_that_start_together_convert_a_gguf_file_once(tmp_path: Path) 
     (left / "rest").touch()
     command = [sys.executable, "-c", program, str(path)]
     racing = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     try:
         for process in racing:
@@ -357,9 +357,9 @@ def test_processes_that_start_together_convert_a_gguf_file_once(tmp_path: Path) 
     finally:
         for process in racing:
             process.kill()
-    assert [process.returncode for process in racing] == [0, 0, 0]
+    assert [process.returncode for process in racing] == [0, 0]
     assert len({folder for folder, _ in answers}) == 1
-    assert sorted(converted for _, converted in answers) == ["False", "False", "True"]
+    assert sorted(converted for _, converted in answers) == ["False", "True"]
     assert not list((tmp_path / "cache").glob("*.part"))
     assert not (Path(answers[0][0]) / "rest").exists()
 

@@ -61,6 +61,14 @@ def test_a_twin_is_told_by_records_newer_than_any_of_ours() -> None:
     assert not doubts.has_twin(21.0 + TWIN_MEMORY_S)
 
 
+def test_a_twin_that_a_member_told_of_is_remembered_for_a_while() -> None:
+    doubts = Doubts()
+    assert not doubts.has_twin(1.0)
+    doubts.note_twin(1.0)
+    assert "identity.pem" in str(doubts.words(2.0))
+    assert not doubts.has_twin(2.0 + TWIN_MEMORY_S)
+
+
 def test_memory_is_bounded() -> None:
     doubts = Doubts()
     for number in range(2 * MAX_PEERS):
