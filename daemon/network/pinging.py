@@ -31,7 +31,11 @@ async def ping(
     timeout_s: for the stream, and for each answer. Raises what opening a stream does, and `TIMEOUT` or
     `PEER_LOST` if not even the first was answered, `PROTOCOL_VIOLATION` for an answer of other bytes.
     """
-    stream = await network.open(peer, PING_PROTOCOL, timeout_s=timeout_s)
+    late = error(Code.TIMEOUT, f"{peer} did not answer a ping in {timeout_s:g} s")
+    with anyio.move_on_after(timeout_s) as opening:  # the network would call it lost, and it may only be slow
+        stream = await network.open(peer, PING_PROTOCOL, timeout_s=2 * timeout_s)
+    if opening.cancelled_caught:
+        raise late
     rtts: list[float] = []
     try:
         for _ in range(count):
@@ -39,9 +43,9 @@ async def ping(
             with anyio.fail_after(timeout_s):
                 await _echo(stream)
             rtts.append(clock() - began)
-    except TimeoutError as late:
+    except TimeoutError as problem:
         if not rtts:
-            raise error(Code.TIMEOUT, f"{peer} did not answer a ping in {timeout_s:g} s") from late
+            raise late from problem
     except CorollaError as problem:
         if problem.code is not Code.PEER_LOST:
             raise

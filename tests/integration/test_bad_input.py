@@ -451,19 +451,25 @@ def hub() -> Iterator[str]:
         thread.join()
 
 
+WHOLE = ("--blocks", f"0:{NUM_BLOCKS}")
 FAILURES = {
-    "unknown": (Code.UNKNOWN_MODEL, "someone/nothing"),
-    "family": (Code.UNSUPPORTED_FAMILY, "BertModel"),
-    "gated": (Code.GATED_MODEL, "someone/gated"),
-    "range": (Code.BLOCKS_OUT_OF_RANGE, "0:9"),
-    "memory": (Code.DOES_NOT_FIT, "0:4"),
-    "truncated": (Code.DAMAGED_WEIGHTS, "model.safetensors"),
+    "unknown": (("--model", "someone/nothing", *WHOLE), Code.UNKNOWN_MODEL, "someone/nothing"),
+    "family": (("--model", "MODELS/bert", *WHOLE), Code.UNSUPPORTED_FAMILY, "BertModel"),
+    "gated": (("--model", "someone/gated", *WHOLE), Code.GATED_MODEL, "someone/gated"),
+    "range": (("--model", "MODELS/tiny", "--blocks", "0:9"), Code.BLOCKS_OUT_OF_RANGE, "0:9"),
+    "memory": (
+        ("--model", "MODELS/tiny", *WHOLE, "--memory-bytes", "4096"),
+        Code.DOES_NOT_FIT,
+        "0:4",
+    ),
+    "truncated": (("--model", "MODELS/cut", *WHOLE), Code.DAMAGED_WEIGHTS, "model.safetensors"),
 }
+LIKE_OTHERS = ("family", "gated", "range")  # the same way; the worker's own tests have them too
 
 
 @pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[dict[str, DaemonProcess]]:
-    """One daemon for each way in which a worker fails for good, all started at once."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that cannot be served, and one that can."""
     models = tmp_path_factory.mktemp("models")
     save_tiny(models / "tiny", "llama", seed=4)
     shutil.copytree(models / "tiny", models / "cut")
@@ -471,33 +477,32 @@ def failing(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[dict
     os.truncate(weights, weights.stat().st_size // 2)
     (models / "bert").mkdir()
     (models / "bert" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    whole = ("--blocks", f"0:{NUM_BLOCKS}")
-    asked = {
-        "unknown": ("--model", "someone/nothing", *whole),
-        "family": ("--model", str(models / "bert"), *whole),
-        "gated": ("--model", "someone/gated", *whole),
-        "range": ("--model", str(models / "tiny"), "--blocks", "0:9"),
-        "memory": ("--model", str(models / "tiny"), *whole, "--memory-bytes", "4096"),
-        "truncated": ("--model", str(models / "cut"), *whole),
-    }
+    return models
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in LIKE_OTHERS else [], id=name)
+        for name in FAILURES
+    ],
+)
+def test_a_worker_that_cannot_work_says_why_and_the_daemon_lives(models: Path, hub: str, name: str) -> None:
+    arguments, code, value = FAILURES[name]
     variables = {"HF_ENDPOINT": hub, "HF_HOME": str(models / "hub"), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
     with local_swarm(None, *OPTIONS, "--cache-dir", str(models / "cache")) as swarm:
-        for name, arguments in asked.items():
-            daemon = DaemonProcess(name, swarm.folder / name, (*arguments, *swarm.options), variables)
-            swarm.daemons[name] = daemon
-            daemon.start()
-            daemon.wait_ready()
-            with daemon.connect() as talk:
-                talk.create_swarm(name)
-        yield swarm.daemons
+        asked = [argument.replace("MODELS", str(models)) for argument in arguments]
+        daemon = DaemonProcess(name, swarm.folder / name, (*asked, *swarm.options), variables)
+        swarm.daemons[name] = daemon
+        daemon.start()
+        daemon.wait_ready()
+        with daemon.connect() as talk:
+            talk.create_swarm(name)
+        check_failed(daemon, code, value)
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_worker_that_cannot_work_says_why_and_the_daemon_lives(
-    failing: dict[str, DaemonProcess], name: str
-) -> None:
-    code, value = FAILURES[name]
-    daemon = failing[name]
+def check_failed(daemon: DaemonProcess, code: Code, value: str) -> None:
+    """Wait until its worker is given up, and see what is told of that."""
     daemon.wait_for(
         lambda status: bool(status.workers) and status.workers[0].state == "failed", "gives its worker up"
     )
