@@ -212,9 +212,13 @@ def soak(
         thread.start()
     client = writers[0].client
     before = after = 0
+
+    def begun() -> bool:
+        return all(writer.num_right or writer.problems for writer in writers)
+
     try:
         for number in range(num_strikes):
-            wait_until(lambda: all(w.num_right or w.problems for w in writers), "a first text of each")
+            wait_until(begun, "a first text of each", RETURN_DEADLINE_S)
             if number == num_strikes // 3:
                 before = resident_bytes(client.pid)
             disturber.strike()
