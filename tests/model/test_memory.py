@@ -111,6 +111,7 @@ def measured(tiny: Path, folder: Path, cache: Path, dtype: str, quantization: st
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("family", "dtype", "quantization"), KINDS)
 def test_a_worker_takes_what_it_planned_and_loads_without_a_second_copy(
     family: str, dtype: str, quantization: str, tmp_path: Path
