@@ -139,7 +139,15 @@ class PagesAgainstLists(RuleBasedStateMachine):
 
 
 TestPagesAgainstLists = PagesAgainstLists.TestCase
-TestPagesAgainstLists.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestPagesAgainstLists.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+class AtLength(PagesAgainstLists):
+    """The same, for the long suite."""
+
+
+TestPagesAtLength = pytest.mark.long(AtLength.TestCase)
+TestPagesAtLength.settings = settings(max_examples=600, stateful_step_count=30, deadline=None)
 
 
 def session(num_pages: int = 16, max_rows: int = 2, max_tokens: int = 40) -> tuple[PagePool, SessionPages]:
