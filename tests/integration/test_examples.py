@@ -75,7 +75,8 @@ def test_lora_through_daemons_that_are_killed_learns_as_peft_does(model: Path, t
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("is_deep", [False, pytest.param(True, marks=pytest.mark.long)], ids=["soft", "deep"])
+@pytest.mark.long  # minutes; the default suite has soft and deep prompts in test_prompts.py
+@pytest.mark.parametrize("is_deep", [False, True], ids=["soft", "deep"])
 def test_soft_prompts_learn_through_daemons_as_in_peft(model: Path, tmp_path: Path, is_deep: bool) -> None:
     text = tmp_path / "text"
     hints = (("n", "a thing made of metal, kept by those who like to look at it for hours"),
