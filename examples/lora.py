@@ -67,7 +67,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(run.batches))
-    begun, kept = (0, None) if checkpoints is None else checkpoints.restore(optimizer, scheduler)
+    begun, kept = (0, None) if checkpoints is None else checkpoints.restore(optimizer, scheduler, model)
     losses: list[float] = list(kept or [])
 
     def save() -> None:

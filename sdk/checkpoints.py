@@ -1,7 +1,7 @@
 """A training run kept on disk, so that it goes on where it was after an interruption.
 
-Owns a folder of checkpoints, each whole or absent: parameters, optimizer, schedule, torch's random state and the
-step. Tensors are safetensors, the rest is JSON; nothing is pickled. It knows neither the swarm nor the loop.
+Owns a folder of checkpoints, each whole or absent: parameters, optimizer, schedule, torch's random state, where the
+masks of LoRA's dropout are, and the step. Tensors are safetensors, the rest is JSON; nothing is pickled. It knows neither the swarm nor the loop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..protocol.errors import Code, error
+from .dropout import DropoutCount
 
 VERSION: Final = 1
 _TENSORS: Final = "run.safetensors"
@@ -80,7 +81,7 @@ class Checkpoints:
         """Keep the run as it is after so many steps; the folder of the checkpoint.
 
         The parameters are those of the optimizer, whatever they belong to. model: its adapter is written
-        beside them, for PEFT. notes: whatever else belongs to the run and JSON can hold, such as its losses.
+        beside them, for PEFT, and the step of its dropout is kept. notes: whatever else belongs to the run and JSON can hold, such as its losses.
         Raises `DISK_FULL` and leaves the earlier checkpoints as they were.
         """
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
@@ -92,6 +93,7 @@ class Checkpoints:
             "notes": notes,
             "optimizer": _lift(optimizer.state_dict(), "optimizer", tensors),
             "scheduler": None if scheduler is None else _lift(scheduler.state_dict(), "scheduler", tensors),
+            "dropout": _dropout_of(model),
         }
         target = self.folder / f"step-{step:08d}"
         try:
@@ -118,12 +120,15 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
         return target
 
-    def restore(self, optimizer: Optimizer, scheduler: Scheduler | None = None) -> Restored:
+    def restore(
+        self, optimizer: Optimizer, scheduler: Scheduler | None = None, model: Savable | None = None
+    ) -> Restored:
         """Set parameters, optimizer and schedule to the last checkpoint; step 0 and no notes if there is none.
 
         optimizer: made as for the run that was saved, over the same parameters; their values are replaced in
-        place. Masks of LoRA's dropout go on with `model.dropout.step = restored.step`. Raises `UNREADABLE`, and
-        `BAD_SHAPE` for another run's parameters; then nothing was changed.
+        place. model: as it was given to `save`; the masks of its LoRA's dropout go on where they were. Raises
+        `UNREADABLE`, `BAD_SHAPE` for another run's parameters, and `BAD_REQUEST` for a schedule or a model with
+        dropout that was not saved, or is not given; then nothing was changed.
         """
         steps = self.steps()
         if not steps:
@@ -147,6 +152,14 @@ class Checkpoints:
                 f"{folder} was saved {'without' if rest['scheduler'] is None else 'with'} a scheduler",
                 "restore it as it was saved",
             )
+        kept_dropout = rest.get("dropout")
+        count = getattr(model, "dropout", None)
+        if kept_dropout is not None and not isinstance(count, DropoutCount):
+            raise error(
+                Code.BAD_REQUEST,
+                f"{folder} was saved amid a run with dropout, at step {kept_dropout['step']} of its masks",
+                "give the model too: restore(optimizer, scheduler, model)",
+            )
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
@@ -156,7 +169,17 @@ class Checkpoints:
         if scheduler is not None:
             scheduler.load_state_dict(_settle(rest["scheduler"], tensors))
         torch.set_rng_state(tensors["random"])
+        if kept_dropout is not None and isinstance(count, DropoutCount):
+            count.seed, count.step = int(kept_dropout["seed"]), int(kept_dropout["step"])
         return Restored(int(rest["step"]), rest["notes"])
+
+
+def _dropout_of(model: Savable | None) -> dict[str, int] | None:
+    """Where the masks of a model's dropout are; None if it has none."""
+    count = getattr(model, "dropout", None)
+    if not isinstance(count, DropoutCount) or not count.has_begun:
+        return None
+    return {"seed": count.seed, "step": count.next_step}
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -72,7 +72,7 @@ class Journeys:
     def _dropout(self, rows: list[list[Sequence]], blocks: tuple[int, int]) -> Dropout | None:
         if self.adapter is None or not self.adapter.dropout:
             return None
-        return self.dropout.take(sum(map(len, rows)), blocks, self.adapter.version())
+        return self.dropout.take(sum(map(len, rows)), blocks)
 
     def worn(self) -> Adapter | None:
         """The adapter as it is now, for a session; None without one."""

@@ -106,7 +106,7 @@ class DistributedModelForCausalLM:
 
     @property
     def dropout(self) -> DropoutCount:
-        """Where in the run the masks of LoRA's dropout are; set its `step` to go on with an interrupted run."""
+        """Where in the run the masks of LoRA's dropout are; checkpoints that are given the model keep it."""
         return self._journeys.dropout
 
     @property
@@ -159,7 +159,7 @@ class DistributedModelForCausalLM:
         for parameter in self.parameters():  # type: ignore[attr-defined]  # of the family's class
             parameter.requires_grad_(False)
         self._journeys.adapter = self.blocks.adapter = adapter
-        self._journeys.dropout = DropoutCount(dropout_seed)
+        self._journeys.dropout = DropoutCount(dropout_seed, adapter.version)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`; its session is closed at the end unless the cache is given out."""

@@ -16,6 +16,7 @@ from torch import Tensor
 import corolla
 from corolla.model.dropout import kept
 from corolla.protocol.errors import Code, CorollaError
+from corolla.sdk.checkpoints import Checkpoints
 from corolla.sdk.client import Daemon, Model
 from corolla.sdk.dropout import DropoutCount
 from corolla.sdk.parts import Weights, part_file
@@ -405,6 +406,42 @@ def test_dropout_drops_what_its_numbers_say(setting: Setting, daemon: Daemon, tm
     with torch.no_grad():
         undropped = model(IDS, labels=IDS, use_cache=False).loss.item()
     assert abs(undropped - losses[1][0]) > 1e-3  # or nothing was ever dropped
+
+
+def test_a_restored_run_with_dropout_ends_as_one_that_was_never_interrupted(
+    setting: Setting, daemon: Daemon, tmp_path: Path
+) -> None:
+    def made() -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(6)
+        model = distributed(setting, daemon)
+        config = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
+        model.add_adapter(config, dropout_seed=3)
+        model.train()
+        return model, torch.optim.AdamW(model.adapter_parameters(), lr=0.02)
+
+    def steps(model: Any, optimizer: torch.optim.Optimizer, num: int) -> list[Tensor]:
+        for _ in range(num):
+            optimizer.zero_grad()
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in model.adapter_parameters()]
+
+    expected = steps(*made(), 4)
+    model, optimizer = made()
+    steps(model, optimizer, 2)
+    model(IDS, labels=IDS)  # of the step in which it is interrupted
+    Checkpoints(tmp_path).save(2, optimizer, model=model)
+    model, optimizer = made()
+    with pytest.raises(CorollaError, match="amid a run with dropout, at step 2") as caught:
+        Checkpoints(tmp_path).restore(optimizer)
+    assert caught.value.code is Code.BAD_REQUEST
+    assert Checkpoints(tmp_path).restore(optimizer, model=model).step == 2
+    for found, wanted in zip(steps(model, optimizer, 2), expected, strict=True):
+        assert distance(found, wanted) < 1e-5
+    model, optimizer = made()
+    Checkpoints(tmp_path).restore(optimizer, model=model)
+    model.dropout.step = 0  # other masks: or nothing would depend on them
+    assert max(map(distance, steps(model, optimizer, 2), expected)) > 1e-3
 
 
 def test_any_wiring_gives_the_same_gradients(model: Model, setting: Setting) -> None:
