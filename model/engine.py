@@ -295,18 +295,20 @@ class Engine:
                 self._send(answer)
 
     def _run_turn(self, request: int) -> None:
-        """One block of a training request; its answer, once it is through."""
-        trainer = self._training()
+        """One block of a training request and those that travel with it; the answers of all that are through."""
         try:
-            num_tokens, answer = trainer.turn(request)
+            ended = self._training().turn(request)
         except Exception as problem:
             self._scheduler.finish_training(request)
             self._fail(request, problem)
             return
-        if answer is not None:
-            self._scheduler.finish_training(request)
-            self._num_tokens += num_tokens
-            self._send(answer)
+        for one in ended:
+            self._scheduler.finish_training(one.request)
+            if isinstance(one.answer, CorollaError):
+                self._fail(one.request, one.answer)
+            else:
+                self._num_tokens += one.num_tokens
+                self._send(one.answer)
 
     def _run_pass(self, chosen: Pass) -> None:
         running: list[tuple[Part, Step]] = []

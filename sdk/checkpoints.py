@@ -1,7 +1,8 @@
 """A training run kept on disk, so that it goes on where it was after an interruption.
 
 Owns a folder of checkpoints, each whole or absent: parameters, optimizer, schedule, torch's random state, where the
-masks of LoRA's dropout are, and the step. Tensors are safetensors, the rest is JSON; nothing is pickled. It knows neither the swarm nor the loop.
+masks of LoRA's dropout are, and the step. Tensors are safetensors, the rest is JSON; nothing is pickled. It knows
+neither the swarm nor the loop.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Checkpoints:
         """Keep the run as it is after so many steps; the folder of the checkpoint.
 
         The parameters are those of the optimizer, whatever they belong to. model: its adapter is written
-        beside them, for PEFT, and the step of its dropout is kept. notes: whatever else belongs to the run and JSON can hold, such as its losses.
+        beside them, for PEFT, and the step of its dropout is kept. notes: whatever else belongs to the run and
+        JSON can hold, such as its losses.
         Raises `DISK_FULL` and leaves the earlier checkpoints as they were.
         """
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}

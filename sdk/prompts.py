@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..protocol.errors import Code, error
 from ..protocol.training import NO_PART
 from .adapters import RemoteAdapter, as_weights, checked_gradient, read_gradients
 from .parts import CONFIG_FILE, PartFile, part_file
+from .placing import placing
 from .swarm_cache import SwarmCache
 
 DEEP_PROMPT: Final = "DEEP_PROMPT"
@@ -131,67 +132,81 @@ def take_up(
             return (), given
         if isinstance(cache, SwarmCache):
             cache.begin_after(len(adapter.soft))
-        changed = _with(module, given, adapter.soft)
-        setattr(changed["inputs_embeds"], _MARK, (module, len(adapter.soft)))
-        return (), changed
+        is_cached = cache is not None or bool(given.get("use_cache"))
+        return (), _with(
+            module, given, adapter.soft, takes_positions="position_ids" in names, is_cached=is_cached
+        )
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        embeds = kwargs.get("inputs_embeds")
-        owner, num = getattr(embeds, _MARK, (None, 0))
-        return _without(output, embeds.shape[1], num) if embeds is not None and owner is module else output
+        mark = getattr(kwargs.get("inputs_embeds"), _MARK, None)
+        return _without(output, mark) if mark is not None and mark.owner is module else output
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after, with_kwargs=True)
 
 
-# On embeddings that begin with a prompt: who put it there, and how long it is.
-_MARK: Final = "corolla_prompt"
+_MARK: Final = "corolla_prompt"  # on embeddings that hold prompts
 
 
-def _with(module: Any, given: Mapping[str, Any], prompt: Tensor) -> dict[str, Any]:
-    """A forward's arguments, with the prompt before each row."""
+class _Mark(NamedTuple):
+    """Who put prompts into embeddings of `total` columns, and where the text's own stand. places: (rows, n)."""
+
+    owner: nn.Module
+    total: int
+    places: Tensor
+
+
+def _with(
+    module: Any, given: Mapping[str, Any], prompt: Tensor, *, takes_positions: bool, is_cached: bool
+) -> dict[str, Any]:
+    """A forward's arguments, with the prompt before each text."""
     embeds = given.get("inputs_embeds")
     if embeds is None:
         embeds = module.get_input_embeddings()(given["input_ids"])
     rows, n = embeds.shape[:2]
     mask, positions, labels = (given.get(name) for name in ("attention_mask", "position_ids", "labels"))
-    before = prompt.to(embeds.device, embeds.dtype).expand(rows, -1, -1)
-    changed = {**given, "input_ids": None, "inputs_embeds": torch.cat([before, embeds], 1)}
-    if mask is not None:
-        changed["attention_mask"] = torch.cat([mask.new_ones(rows, len(prompt)), mask], 1)
-    if positions is not None:
-        changed["position_ids"] = _shifted(positions.expand(rows, n), len(prompt), mask)
+    real = torch.ones(rows, n, dtype=torch.bool) if mask is None else _of_batch(mask, rows, n).bool()
+    told = None if positions is None else _of_batch(positions, rows, n)
+    placed = placing(real, told, len(prompt), in_front=is_cached)
+    virtual = prompt.to(embeds.device, embeds.dtype).expand(rows, -1, -1)
+    source = placed.source.to(embeds.device)
+    table = torch.cat([embeds, virtual, embeds.new_zeros(rows, 1, embeds.shape[2])], 1)
+    changed = {**given, "input_ids": None, "inputs_embeds": table[torch.arange(rows)[:, None], source]}
+    if mask is not None or placed.has_padding:
+        changed["attention_mask"] = placed.real.to(embeds.device, torch.int64)
+    if takes_positions and (positions is not None or placed.has_padding):
+        changed["position_ids"] = placed.positions.to(embeds.device)
     if labels is not None:
-        changed["labels"] = torch.cat([labels.new_full((rows, len(prompt)), IGNORED), labels], 1)
+        ignored = labels.new_full((rows, len(prompt) + 1), IGNORED)
+        changed["labels"] = torch.cat([labels, ignored], 1).gather(1, placed.source.to(labels.device))
+    setattr(changed["inputs_embeds"], _MARK, _Mark(module, source.shape[1], placed.places))
     return changed
 
 
 IGNORED: Final = -100  # as transformers marks labels that no loss is taken of
 
 
-def _shifted(positions: Tensor, num: int, mask: Tensor | None) -> Tensor:
-    """Positions of the prompt, then those of the text behind it. Raises `UNSUPPORTED` for packed sequences."""
-    is_start = positions[:, 1:] < positions[:, :-1]
-    if mask is not None:
-        real = mask[:, -positions.shape[1] :].to(positions.device, torch.bool)
-        is_start = is_start & real[:, 1:] & real[:, :-1]
-    if bool(is_start.any()):
+def _of_batch(columns: Tensor, rows: int, n: int) -> Tensor:
+    """(rows, n) on the CPU, of what may stand for all rows. Raises `BAD_SHAPE`."""
+    if columns.dim() != 2 or columns.shape[0] not in (1, rows) or columns.shape[1] != n:
         raise error(
-            Code.UNSUPPORTED,
-            "packed sequences together with prompts, which stand before a row",
-            "give each text a row of its own",
+            Code.BAD_SHAPE,
+            f"attention_mask or position_ids of shape {tuple(columns.shape)} for {rows} rows of {n} tokens",
+            "give one column for each token of the text; the prompt's are added here",
         )
-    first = torch.arange(num, device=positions.device).expand(len(positions), num)
-    return torch.cat([first, positions + num], 1)
+    return columns.expand(rows, n).cpu()
 
 
-def _without(output: Any, total: int, num: int) -> Any:
-    """The same for the text alone: tensors of all tokens (rows, total, …) lose the first `num` of each row."""
+def _without(output: Any, mark: _Mark) -> Any:
+    """The same for the text alone: of tensors of all columns (rows, total, …) just the text's."""
     if isinstance(output, Tensor):
-        return output[:, num:] if output.dim() == 3 and output.shape[1] == total else output
+        if output.dim() != 3 or output.shape[1] != mark.total:
+            return output
+        rows = torch.arange(len(output), device=output.device)[:, None]
+        return output[rows, mark.places.to(output.device)]
     if isinstance(output, tuple):
-        return tuple(_without(value, total, num) for value in output)
+        return tuple(_without(value, mark) for value in output)
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = _without(value, total, num)
+            output[name] = _without(value, mark)
     return output

@@ -215,11 +215,69 @@ def test_deep_prompts_are_kept_in_a_folder(model: Any, tmp_path: Path) -> None:
     assert caught.value.code is Code.BAD_SHAPE
 
 
-def test_packed_sequences_with_prompts_are_refused(model: Any) -> None:
+LENGTHS = (3, 8, 5)  # of three texts
+PACKED = torch.cat([IDS[row, :n] for row, n in enumerate(LENGTHS)])[None]  # in one row of 16
+
+
+def layouts() -> dict[str, dict[str, Tensor]]:
+    """The three texts padded on the left, packed, and packed in rows of different lengths."""
+    padded, mask = torch.zeros(2, 3, 8, dtype=torch.int64)
+    for row, n in enumerate(LENGTHS):
+        padded[row, 8 - n :], mask[row, 8 - n :] = IDS[row, :n], 1
+    told = (mask.cumsum(1) - 1).clamp(min=0)
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    first, second = PACKED[:, : ends[1]], PACKED[:, ends[1] :]
+    behind = (0, first.shape[1] - second.shape[1])
+    uneven = torch.cat([first, torch.nn.functional.pad(second, behind)])
+    real = torch.cat([torch.ones_like(first), torch.nn.functional.pad(torch.ones_like(second), behind)])
+    restarts = torch.cat([positions[:, : ends[1]], torch.arange(first.shape[1])[None]])
+    return {
+        "left": {"input_ids": padded, "attention_mask": mask},
+        "left, positions told": {"input_ids": padded, "attention_mask": mask, "position_ids": told},
+        "packed": {"input_ids": PACKED, "position_ids": positions},
+        "packed, padded": {"input_ids": uneven, "attention_mask": real, "position_ids": restarts},
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_texts_padded_or_packed_learn_as_pefts_of_a_row_each(
+    setting: Setting, model: Any, tmp_path: Path, layout: str
+) -> None:
+    adapted: Any = get_peft_model(deepcopy(setting.whole), soft_config())
+    adapted.save_pretrained(str(tmp_path))
+    model.load_adapter(tmp_path)
+    given = layouts()[layout]
+    ids = given["input_ids"]
+    real = given.get("attention_mask", torch.ones_like(ids)).bool()
+    ours = model(**given, labels=ids.masked_fill(~real, -100))
+    behind = torch.tensor([[1] * n + [0] * (8 - n) for n in LENGTHS])
+    theirs = adapted(input_ids=IDS, attention_mask=behind, labels=IDS.masked_fill(behind == 0, -100))
+    assert abs(ours.loss.item() - theirs.loss.item()) < 1e-4
+    assert torch.allclose(ours.logits[real], theirs.logits[:, NUM:][behind.bool()], atol=1e-3)
+    ours.loss.backward()
+    theirs.loss.backward()
+    (found,) = model.adapter_parameters()
+    assert distance(found.grad, adapted.prompt_encoder["default"].embedding.weight.grad) < TOLERANCE
+
+
+def test_deep_prompts_of_packed_texts_learn_as_those_of_a_row_each(model: Any) -> None:
+    random_deep(model)
+    gradients = []
+    behind = torch.tensor([[1] * n + [0] * (8 - n) for n in LENGTHS])
+    rows = {"input_ids": IDS, "attention_mask": behind, "labels": IDS.masked_fill(behind == 0, -100)}
+    for given in (rows, {**layouts()["packed"], "labels": PACKED}):
+        model.zero_grad()
+        model(**given).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.adapter_parameters()])
+    for apart, packed in zip(*gradients, strict=True):
+        assert distance(packed, apart) < TOLERANCE
+
+
+def test_packed_texts_with_prompts_and_a_cache_are_refused(model: Any) -> None:
     model.add_adapter(DeepPromptConfig(NUM))
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
-    with pytest.raises(CorollaError, match="packed") as caught:
-        model(IDS[:1], position_ids=positions)
+    with torch.no_grad(), pytest.raises(CorollaError, match="position_ids") as caught:
+        model(**layouts()["packed"], use_cache=True)
     assert caught.value.code is Code.UNSUPPORTED
 
 
