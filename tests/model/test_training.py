@@ -368,6 +368,111 @@ def test_dropout_is_that_of_the_published_masks(tmp_path: Path) -> None:
     assert gap(without.output, output.detach()) > 10 * TOLERANCE
 
 
+class Crowd(NamedTuple):
+    """Requests of several clients to one span, and what each is answered alone. size: of hidden states."""
+
+    desk: Desk
+    span: Span
+    size: int
+    asks: list[tuple[Any, ...]]
+    alone: list[Message]
+
+    def together(self, *kinds: type[Any]) -> list[Message]:
+        """The answers where all wait before the first is computed; of kinds[i] for the i-th."""
+        self.desk.answers.clear()
+        for number, (kind, ask) in enumerate(zip(kinds, self.asks, strict=True)):
+            payload = ask[-1] if kind is Backward else ask[-1][: len(ask[-1]) // 2]
+            self.desk.engine.handle(kind(1000 + number, *ask[:-1], payload))
+        while not self.desk.engine.is_idle:
+            self.desk.engine.run()
+        return sorted(self.desk.answers, key=lambda answer: getattr(answer, "request", 0))
+
+    def tensors(self, answer: Message) -> list[Tensor]:
+        """The numbers of an answer."""
+        assert isinstance(answer, (Done, Gradients)), answer
+        sizes = answer.part_bytes if isinstance(answer, Gradients) else ()
+        at = len(answer.payload) - sum(sizes)
+        found = [read(answer.payload[:at], self.size)]
+        for num in sizes:
+            if num:
+                made = safetensors.torch.load(answer.payload[at : at + num])
+                found += [made[name] for name in sorted(made)]
+            at += num
+        return found
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Crowd:
+    """Two clients with an adapter each, one with dropout and one with prompts, and one without any."""
+    targets = TARGETS["llama"]
+    first, second = (learner(save_tiny(tmp_path / str(n), "llama"), targets, n) for n in range(2))
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            parameter.mul_(-1.5)
+    ((_, _, span),) = spans(tmp_path / "0", (0, NUM_BLOCKS))
+    desk = Desk(span)
+    hidden, upstream = micro_batch(first.hidden_size, [28])
+    asks, at = [], 0
+    for n, (adapted, dropout) in enumerate([(first, Dropout(1, 2, 3)), (second, None), (None, None)]):
+        lengths = (4 + n, 3)
+        names = []
+        for block in range(NUM_BLOCKS if adapted is not None else 0):
+            tensors = adapted.parts()[block] if adapted is not None else {}
+            names.append(desk.hold(block, file_of(tensors, 0.5 if dropout else 0.0)))
+        end = at + sum(lengths)
+        payload = raw(hidden[at:end], upstream[at:end])
+        runs = tuple(Run(0, length) for length in lengths)
+        asks.append((0, NUM_BLOCKS, Encoding.FLOAT32, runs, tuple(names), dropout, payload))
+        at = end
+    alone = [desk.ask(Backward, *ask) for ask in asks]
+    return Crowd(desk, span, first.hidden_size, asks, alone)
+
+
+def test_small_requests_of_different_clients_travel_together_and_are_answered_as_alone(crowd: Crowd) -> None:
+    before = crowd.span.num_blocks_computed
+    found = crowd.together(Backward, Backward, Backward)
+    assert crowd.span.num_blocks_computed - before == NUM_BLOCKS  # once for all of them
+    for one, other in zip(found, crowd.alone, strict=True):
+        for tensor, expected in zip(crowd.tensors(one), crowd.tensors(other), strict=True):
+            assert gap(tensor, expected) < 1e-5
+    before = crowd.span.num_blocks_computed
+    crowd.together(Forward, Backward, Forward)
+    assert crowd.span.num_blocks_computed - before == 2 * NUM_BLOCKS  # both ways do not mix
+
+
+def test_what_fails_in_one_request_fails_it_alone(crowd: Crowd) -> None:
+    start, end, encoding, runs, names, dropout, payload = crowd.asks[1]
+    huge = (read(payload, crowd.size) * 1e37).clamp(-3e38, 3e38)
+    crowd.asks[1] = (start, end, encoding, runs, names, dropout, raw(huge))
+    found = crowd.together(Backward, Backward, Backward)
+    assert isinstance(found[1], Failed)
+    assert found[1].problem().details["not_finite"]
+    for place in (0, 2):
+        for tensor, expected in zip(
+            crowd.tensors(found[place]), crowd.tensors(crowd.alone[place]), strict=True
+        ):
+            assert gap(tensor, expected) < 1e-5
+
+
+def test_requests_that_have_no_room_together_run_each_alone(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, sizes = crowd.span.forward, []
+
+    def crowded(hidden: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(hidden))
+        if len(hidden) > 10:
+            raise torch.OutOfMemoryError("no room")
+        return forward(hidden, *rest)
+
+    monkeypatch.setattr(crowd.span, "forward", crowded)
+    found = crowd.together(Backward, Backward, Backward)
+    assert sizes[0] == 24
+    for one, other in zip(found, crowd.alone, strict=True):
+        for tensor, expected in zip(crowd.tensors(one), crowd.tensors(other), strict=True):
+            assert gap(tensor, expected) < 1e-6
+
+
 @pytest.mark.parametrize("scheme", [Quantization.NF4, Quantization.INT8])
 def test_adapters_learn_on_quantized_weights(tmp_path: Path, scheme: Quantization) -> None:
     whole = save_tiny(tmp_path)
