@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
 import trio
 
@@ -35,21 +35,15 @@ from .session.client import Session
 from .session.events import SessionEvent
 from .session.machine import Statistics
 from .session.prefix import Prefix, names_of, prefix_of, root
-from .sessions import DEFAULT_ENCODING, Wanted, find_model, opened
+from .sessions import DEFAULT_ENCODING, Lender, Wanted, embedded_prompt, find_model, opened
 from .training.parts import Adapter
+from .training.virtual import Virtual
 
 MAX_RESTARTS: Final = 3  # of the ends' worker in one generation; then it is the generation that kills it
 MAX_DISPUTES: Final = 4  # of one answer that is not finite
 
 Emit = Callable[[Piece], Awaitable[None]]
 Post = Callable[[Piece], None]
-
-
-class Lender(Protocol):
-    """Who has workers for the ends of models; `lending.Lending` is one."""
-
-    async def ends_of(self, facts: ModelFacts) -> WorkerPort:
-        """A worker with this model's ends, ready; the same one again while it can be kept alive."""
 
 
 class Generation:
@@ -78,6 +72,7 @@ class Generation:
         self._adapter = adapter or Adapter()
         self._replacement_wait_s = replacement_wait_s
         self._encoding: Encoding = request.encoding or DEFAULT_ENCODING
+        self._virtual = Virtual()
         self._texts: list[_Text] = []
 
     async def run(self) -> Generated:
@@ -105,10 +100,12 @@ class Generation:
         if request.max_new_tokens < 1:
             raise error(Code.BAD_REQUEST, f"max_new_tokens {request.max_new_tokens}, expected 1 or more")
         facts = await find_model(self._belonging, request.model, request.wait_s)
-        max_tokens = request.max_length or facts.max_position
+        max_tokens = request.max_length or facts.max_position - self._adapter.num_virtual
         ends = _Ends(self._lender, facts, request, self._encoding, max_tokens, self._texts, self._post)
         try:
             begun = await ends.begin()
+            token_bytes = self._encoding.token_bytes(facts.hidden_size)
+            self._virtual = Virtual(await ends.embed_prompt(self._adapter), token_bytes)
             going = self._note_prompts(begun, max_tokens)
             if not going:
                 return None
@@ -116,7 +113,7 @@ class Generation:
             wanted = Wanted(
                 request.model,
                 max_rows=len(going),
-                max_tokens=longest,
+                max_tokens=longest + self._virtual.num,
                 encoding=self._encoding,
                 wait_s=request.wait_s,
                 adapter=self._adapter,
@@ -126,15 +123,16 @@ class Generation:
             async with opened(
                 self._belonging, facts, wanted, replacement_wait_s=wait_s, on_event=self._tell
             ) as session:
-                token_bytes, known = (
-                    self._encoding.token_bytes(facts.hidden_size),
-                    session.statistics().prefix_lengths,
-                )
-                rows, payload = _prefill(begun, going, token_bytes, known)
-                await self._generate(session, ends, going, await session.step(rows, payload, Reply.LAST))
+                rows, payload = _prefill(begun, going, token_bytes, session.statistics().prefix_lengths)
+                hidden = await self._step(session, rows, payload)
+                await self._generate(session, ends, going, hidden)
                 return session.statistics()
         finally:
             ends.end()
+
+    async def _step(self, session: Session, rows: tuple[Row, ...], payload: bytes) -> bytes:
+        """The last hidden states of these rows."""
+        return await session.step(*self._virtual.sent(rows, payload), Reply.LAST)
 
     def _keep(self, session: Session, going: tuple[int, ...]) -> None:
         """Offer hops what they computed of texts that have ended: the next turn of a chat begins with them."""
@@ -148,8 +146,11 @@ class Generation:
             session.keep(tuple(rows))
 
     def _prefix(self, facts: ModelFacts, begun: Begun, going: tuple[int, ...]) -> Prefix:
-        """What the texts begin with, as hops may know it from earlier ones."""
-        if not self._secret:
+        """What the texts begin with, as hops may know it from earlier ones.
+
+        What stands behind virtual tokens is known by no name.
+        """
+        if not self._secret or self._virtual.num:
             return Prefix()
         parts = self._adapter.of(facts, 0, facts.num_blocks)
         self._root = root(self._secret, facts.fingerprint, self._encoding, parts)
@@ -184,7 +185,7 @@ class Generation:
                 return
             step = tuple(Row(going.index(row), self._texts[row].length - 1, 1) for row in left)
             going = left
-            hidden = await session.step(step, sampled.payload, Reply.LAST)
+            hidden = await self._step(session, step, sampled.payload)
 
     async def _sample(self, session: Session, ends: _Ends, rows: tuple[int, ...], hidden: bytes) -> Sampled:
         """The next tokens; hidden states that are not finite are disputed."""
@@ -272,6 +273,16 @@ class _Ends:
                 return cast(Begun, await self._worker.submit(self._begin_request()).answer())
             except CorollaError as problem:
                 self._note_loss(problem)
+
+    async def embed_prompt(self, adapter: Adapter) -> bytes:
+        """Hidden states of the adapter's virtual tokens. Raises as `begin`, `BAD_SHAPE`, `NOT_FINITE`."""
+        while True:
+            try:
+                worker = self._worker or await self._lender.ends_of(self._facts)
+                return await embedded_prompt(worker, adapter, self._encoding)
+            except CorollaError as problem:
+                self._note_loss(problem)
+            await self.begin()
 
     async def sample(self, rows: tuple[int, ...], hidden: bytes) -> Sampled:
         """The next tokens of these rows. Raises as `begin`, and `NOT_FINITE`."""

@@ -143,7 +143,7 @@ class Methods:
             arguments,
             emit,
             ask.post,
-            self._parts.adapter(arguments.parts),
+            self._parts.adapter(arguments.parts, arguments.soft),
             replacement_wait_s=node.config.replacement_wait_s,
             secret=self._secret_of(ask.caller.uid),
         )
@@ -162,7 +162,8 @@ class Methods:
         return await open_for_program(
             ask,
             node.the_belonging(),
-            self._parts.adapter(arguments.parts),
+            self._parts.adapter(arguments.parts, arguments.soft),
+            lender=node.lending.ends,
             replacement_wait_s=node.config.replacement_wait_s,
             on_event=lambda event: node.events.emit(f"session_{event.kind}", event.text, **event.detail),
             counted=node.session_open,

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, cast
 
 import structlog
 import trio
@@ -21,9 +21,10 @@ from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_ROWS, SESSION_ID_BYTES
 from ..protocol.steps import Hop, check_payload
 from ..protocol.tensors import Encoding, is_finite
-from ..protocol.work import ModelFacts
+from ..protocol.work import Done, EmbedPrompt, ModelFacts
 from .belonging import Belonging
 from .control import Ask, Connection, Reply
+from .serving.port import WorkerPort
 from .session.client import Events, Session, open_session
 from .session.deadlines import Settings
 from .session.events import SessionEvent
@@ -32,12 +33,27 @@ from .session.roster import Terms
 from .session.wiring import RouteRequest
 from .swarm.standby import Unrest
 from .training.parts import Adapter, put_parts
+from .training.virtual import Virtual
 
 MAX_SESSIONS_PER_PROGRAM: Final = 64
 MODEL_RETRY_S: Final = 0.5  # between two looks for a model that nobody serves yet
 DEFAULT_ENCODING: Final = Encoding.FLOAT32  # the one in which every promise of equality holds
 
 _log = structlog.get_logger("corolla.sessions")
+
+
+class Lender(Protocol):
+    """Who has workers for the ends of models; `ends.Ends` is one."""
+
+    async def ends_of(self, facts: ModelFacts) -> WorkerPort:
+        """A worker with this model's ends, ready; the same one again while it can be kept alive."""
+
+
+async def embedded_prompt(worker: WorkerPort, adapter: Adapter, encoding: Encoding) -> bytes:
+    """Hidden states of an adapter's virtual tokens. Raises `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`, `WORKER_LOST`."""
+    if not adapter.soft:
+        return b""
+    return cast(Done, await worker.submit(EmbedPrompt(0, encoding, adapter.soft)).answer()).payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +196,15 @@ def _terms(facts: ModelFacts, wanted: Wanted) -> Terms:
 class ProgramSession:
     """One session that a program holds by its handle."""
 
-    def __init__(self, session: Session, belonging: Belonging, facts: ModelFacts, encoding: Encoding) -> None:
+    def __init__(
+        self, session: Session, belonging: Belonging, facts: ModelFacts, encoding: Encoding, virtual: bytes
+    ) -> None:
         self.session: Final = session
         self.belonging: Final = belonging
         self.encoding: Final = encoding
         self.hidden_size: Final = facts.hidden_size
         self.token_bytes: Final = encoding.token_bytes(facts.hidden_size)
+        self.virtual: Final = Virtual(virtual, self.token_bytes)
         self.closing: Final = trio.Event()
 
 
@@ -194,6 +213,7 @@ async def open_for_program(
     belonging: Belonging,
     adapter: Adapter,
     *,
+    lender: Lender,
     replacement_wait_s: float,
     on_event: Callable[[SessionEvent], None],
     counted: Callable[[], AbstractContextManager[None]],
@@ -208,17 +228,20 @@ async def open_for_program(
             "close some of them, or connect once more",
         )
     facts = await find_model(belonging, arguments.model, arguments.wait_s)
+    encoding = arguments.encoding or DEFAULT_ENCODING
+    virtual = b""
+    if adapter.soft and arguments.start == 0:  # what comes from a block before holds them already
+        virtual = await embedded_prompt(await lender.ends_of(facts), adapter, encoding)
     wanted = Wanted(
         arguments.model,
         arguments.start,
         arguments.end,
         arguments.max_rows,
-        arguments.max_length,
-        arguments.encoding,
+        arguments.max_length + len(virtual) // encoding.token_bytes(facts.hidden_size),
+        encoding,
         arguments.wait_s,
         adapter,
     )
-    encoding = wanted.encoding or DEFAULT_ENCODING
     handle = connection.new_handle()
     context = opened(belonging, facts, wanted, replacement_wait_s=replacement_wait_s, on_event=on_event)
     end = facts.num_blocks if wanted.end == -1 else wanted.end
@@ -229,7 +252,7 @@ async def open_for_program(
         try:
             with counted():
                 async with context as session:
-                    held = ProgramSession(session, belonging, facts, encoding)
+                    held = ProgramSession(session, belonging, facts, encoding, virtual)
                     connection.opened[handle] = held
                     ready.send_nowait(None)
                     await held.closing.wait()
@@ -266,8 +289,10 @@ async def step_for_program(ask: Ask) -> Reply:
             f"hidden states with values that are NaN or infinite as {held.encoding}",
             "look for an overflow in what computed them; float32 holds the largest numbers",
         )
+    rows, payload = held.virtual.sent(arguments.rows, ask.payload)
     try:
-        return Reply(payload=await held.session.step(arguments.rows, ask.payload, arguments.reply))
+        answer = await held.session.step(rows, payload, arguments.reply)
+        return Reply(payload=held.virtual.heard(arguments.rows, answer, arguments.reply))
     except CorollaError as problem:
         if held.belonging.over.is_set():
             raise held.belonging.left() from problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from corolla.sdk.demo import plain, split
 from corolla.sdk.demo_swarm import DemoSwarm, Member
 
 REPLICAS = 2
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
 
 
 class Machines:
@@ -47,7 +49,7 @@ class Machines:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that `chosen` reads."""
     parser.add_argument(
-        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder, GGUF file or hub id"
+        "--model", help=f"folder, GGUF file or hub id; else {DEFAULT_NAME}, fetched once (93 MB)"
     )
     parser.add_argument("--socket", help="of your own daemon; else a private swarm is started")
     parser.add_argument("--hops", type=int, default=2, help="of the private swarm, each on two daemons")
@@ -56,8 +58,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def chosen(options: argparse.Namespace) -> AbstractContextManager[Machines]:
     """The machines that the options ask for."""
     if options.socket is not None:
-        return own(options.socket, options.model)
-    return private(options.model, options.hops)
+        return own(options.socket, options.model or DEFAULT_NAME)
+    return private(options.model or fetched(), options.hops)
+
+
+def fetched() -> str:
+    """The file of SmolLM2 in the user's cache, where `packaging/try` puts it too. Ends the program without it."""
+    program = Path(__file__).parents[1] / "packaging" / "fetch_model.py"
+    answer = subprocess.run([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode:
+        sys.exit("error: the model cannot be fetched; give another with --model FOLDER, FILE or HUB_ID")
+    return answer.stdout.strip()
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from .dropout import kept
 from .linear import FrozenLinear
 
 PROMPT: Final = "prompt"
+SOFT: Final = "soft"
 _FACTORS: Final = (".lora_A", ".lora_B")
 
 
@@ -98,6 +99,22 @@ def read_part(payload: bytes) -> Part:
         scalings={target: _number(metadata, f"{target}.scaling", 1.0) for target in targets},
         dropout=_dropout(metadata, targets),
     )
+
+
+def read_soft(payload: bytes) -> Tensor:
+    """The virtual tokens (num, hidden_size) of a part that holds nothing else, float32.
+
+    Raises `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`.
+    """
+    tensors = _read_tensors(payload)
+    soft = tensors.get(SOFT)
+    if soft is None or len(tensors) > 1:
+        raise error(Code.BAD_REQUEST, f"a part of {', '.join(sorted(tensors))}, expected {SOFT} alone")
+    if soft.dim() != 2 or not soft.numel():
+        raise error(Code.BAD_SHAPE, f"{SOFT} has the shape {tuple(soft.shape)}, expected two dimensions")
+    if not torch.isfinite(soft).all():
+        raise error(Code.NOT_FINITE, f"{SOFT} holds numbers that are not finite", tensor=SOFT)
+    return soft
 
 
 def _read_tensors(payload: bytes) -> dict[str, Tensor]:

@@ -123,6 +123,23 @@ class Ends:
                 embedded = self._embeddings_norm(embedded)
             return embedded
 
+    def embed_prompt(self, prompt: Tensor) -> Tensor:
+        """An adapter's virtual tokens (num, hidden_size), as the first block gets them. Raises `BAD_SHAPE`.
+
+        They stand for embeddings, whose scale they have learned.
+        """
+        if prompt.shape[-1] != self.hidden_size:
+            raise error(
+                Code.BAD_SHAPE,
+                f"virtual tokens of hidden_size {prompt.shape[-1]}, expected {self.hidden_size}",
+                "the adapter is for another model",
+            )
+        with torch.inference_mode():
+            embedded = prompt.to(self.device, self.dtype)[None]
+            if self._embeddings_norm is not None:
+                embedded = self._embeddings_norm(embedded)
+            return embedded[0]
+
     def head(self, hidden: Tensor) -> Tensor:
         """Last blocks' output (num_rows, hidden_size) → logits (num_rows, vocab_size), float32."""
         if hidden.shape[-1] != self.hidden_size:

@@ -27,6 +27,7 @@ from ..protocol.work import (
     CloseCache,
     Compute,
     Done,
+    EmbedPrompt,
     EndGeneration,
     Failed,
     Forward,
@@ -235,6 +236,10 @@ class Engine:
     @_handle.register
     def _begin(self, ask: BeginGeneration) -> None:
         self._send(self._ends().begin(ask))
+
+    @_handle.register
+    def _embed_prompt(self, ask: EmbedPrompt) -> None:
+        self._send(self._ends().embed_prompt(ask))
 
     @_handle.register
     def _take_sample(self, ask: Sample) -> None:

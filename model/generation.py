@@ -21,7 +21,18 @@ from torch import Tensor
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_LOCAL_PAYLOAD_BYTES, MAX_ROWS
 from ..protocol.tensors import Encoding
-from ..protocol.work import BeginGeneration, Begun, Chosen, Sample, Sampled, Sampling, TokenRow
+from ..protocol.work import (
+    BeginGeneration,
+    Begun,
+    Chosen,
+    Done,
+    EmbedPrompt,
+    Sample,
+    Sampled,
+    Sampling,
+    TokenRow,
+)
+from .adapters import read_soft
 from .encodings import decode, encode
 from .failures import explain
 from .sampling import Summary, check, choose, noise_of, summaries
@@ -47,6 +58,9 @@ class EndsOfModel(Protocol):
 
     def embed(self, ids: Tensor) -> Tensor:
         """(num_tokens,) → (num_tokens, hidden_size)."""
+
+    def embed_prompt(self, prompt: Tensor) -> Tensor:
+        """(num, hidden_size) of virtual tokens → the same, as the first block gets them."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """(num_rows, hidden_size) → (num_rows, vocab_size), float32."""
@@ -94,6 +108,10 @@ class Generations:
         payload = self._embedded(ids, ask.encoding)
         self._under_way[ask.generation] = _Generation(ask.sampling, ask.encoding, rows)
         return Begun(ask.request, tuple(everything), payload)
+
+    def embed_prompt(self, ask: EmbedPrompt) -> Done:
+        """Hidden states of virtual tokens. Raises `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`."""
+        return Done(ask.request, encode(self._ends.embed_prompt(read_soft(ask.payload)), ask.encoding))
 
     def sample(self, asks: Sequence[Sample]) -> list[Sampled | CorollaError]:
         """Next tokens for several requests, with one product by the head; an answer for each, in order.

@@ -124,7 +124,7 @@ class Generate:
     max_length: prompt and new tokens of one row; 0 is the prompt plus max_new_tokens.
     wait_s: how long to wait at the start for blocks that nobody serves yet.
     generated: tokens that each row already gave out (the SDK resumes after a restart of the daemon).
-    parts: of an adapter, as in `OpenModelSession`.
+    parts, soft: of an adapter, as in `OpenModelSession`.
     """
 
     model: str
@@ -138,6 +138,7 @@ class Generate:
     wait_s: float = 0.0
     generated: tuple[TokenRow, ...] = ()
     parts: tuple[bytes, ...] = ()
+    soft: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,8 @@ class OpenModelSession:
     parts: names of an adapter's parts, from the model's first block on, whatever `start` is; blocks beyond the last
         name are left alone. Those that the daemon does not keep are `ADAPTER_MISSING` with the hex names in
         `missing`: `adapter.put` them and ask again.
+    soft: name of the part with the adapter's virtual tokens, or nothing. In a session that begins at block 0 they stand
+        before each row, and neither positions nor answers count them.
     """
 
     model: str
@@ -193,6 +196,7 @@ class OpenModelSession:
     encoding: Encoding | None = None
     wait_s: float = 0.0
     parts: tuple[bytes, ...] = ()
+    soft: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ and asks again, and nobody is charged. Its tensors, float32:
     "prompt"         (num_prompt_tokens, hidden_size), added to the first tokens of each sequence before
                      the block (deep prompts: Borzunov et al. 2023, section 2.2; Liu et al. 2021)
 
+    "soft"           (num_virtual_tokens, hidden_size), virtual tokens before each row (prompt tuning: Lester et
+                     al. 2021), alone in a part of its own that belongs to no block
+
 and its metadata, all strings: "TARGET.scaling" (alpha / rank; 1 if left out) and "dropout" (0 if left out).
 Gradients of a part come back as such a file, with the same tensor names. Source: Hu et al. 2021, LoRA.
 

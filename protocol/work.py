@@ -328,6 +328,19 @@ class BeginGeneration(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedPrompt(Message):
+    """Hidden states of an adapter's virtual tokens, as the first block gets them. Answered by `Done`.
+
+    payload: the part that holds them (see `training`). Fails with `BAD_REQUEST`, `BAD_SHAPE`, `NOT_FINITE`.
+    """
+
+    KIND: ClassVar[str] = "embed_prompt"
+    request: int
+    encoding: Encoding
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Begun(Message):
     """payload: embeddings of all rows' tokens, row after row, in the wire encoding."""
 
@@ -484,6 +497,6 @@ class Failed(Message):
 
 TO_WORKER: Final = Vocabulary(
     Configure, OpenCache, Compute, Restore, NamePages, CloseCache, Forward, Backward, HoldPart, BeginGeneration, Sample,
-    EndGeneration,
+    EndGeneration, EmbedPrompt,
 )  # fmt: skip
 FROM_WORKER: Final = Vocabulary(Loading, Ready, Beat, Done, Restored, Gradients, Begun, Sampled, Failed)

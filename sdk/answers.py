@@ -97,5 +97,5 @@ def session_request(
         raise error(Code.BAD_REQUEST, f"rows={rows}, expected 1 to {MAX_ROWS}")
     if max_length < 1:
         raise error(Code.BAD_REQUEST, f"max_length={max_length}, expected 1 or more")
-    names = adapter.names if adapter is not None else ()
-    return OpenModelSession(model, start, end, rows, max_length, as_encoding(encoding), wait_s, names)
+    names, soft = (adapter.names, adapter.soft.name) if adapter is not None else ((), b"")
+    return OpenModelSession(model, start, end, rows, max_length, as_encoding(encoding), wait_s, names, soft)

@@ -353,7 +353,8 @@ class Model:
         max_length: tokens of one row. rows: how many at most. blocks: [start, end) of them; None is all.
         encoding: of hidden states on the wire ("float32", "bfloat16", "float16", "int8"); None: the daemon chooses.
         wait_s: how long to wait for blocks that nobody serves yet.
-        adapter: a LoRA adapter over these blocks: a folder that PEFT wrote, or a `parts.Adapter`.
+        adapter: LoRA or prompts: a folder that PEFT or `corolla.sdk.torch` wrote, or a `parts.Adapter`. Virtual
+            tokens stand before each row of a session from block 0 on; neither positions nor answers count them.
         """
         used = as_adapter(adapter)
         asked = session_request(self.name, blocks, rows, max_length, encoding, wait_s, used)

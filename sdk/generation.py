@@ -38,7 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: of each row (256). max_length: prompt and new tokens of a row together; 0 is no bound but
     the model's. wait_s: how long to wait for blocks that nobody serves yet. encoding: of hidden states
     between the hops ("float32", "bfloat16", "float16"); None leaves it to the daemon.
-    adapter: a LoRA adapter over the blocks: a folder that PEFT wrote, or a `parts.Adapter`.
+    adapter: LoRA or prompts: a folder that PEFT or `corolla.sdk.torch` wrote, or a `parts.Adapter`.
     temperature: 0 (the default) is greedy. seed: None draws one. stop: a text, or several, that end a row
     and are not given out. logit_bias: token id → what is added to its logit. top_logprobs: how many of the
     likeliest tokens each `Piece.top` names. The others as in `protocol.work.Sampling`.
@@ -134,6 +134,7 @@ def request(
         encoding=as_encoding(options.get("encoding")),
         wait_s=options.get("wait_s", 0.0),
         parts=adapter.names if adapter is not None else (),
+        soft=adapter.soft.name if adapter is not None else b"",
     )
 
 

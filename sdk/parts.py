@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+DEEP_PROMPT: Final = "DEEP_PROMPT"  # the type of our own, which PEFT has not
+SOFT_PROMPT: Final = "prompt_embeddings"  # as PEFT names it in a file
+DEEP_PROMPTS: Final = "block_prompts"
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
     "use_dora",
@@ -40,6 +43,7 @@ _UNSUPPORTED: Final = (
 )
 # `layers.3.mlp.up_proj.lora_A.weight` behind whatever stands before the blocks: the first number is the block's.
 _KEY: Final = re.compile(r"^((?:[^.\d][^.]*\.)+?(\d+)\.(.+))\.(lora_[AB])\.weight$")
+_PROMPTS: Final = ("PROMPT_TUNING", DEEP_PROMPT)
 _ROOT: Final = "base_model.model."  # before the names of the model's own modules
 
 
@@ -51,10 +55,14 @@ class PartFile(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An adapter to be used. name: what people call it. files: one for each block, from the model's first on."""
+    """An adapter to be used.
+
+    name: what people call it. files: one for each block, from the model's first on. soft: its virtual tokens.
+    """
 
     name: str
-    files: tuple[PartFile, ...]
+    files: tuple[PartFile, ...] = ()
+    soft: PartFile = PartFile(NO_PART, b"")
 
     @property
     def names(self) -> tuple[bytes, ...]:
@@ -84,14 +92,15 @@ async def aput_lacking(wire: AsyncWire, adapter: Adapter | None, problem: Coroll
 
 def _lacking(adapter: Adapter | None, problem: CorollaError) -> tuple[tuple[PutAdapterPart, bytes], ...]:
     missing = missing_parts(problem)
-    wanted = [file for file in adapter.files if file.name.hex() in missing] if adapter is not None else []
+    files = (*adapter.files, adapter.soft) if adapter is not None else ()
+    wanted = [file for file in files if file.name.hex() in missing]
     if adapter is None or not wanted:
         raise problem
     return tuple((PutAdapterPart(file.name, adapter.name), file.data) for file in dict.fromkeys(wanted))
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """The LoRA adapter in a folder.
+    """The adapter in a folder: LoRA, or prompts.
 
     Raises `UNREADABLE` for files that are not there or damaged, `UNSUPPORTED` naming what the hops do not compute,
     `BAD_SHAPE` for factors that do not fit each other.
@@ -99,6 +108,34 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     path = Path(folder)
     config = _read_config(path / CONFIG_FILE)
     tensors = read_tensors(path / WEIGHTS_FILE)
+    if config["peft_type"] in _PROMPTS:
+        return _prompts(path, tensors)
+    return _lora(path, config, tensors)
+
+
+def _prompts(path: Path, tensors: Mapping[str, Weights]) -> Adapter:
+    """Soft prompts, and those of the blocks if they are deep."""
+    soft, deep = tensors.get(SOFT_PROMPT), tensors.get(DEEP_PROMPTS)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    is_right = soft is not None and len(soft.shape) == 2 and (deep is None or deep.shape[1:] == soft.shape)
+    if soft is None or not is_right or not shapes.keys() <= {SOFT_PROMPT, DEEP_PROMPTS}:
+        raise error(
+            Code.BAD_SHAPE,
+            f"{path} holds {shapes}, expected {SOFT_PROMPT} of two dimensions, and of each block as many",
+            "give a folder that PEFT or corolla.sdk.torch wrote",
+        )
+    files = [part_file({"prompt": Weights(soft.shape, data)}, {}) for data in _each(deep)]
+    return Adapter(path.resolve().name, tuple(files), part_file({"soft": soft}, {}))
+
+
+def _each(deep: Weights | None) -> list[bytes]:
+    if deep is None:
+        return []
+    size = len(deep.data) // max(1, deep.shape[0])
+    return [deep.data[at : at + size] for at in range(0, len(deep.data), max(1, size))]
+
+
+def _lora(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Weights]) -> Adapter:
     blocks: dict[int, dict[str, Weights]] = {}
     scalings: dict[int, dict[str, float]] = {}
     for key, tensor in tensors.items():
@@ -128,11 +165,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise error(Code.UNREADABLE, f"{path} holds no object", "give a folder that PEFT wrote")
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", *_PROMPTS):
         raise error(
             Code.UNSUPPORTED,
-            f"{path.parent} is an adapter of the type {kind!r}, sessions take LORA",
-            "prompts are used through corolla.sdk.torch: model.load_adapter(FOLDER)",
+            f"{path.parent} is an adapter of the type {kind!r}",
+            f"sessions take {', '.join(('LORA', *_PROMPTS))}",
         )
     for option in _UNSUPPORTED:
         if value := config.get(option):

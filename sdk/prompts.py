@@ -24,13 +24,9 @@ from transformers.utils.generic import ModelOutput
 from ..protocol.errors import Code, error
 from ..protocol.training import NO_PART
 from .adapters import RemoteAdapter, as_weights, checked_gradient, read_gradients
-from .parts import CONFIG_FILE, PartFile, part_file
+from .parts import CONFIG_FILE, DEEP_PROMPT, DEEP_PROMPTS, SOFT_PROMPT, PartFile, part_file
 from .placing import placing
 from .swarm_cache import SwarmCache
-
-DEEP_PROMPT: Final = "DEEP_PROMPT"
-_SOFT: Final = "prompt_embeddings"  # as PEFT names it in a file
-_DEEP: Final = "block_prompts"
 
 
 @dataclass
@@ -97,7 +93,7 @@ class RemotePrompts(RemoteAdapter):
         return [whole]
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        return {_SOFT: self.soft, **({_DEEP: self.factors[0]} if self.factors else {})}
+        return {SOFT_PROMPT: self.soft, **({DEEP_PROMPTS: self.factors[0]} if self.factors else {})}
 
 
 def _peft_prompt(config: Any, embeddings: nn.Embedding) -> Tensor:

@@ -21,7 +21,8 @@ from .client import Daemon, connect
 from .dropout import DropoutCount
 from .journeys import Journeys
 from .layers import attach, attached
-from .prompts import DEEP_PROMPT, RemotePrompts, read_config, take_up
+from .parts import DEEP_PROMPT
+from .prompts import RemotePrompts, read_config, take_up
 from .remote_blocks import RemoteBlocks, pass_padding
 from .swarm_cache import DEFAULT_LENGTH, Sessions, SwarmCache
 

@@ -20,6 +20,7 @@ from ...protocol.work import (
     CloseCache,
     Compute,
     Done,
+    EmbedPrompt,
     EndGeneration,
     Forward,
     Gradients,
@@ -33,7 +34,9 @@ from ...protocol.work import (
     Sampled,
 )
 
-Request: TypeAlias = OpenCache | Compute | Restore | BeginGeneration | Sample | Forward | Backward | HoldPart
+Request: TypeAlias = (
+    OpenCache | Compute | Restore | BeginGeneration | EmbedPrompt | Sample | Forward | Backward | HoldPart
+)
 Notice: TypeAlias = CloseCache | EndGeneration | NamePages
 Answer: TypeAlias = Done | Restored | Begun | Sampled | Gradients
 
@@ -43,6 +46,7 @@ ANSWERS: Final[dict[type[Request], type[Answer]]] = {
     Compute: Done,
     Restore: Restored,
     BeginGeneration: Begun,
+    EmbedPrompt: Done,
     Sample: Sampled,
     Forward: Done,
     Backward: Gradients,

@@ -29,6 +29,7 @@ from ...protocol.work import (
     CloseCache,
     Compute,
     Done,
+    EmbedPrompt,
     EndGeneration,
     Forward,
     HoldPart,
@@ -458,7 +459,7 @@ class WorkerTwin:
                     raise error(Code.OUT_OF_MEMORY, f"a part beyond the {self.max_parts} that fit")
                 self._parts.add(request.part)
                 return Done(request.request)
-            case Forward() | Backward():
+            case Forward() | Backward() | EmbedPrompt():
                 raise error(Code.UNSUPPORTED, "a twin does not train")
 
     def _open(self, ask: OpenCache) -> tuple[int, ...]:

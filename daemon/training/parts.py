@@ -16,6 +16,7 @@ import trio
 
 from ...protocol.errors import Code, CorollaError, error
 from ...protocol.limits import MAX_PART_BYTES, MIB
+from ...protocol.partfiles import layouts
 from ...protocol.passes import AdapterView
 from ...protocol.steps import Hop
 from ...protocol.training import NO_PART, PutPart
@@ -29,10 +30,26 @@ MAX_CARRIERS: Final = 4  # parts on their way to one hop at once: its client's r
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What a session uses. names: of its parts, from the model's first block on; data: the parts by name."""
+    """What a session uses. names: of its parts, from the model's first block on; data: the parts by name.
+
+    soft: the part with its virtual tokens, or nothing.
+    """
 
     names: tuple[bytes, ...] = ()
     data: Mapping[bytes, bytes] = field(default_factory=dict)
+    soft: bytes = b""
+
+    @property
+    def num_virtual(self) -> int:
+        """Its virtual tokens. Raises `BAD_REQUEST` for a part that holds none."""
+        try:
+            return layouts(self.soft)["soft"].shape[0] if self.soft else 0
+        except (ValueError, LookupError) as problem:
+            raise error(
+                Code.BAD_REQUEST,
+                f"a part of {len(self.soft)} bytes for virtual tokens without a tensor `soft`: {problem}",
+                "put the adapter's parts again",
+            ) from problem
 
     def of(self, facts: ModelFacts, start: int, end: int) -> tuple[bytes, ...]:
         """One name for each block of [start, end), or nothing. Raises `BAD_SHAPE` if it has too many blocks."""
@@ -118,17 +135,22 @@ class PartShelf(Mapping[bytes, bytes]):
         while self._num_bytes > self._max_bytes:
             self._drop(next(iter(self._parts)))
 
-    def adapter(self, names: tuple[bytes, ...]) -> Adapter:
-        """The adapter of these parts. Raises `ADAPTER_MISSING` with the hex names of those not here in `missing`."""
-        missing = sorted({name.hex() for name in names if name != NO_PART and name not in self._parts})
+    def adapter(self, names: tuple[bytes, ...], soft: bytes = NO_PART) -> Adapter:
+        """The adapter of these parts. soft: name of the one with its virtual tokens.
+
+        Raises `ADAPTER_MISSING` with the hex names of those not here in `missing`.
+        """
+        wanted = {name for name in (*names, soft) if name != NO_PART}
+        missing = sorted(name.hex() for name in wanted if name not in self._parts)
         if missing:
             raise error(
                 Code.ADAPTER_MISSING,
-                f"this daemon keeps {len(set(names)) - len(missing)} of the adapter's {len(set(names))} parts",
+                f"this daemon keeps {len(wanted) - len(missing)} of the adapter's {len(wanted)} parts",
                 "put the others here and ask again",
                 missing=missing,
             )
-        return Adapter(names, {name: self[name] for name in names if name != NO_PART})
+        data = {name: self[name] for name in names if name != NO_PART}
+        return Adapter(names, data, self[soft] if soft != NO_PART else b"")
 
     def remove(self, adapter: str) -> None:
         """Forget the parts of an adapter. Raises `BAD_REQUEST` for one that is not here."""

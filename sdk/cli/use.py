@@ -58,7 +58,7 @@ def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--adapter",
                 metavar="FOLDER",
                 type=click.Path(exists=True, file_okay=False),
-                help="A LoRA adapter to use, as PEFT writes it.",
+                help="An adapter to use, LoRA or prompts, as PEFT writes it.",
             ),
             click.option("--encoding", help="Of hidden states: float32, bfloat16, float16, int8."),
             click.option(

@@ -36,7 +36,7 @@ from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.training import NO_PART
 
-from .members import NUM_BLOCKS, TOKEN_BYTES, Meadow, Member, meadow
+from .members import NUM_BLOCKS, TOKEN_BYTES, EndsTwin, Meadow, Member, meadow
 
 pytestmark = pytest.mark.anyio
 
@@ -74,6 +74,7 @@ class Program:
             self.client.belonging,
             adapter,
             replacement_wait_s=20.0,
+            lender=EndsTwin(),
             on_event=lambda event: self.events.append(event.kind.value),
             counted=self._counted,
         )

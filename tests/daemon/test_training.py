@@ -11,10 +11,11 @@ import pytest
 from corolla.daemon.session.wiring import Precision
 from corolla.daemon.swarm.view import Span
 from corolla.daemon.training.parts import PartShelf
+from corolla.daemon.training.virtual import Virtual
 from corolla.daemon.training.wiring import common_precision, next_leg, usable
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.records import SpanState
-from corolla.protocol.steps import Hop
+from corolla.protocol.steps import NEW_ROW, Hop, Reply, Row
 from corolla.protocol.tensors import DType
 
 FLOAT32 = Precision(DType.FLOAT32, None)
@@ -74,6 +75,20 @@ def test_parts_make_room_in_the_order_of_their_use() -> None:
     assert [view.adapter for view in shelf.views()] == ["one"]
     shelf.remove("one")
     assert not len(shelf)
+
+
+def test_virtual_tokens_stand_before_each_row_that_begins_and_nobody_hears_of_them() -> None:
+    virtual = Virtual(b"VW", 1)
+    begun = (Row(NEW_ROW, 0, 3), Row(NEW_ROW, 0, 0), Row(NEW_ROW, 0, 1))
+    assert virtual.sent(begun, b"abcd") == (
+        (Row(NEW_ROW, 0, 5), Row(NEW_ROW, 0, 0), Row(NEW_ROW, 0, 3)),
+        b"VWabcVWd",
+    )
+    assert virtual.heard(begun, b"..ABC..D", Reply.ALL) == b"ABCD"
+    assert virtual.heard(begun, b"CD", Reply.LAST) == b"CD"
+    later = (Row(2, 1, 1), Row(0, 0, 2))  # one goes on, one is set back to its beginning
+    assert virtual.sent(later, b"efg") == ((Row(2, 3, 1), Row(0, 0, 4)), b"eVWfg")
+    assert virtual.heard(later, b"E..FG", Reply.ALL) == b"EFG"
 
 
 def test_a_part_under_a_wrong_name_is_refused() -> None:

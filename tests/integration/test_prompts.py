@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 import corolla
@@ -169,6 +170,43 @@ def test_texts_with_deep_prompts_equal_those_added_by_hand(setting: Setting, mod
     assert found == texts(local.generate, inputs_embeds=embeds)
     alone = [texts(model.generate, input_ids=row[None])[0] for row in IDS]
     assert found == alone
+
+
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_a_folder_of_prompts_is_used_by_plain_clients(
+    setting: Setting, daemon: Daemon, model: Any, tmp_path: Path, kind: str
+) -> None:
+    if kind == "soft":
+        model.add_adapter(soft_config())
+    else:
+        random_deep(model)
+    model.save_adapter(tmp_path)
+    plain = daemon.model("tiny")
+    answer = plain.generate(tokens=IDS.tolist(), max_new_tokens=12, adapter=tmp_path)
+    assert [list(row) for row in answer.tokens] == texts(model.generate, input_ids=IDS)
+    with torch.no_grad():
+        embeds = setting.whole.get_input_embeddings()(IDS)
+        expected = model(IDS, use_cache=False).logits
+        with plain.session(rows=3, max_length=8, adapter=tmp_path) as session:
+            pieces = [session.step(embeds[:, :6]), session.step(embeds[:, 6:])]
+            assert session.lengths == (8, 8, 8)
+            again = session.step(embeds[:, 2:], position=2, reply="last")
+            anew = session.step(embeds, position=0)
+        for found in (torch.cat(pieces, 1), anew):
+            assert torch.allclose(logits_of(setting.whole, found), expected, atol=1e-3)
+        assert torch.allclose(logits_of(setting.whole, again), expected[:, -1:], atol=1e-3)
+    wrong = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=32)
+    wrong.save_pretrained(str(tmp_path / "wrong"))
+    weights = {"prompt_embeddings": torch.ones(2, 32)}
+    save_file(weights, tmp_path / "wrong" / "adapter_model.safetensors")
+    with pytest.raises(CorollaError, match="hidden_size 32, expected 64") as caught:
+        plain.generate(tokens=IDS[0].tolist(), max_new_tokens=2, adapter=tmp_path / "wrong")
+    assert caught.value.code is Code.BAD_SHAPE
+
+
+def logits_of(whole: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = whole.lm_head(whole.model.norm(hidden))
+    return logits
 
 
 def test_texts_of_rows_of_different_lengths_are_those_of_each_alone(model: Any) -> None:

@@ -199,6 +199,9 @@ class FakeEnds:
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         return ids_of("".join(f"{turn['role']}: {turn['content']}\n" for turn in messages))
 
+    def embed_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
+        return prompt
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         if int(ids.max()) >= self.vocab_size:
             raise error(Code.BAD_REQUEST, f"token id {int(ids.max())}")

@@ -38,17 +38,19 @@ class Keeper(FakeDaemon):
         if self.keeps:
             self.parts[asked.part] = call.payload
 
-    def check(self, names: tuple[bytes, ...]) -> None:
-        missing = [name.hex() for name in names if name != NO_PART and name not in self.parts]
+    def check(self, names: tuple[bytes, ...], soft: bytes) -> None:
+        missing = [name.hex() for name in (*names, soft) if name != NO_PART and name not in self.parts]
         if missing:
             raise error(Code.ADAPTER_MISSING, "put them here", missing=missing)
 
     def check_and_generate(self, connection: Connection, call: Call) -> Generated:
-        self.check(from_plain(Generate, call.arguments).parts)
+        asked = from_plain(Generate, call.arguments)
+        self.check(asked.parts, asked.soft)
         return self.generate(connection, call)
 
     def check_and_open(self, connection: Connection, call: Call) -> SessionOpened:
-        self.check(from_plain(OpenModelSession, call.arguments).parts)
+        asked = from_plain(OpenModelSession, call.arguments)
+        self.check(asked.parts, asked.soft)
         return self.open_session(connection, call)
 
     def asked(self) -> list[str]:
@@ -89,6 +91,34 @@ def test_a_text_with_an_adapter_puts_what_the_daemon_lacks_once(keeper: Keeper, 
         with model.session(max_length=8, adapter=folder):
             assert keeper.opened[0].parts == tuple(file.name for file in files)
     assert keeper.asked()[4:] == ["session.open", "session.close"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(("kind", "num_parts"), [("PROMPT_TUNING", 1), ("DEEP_PROMPT", 3)])
+async def test_prompts_are_brought_like_lora(
+    keeper: Keeper, tmp_path: Path, kind: str, num_parts: int
+) -> None:
+    path = tmp_path / "mine"
+    path.mkdir()
+    tensors = {"prompt_embeddings": Weights((1, 2), struct.pack("<2f", 1.0, 2.0))}
+    if num_parts > 1:
+        tensors["block_prompts"] = Weights((2, 1, 2), struct.pack("<4f", 3.0, 4.0, 5.0, 6.0))
+    (path / WEIGHTS_FILE).write_bytes(part_file(tensors, {}).data)
+    (path / CONFIG_FILE).write_text(json.dumps({"peft_type": kind, "num_virtual_tokens": 1}))
+    adapter = read_adapter(path)
+    with corolla.connect() as daemon:
+        assert daemon.model("tiny").generate("one", max_new_tokens=2, adapter=path).text == " 0 1"
+    assert len(keeper.parts) == num_parts
+    assert keeper.parts[adapter.soft.name] == adapter.soft.data
+    keeper.parts.clear()
+    async with await corolla.aconnect() as daemon, await daemon.model("tiny").session(adapter=path):
+        assert len(keeper.parts) == num_parts
+        assert keeper.opened[-1].soft == adapter.soft.name
+    (path / WEIGHTS_FILE).write_bytes(part_file({"other": tensors["prompt_embeddings"]}, {}).data)
+    with pytest.raises(CorollaError, match="expected prompt_embeddings") as caught:
+        read_adapter(path)
+    assert caught.value.code is Code.BAD_SHAPE
 
 
 @pytest.mark.anyio
