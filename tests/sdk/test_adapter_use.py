@@ -112,7 +112,7 @@ async def test_prompts_are_brought_like_lora(
     assert len(keeper.parts) == num_parts
     assert keeper.parts[adapter.soft.name] == adapter.soft.data
     keeper.parts.clear()
-    async with await corolla.aconnect() as daemon, await daemon.model("tiny").session(adapter=path):
+    async with await corolla.aconnect() as other, await other.model("tiny").session(adapter=path):
         assert len(keeper.parts) == num_parts
         assert keeper.opened[-1].soft == adapter.soft.name
     (path / WEIGHTS_FILE).write_bytes(part_file({"other": tensors["prompt_embeddings"]}, {}).data)
