@@ -25,14 +25,18 @@ from transformers import AutoModelForCausalLM
 from ..protocol.errors import Code, error
 from ..protocol.training import NO_PART
 from .layers import layers_name
-from .parts import WEIGHTS_FILE, PartFile, Weights, part_file
+from .parts import WEIGHTS_FILE, PartFile, Weights, of_pattern, part_file, scaling_of
 
 _FACTORS: Final = ("lora_A", "lora_B")
 # What changes the mathematics of LoRA and is not computed by the hops.
 _UNSUPPORTED: Final = (
-    "use_dora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_bias",
-    "trainable_token_indices", "exclude_modules", "target_parameters",
-)  # fmt: skip
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+)
 
 
 class Linear(NamedTuple):
@@ -144,12 +148,10 @@ class RemoteLora(RemoteAdapter):
         super().__init__()
         self.config = config
         self.register_parameter("soft", None)
-        self._rank = _checked(config)
-        root = math.sqrt(self._rank) if getattr(config, "use_rslora", False) else self._rank
-        self.scaling = float(config.lora_alpha) / root
+        _check(config)
         self.dropout = float(getattr(config, "lora_dropout", 0.0))
         self.num_blocks = 1 + max(linear.block for linear in linears)
-        self._linears = tuple(linear for linear in linears if _is_target(config.target_modules, linear))
+        self._linears = tuple(linear for linear in linears if _is_target(config, linear))
         if not self._linears:
             known = ", ".join(sorted({linear.target for linear in linears}))
             raise error(
@@ -157,16 +159,24 @@ class RemoteLora(RemoteAdapter):
                 f"target_modules={config.target_modules!r} are no linear layers of the blocks",
                 f"choose some of {known}",
             )
+        ranks = [_rank(config, linear) for linear in self._linears]
+        self._scalings = [
+            scaling_of(config, linear.name, rank) for linear, rank in zip(self._linears, ranks, strict=True)
+        ]
         # In the order of `_linears`, A before B.
         self.factors = nn.ParameterList()
-        for linear in self._linears:
-            first = torch.empty(self._rank, linear.in_features)
+        for linear, rank in zip(self._linears, ranks, strict=True):
+            first = torch.empty(rank, linear.in_features)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5))
             self.factors.append(nn.Parameter(first))
-            self.factors.append(nn.Parameter(torch.zeros(linear.out_features, self._rank)))
+            self.factors.append(nn.Parameter(torch.zeros(linear.out_features, rank)))
 
     def parts(self) -> tuple[PartFile, ...]:
-        return tuple(self._part(tensors) for tensors in self._by_block(list(self.factors)))
+        scalings: list[dict[str, float]] = [{} for _ in range(self.num_blocks)]
+        for linear, scaling in zip(self._linears, self._scalings, strict=True):
+            scalings[linear.block][linear.target] = scaling
+        by_block = self._by_block(list(self.factors))
+        return tuple(self._part(*part) for part in zip(by_block, scalings, strict=True))
 
     def gradients(self, files: Mapping[int, bytes]) -> list[Tensor]:
         read = {block: read_gradients(file) for block, file in files.items()}
@@ -200,12 +210,11 @@ class RemoteLora(RemoteAdapter):
             blocks[linear.block][f"{linear.target}.{factor}"] = tensor
         return blocks
 
-    def _part(self, tensors: Mapping[str, Tensor]) -> PartFile:
+    def _part(self, tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> PartFile:
         if not tensors:
             return PartFile(NO_PART, b"")
-        targets = {name.rpartition(".")[0] for name in tensors}
         weights = {name: as_weights(tensor) for name, tensor in tensors.items()}
-        return part_file(weights, dict.fromkeys(targets, self.scaling), self.dropout)
+        return part_file(weights, scalings, self.dropout)
 
 
 def as_weights(tensor: Tensor) -> Weights:
@@ -214,11 +223,13 @@ def as_weights(tensor: Tensor) -> Weights:
     return Weights(tuple(numbers.shape), numbers.numpy().tobytes())
 
 
-def _checked(config: Any) -> int:
-    """The rank. Raises as `RemoteLora`."""
-    rank = getattr(config, "r", None)
-    if not isinstance(rank, int) or rank < 1:
-        raise error(Code.BAD_REQUEST, f"r={rank!r}, expected a rank of 1 or more", "give a peft.LoraConfig")
+def _check(config: Any) -> None:
+    """Raise as `RemoteLora`."""
+    for rank in (getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise error(
+                Code.BAD_REQUEST, f"r={rank!r}, expected a rank of 1 or more", "give a peft.LoraConfig"
+            )
     if getattr(config, "bias", "none") != "none":
         raise error(Code.UNSUPPORTED, f"bias={config.bias!r} in a LoraConfig", "use bias='none'")
     dropout = getattr(config, "lora_dropout", 0.0)
@@ -227,15 +238,30 @@ def _checked(config: Any) -> int:
     for option in _UNSUPPORTED:
         if value := getattr(config, option, None):
             raise error(Code.UNSUPPORTED, f"{option}={value!r} in a LoraConfig", "leave it out")
+
+
+def _rank(config: Any, linear: Linear) -> int:
+    rank: int = of_pattern(getattr(config, "rank_pattern", None), linear.name, config.r)
     return rank
 
 
-def _is_target(wanted: Any, linear: Linear) -> bool:
+def _is_target(config: Any, linear: Linear) -> bool:
+    """Whether a config means this layer, as PEFT reads it."""
+    blocks = getattr(config, "layers_to_transform", None)
+    if blocks is not None and linear.block not in ([blocks] if isinstance(blocks, int) else blocks):
+        return False
+    is_excluded = _is_named(getattr(config, "exclude_modules", None), linear)
+    return not is_excluded and (
+        config.target_modules == "all-linear" or _is_named(config.target_modules, linear)
+    )
+
+
+def _is_named(wanted: Any, linear: Linear) -> bool:
     """As PEFT matches: a string is a pattern of whole names, a list holds last parts of them."""
     if wanted is None:
         return False
     if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, linear.name) is not None
+        return re.fullmatch(wanted, linear.name) is not None
     return any(linear.name == name or linear.name.endswith(f".{name}") for name in wanted)
 
 

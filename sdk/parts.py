@@ -16,6 +16,7 @@ import struct
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from ..protocol.errors import Code, CorollaError, error
@@ -149,7 +150,9 @@ def _lora(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Weights])
         name, block, target, factor = found[1], int(found[2]), found[3], found[4]
         blocks.setdefault(block, {})[f"{target}.{factor}"] = tensor
         if factor == "lora_A" and tensor.shape:
-            scalings.setdefault(block, {})[target] = _scaling(config, name, tensor.shape[0])
+            scalings.setdefault(block, {})[target] = scaling_of(
+                SimpleNamespace(**config), name, tensor.shape[0]
+            )
     files = [PartFile(NO_PART, b"")] * (max(blocks) + 1)
     for block, factors in blocks.items():
         _check_factors(path, block, factors)
@@ -192,16 +195,19 @@ def _check_factors(path: Path, block: int, factors: Mapping[str, Weights]) -> No
             )
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+def scaling_of(config: Any, name: str, rank: int) -> float:
     """alpha / rank, as PEFT has it. name: of the layer in the whole model."""
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
-    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    alpha = of_pattern(getattr(config, "alpha_pattern", None), name, getattr(config, "lora_alpha", 8))
+    root = math.sqrt(rank) if getattr(config, "use_rslora", False) else rank
     return float(alpha) / root
+
+
+def of_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What the first pattern says that matches the end of a layer's name, as PEFT matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 # safetensors

@@ -273,7 +273,8 @@ def test_layers_of_ones_own_between_the_blocks_and_behind_them_learn_as_in_one_p
         middle = first(embeds)
         last = second(middle + layers[0](middle).tanh())[torch.arange(3), ends]
         entropy = torch.nn.functional.cross_entropy(layers[1](last), torch.arange(3))
-        return entropy + middle[RIGHT.bool()].square().mean()
+        whole: Tensor = entropy + middle[RIGHT.bool()].square().mean()
+        return whole
 
     def remote(blocks: slice) -> Any:
         return lambda hidden: model.blocks[blocks](hidden, padding=RIGHT)

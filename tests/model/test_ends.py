@@ -62,6 +62,28 @@ def test_ends_without_blocks_equal_the_whole_model_without_blocks(tmp_path: Path
     assert float((got - expected).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "bloom"])
+def test_virtual_tokens_reach_the_blocks_as_embeddings_given_to_the_whole_model_do(
+    tmp_path: Path, family: str
+) -> None:
+    whole: Any = save_tiny(tmp_path, family)
+    ends = load(tmp_path)
+    prompt = torch.randn(3, ends.hidden_size, generator=torch.Generator().manual_seed(1))
+    taken: list[torch.Tensor] = []
+
+    def take(_: Any, args: tuple[Any, ...]) -> None:
+        taken.append(args[0])
+
+    base = whole.base_model
+    (base.h if hasattr(base, "h") else base.layers)[0].register_forward_pre_hook(take)
+    with torch.inference_mode():
+        base(inputs_embeds=prompt[None], use_cache=False)
+    assert torch.allclose(ends.embed_prompt(prompt), taken[0][0], atol=1e-6)
+    with pytest.raises(CorollaError, match="hidden_size 5, expected") as caught:
+        ends.embed_prompt(torch.zeros(3, 5))
+    assert caught.value.code is Code.BAD_SHAPE
+
+
 def test_a_tied_head_is_packed_beside_the_embedding_table(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", tie_word_embeddings=True)
     ends = load(tmp_path)
