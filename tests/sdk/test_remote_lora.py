@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,22 @@ from corolla.sdk.parts import read_adapter  # noqa: E402
 
 from ..model.tiny import save_tiny  # noqa: E402
 
+# PEFT asks transformers for a name that it has deprecated, and tells which patterns match nothing.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:You have passed exclude_modules:UserWarning"),
+]
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "mixtral", "falcon"])
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "falcon"])
 @pytest.mark.parametrize(
     "options",
     [
         {"target_modules": "all-linear"},
-        {"target_modules": "all-linear", "layers_to_transform": 2, "use_rslora": True},
+        {"target_modules": ["o_proj", "dense"], "layers_to_transform": 2, "use_rslora": True},
         {
-            "target_modules": r".*(o_proj|dense|down_proj)",
+            "target_modules": ["o_proj", "dense", "down_proj"],
             "layers_to_transform": [0, 3],
             "rank_pattern": {r"0\..*": 5},
             "alpha_pattern": {"o_proj": 3, "dense": 7},
@@ -38,7 +46,7 @@ from ..model.tiny import save_tiny  # noqa: E402
 def test_a_config_means_what_it_means_to_peft(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     whole = save_tiny(tmp_path / "whole", family)
     config = LoraConfig(r=2, lora_alpha=6, **options)
-    ours = RemoteLora(config, linears_of(whole.config))
+    ours = RemoteLora(deepcopy(config), linears_of(whole.config))
     adapted: Any = get_peft_model(whole, config)
     expected = {
         name.replace(".default.", "."): parameter.shape
