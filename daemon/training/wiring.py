@@ -17,6 +17,9 @@ from ..session.wiring import Precision
 from ..swarm.view import DEFAULT_RTT_S, Span
 
 MAJOR: Final = 1
+# Replicas are drawn by this power of the speed that they would have for us. 1 leaves some idle while others queue; a
+# large one sends everybody to the same peer, whose queue is known late. So two equal ones take turns mostly.
+SHARPNESS: Final = 3
 DEFAULT_TOKENS_PER_S: Final = 1.0  # of a worker that never said: slower than any that did
 
 
@@ -56,12 +59,13 @@ def next_leg(
     spans = list(candidates)
     if not spans:
         return None
-    weights = [_weight(span, min(span.end, end) - start, load.get(span.hop, 0)) for span in spans]
+    speeds = [_speed(span, min(span.end, end) - start, load.get(span.hop, 0)) for span in spans]
+    weights = [(speed / max(speeds)) ** SHARPNESS for speed in speeds]
     chosen = rng.choices(spans, weights)[0]
     return Leg(chosen.hop, start, min(chosen.end, end), precision_of(chosen))
 
 
-def _weight(span: Span, num_blocks: int, load: int) -> float:
+def _speed(span: Span, num_blocks: int, load: int) -> float:
     """Blocks a second that this hop would give us: its speed is that of its whole span, shared by its queue."""
     rate = (span.tokens_per_s or DEFAULT_TOKENS_PER_S) * span.num_blocks
     waiting_s = (1 + load + span.queue) / rate

@@ -6,12 +6,13 @@ blocks each. Plain transformers runs in a process of its own, with activation ch
 block in backward as a worker does. The two take turns, since machines drift.
 
 Then what smaller encodings save on the wire and do to the gradient, and what a second replica of each half brings
-where devices are slow: their workers are stopped and woken many times a second, so that cores are left over.
+where devices are slow: their workers are stopped and woken in turns many times a second, so that cores are left over.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -43,6 +44,7 @@ NUM_SEQUENCES, LENGTH = 8, 128
 NUM_TOKENS = NUM_SEQUENCES * LENGTH
 NUM_BLOCKS = 16  # of the random Llama
 SLICE_S = 0.02  # that a slow device runs at a time
+NUM_TURNS = 5  # a slow device runs in one of so many
 
 
 class Local:
@@ -231,14 +233,17 @@ def replicas(report: Report, folder: Path, rounds: int) -> None:
 
 @contextmanager
 def slowed(pids: list[int]) -> Iterator[None]:
-    """Let these processes run for a fifth of the time only."""
+    """Let each of these processes run for a fifth of the time only, one after the other: none takes another's core."""
     done = threading.Event()
 
     def rest() -> None:
-        while not done.wait(SLICE_S):
-            _signal(pids, signal.SIGSTOP)
-            done.wait(4 * SLICE_S)
-            _signal(pids, signal.SIGCONT)
+        _signal(pids, signal.SIGSTOP)
+        for turn in itertools.count():
+            awake = [pid for place, pid in enumerate(pids) if place % NUM_TURNS == turn % NUM_TURNS]
+            _signal(awake, signal.SIGCONT)
+            if done.wait(SLICE_S):
+                return
+            _signal(awake, signal.SIGSTOP)
 
     thread = threading.Thread(target=rest)
     thread.start()
