@@ -257,45 +257,6 @@ def test_packed_sequences_do_not_see_each_other(setting: Setting, daemon: Daemon
     assert distance(packed.grad, alone.grad) < TOLERANCE
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-def test_layers_of_ones_own_between_the_blocks_and_behind_them_learn_as_in_one_process(
-    setting: Setting, daemon: Daemon, tmp_path: Path, cut: int
-) -> None:
-    adapted = peft_of(setting, tmp_path)
-    model = distributed(setting, daemon)
-    model.load_adapter(tmp_path)
-    torch.manual_seed(8)
-    ours = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)])
-    theirs = deepcopy(ours)
-    embeds, ends = setting.whole.get_input_embeddings()(IDS).detach(), RIGHT.sum(1) - 1
-
-    def loss(first: Any, second: Any, layers: Any) -> Tensor:
-        middle = first(embeds)
-        last = second(middle + layers[0](middle).tanh())[torch.arange(3), ends]
-        entropy = torch.nn.functional.cross_entropy(layers[1](last), torch.arange(3))
-        whole: Tensor = entropy + middle[RIGHT.bool()].square().mean()
-        return whole
-
-    def remote(blocks: slice) -> Any:
-        return lambda hidden: model.blocks[blocks](hidden, padding=RIGHT)
-
-    def here(start: int, end: int) -> Any:
-        return lambda hidden: local(adapted.base_model.model, hidden, start, end)
-
-    found = loss(remote(slice(0, cut)), remote(slice(cut, NUM_BLOCKS)), ours)
-    expected = loss(here(0, cut), here(cut, NUM_BLOCKS), theirs)
-    assert abs(found.item() - expected.item()) < 1e-4
-    for one in (found, expected):
-        one.backward()  # type: ignore[no-untyped-call]
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert mine.grad is not None
-        assert other.grad is not None
-        assert distance(mine.grad, other.grad) < TOLERANCE
-    factors = model.blocks.adapter.named_factors()
-    for name, reference in gradients_of(adapted).items():
-        assert distance(factors[name].grad, reference) < TOLERANCE, name
-
-
 @pytest.mark.parametrize("options", [{"target_modules": ["nothing"]}, {"r": 0}, {"lora_dropout": 1.0}])
 def test_a_lora_that_cannot_be_is_refused(setting: Setting, daemon: Daemon, options: dict[str, Any]) -> None:
     config = SimpleNamespace(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **options})
