@@ -207,6 +207,45 @@ def test_loss_backward_gives_pefts_gradients(
         assert distance(found[name].grad, reference) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_layers_of_ones_own_between_the_blocks_and_behind_them_learn_as_in_one_process(
+    setting: Setting, daemon: Daemon, tmp_path: Path, cut: int
+) -> None:
+    adapted = peft_of(setting, tmp_path)
+    model = distributed(setting, daemon)
+    model.load_adapter(tmp_path)
+    torch.manual_seed(8)
+    ours = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)])
+    theirs = deepcopy(ours)
+    embeds, ends = setting.whole.get_input_embeddings()(IDS).detach(), RIGHT.sum(1) - 1
+
+    def loss(first: Any, second: Any, layers: Any) -> Tensor:
+        middle = first(embeds)
+        last = second(middle + layers[0](middle).tanh())[torch.arange(3), ends]
+        entropy = torch.nn.functional.cross_entropy(layers[1](last), torch.arange(3))
+        whole: Tensor = entropy + middle[RIGHT.bool()].square().mean()
+        return whole
+
+    def remote(blocks: slice) -> Any:
+        return lambda hidden: model.blocks[blocks](hidden, padding=RIGHT)
+
+    def here(start: int, end: int) -> Any:
+        return lambda hidden: local(adapted.base_model.model, hidden, start, end)
+
+    found = loss(remote(slice(0, cut)), remote(slice(cut, NUM_BLOCKS)), ours)
+    expected = loss(here(0, cut), here(cut, NUM_BLOCKS), theirs)
+    assert abs(found.item() - expected.item()) < 1e-4
+    for one in (found, expected):
+        one.backward()  # type: ignore[no-untyped-call]
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert distance(mine.grad, other.grad) < TOLERANCE
+    factors = model.blocks.adapter.named_factors()
+    for name, reference in gradients_of(adapted).items():
+        assert distance(factors[name].grad, reference) < TOLERANCE, name
+
+
 @pytest.mark.parametrize("save", ["save_adapter", "save_pretrained"])
 def test_an_adapter_that_learned_here_works_in_peft(
     setting: Setting, daemon: Daemon, tmp_path: Path, save: str
@@ -445,19 +484,20 @@ def test_a_restored_run_with_dropout_ends_as_one_that_was_never_interrupted(
 
 
 def test_any_wiring_gives_the_same_gradients(model: Model, setting: Setting) -> None:
+    hidden, gradient = states(3, 7, 64, seed=1), states(3, 7, 64, seed=2)
+
+    def through(num_hops: int) -> Tensor:
+        for _ in range(100):  # each micro-batch draws its way
+            with model.passing(hidden) as passed:
+                if passed.num_hops == num_hops:
+                    inputs: Tensor = model.backward(passed, gradient).inputs
+                    return inputs
+        raise AssertionError(f"no way of {num_hops} hops in 100 draws")
+
+    split = through(2)  # there is no other
     setting.swarm.serve("whole", 0, NUM_BLOCKS).wait_online()
     setting.swarm.wait_covered(setting.client, [2] * 2 + [3] * (NUM_BLOCKS - 2))
-    hidden, gradient = states(3, 7, 64, seed=1), states(3, 7, 64, seed=2)
-    by_hops: dict[int, Tensor] = {}
-    for _ in range(100):  # each micro-batch draws its way; soon both were drawn
-        with model.passing(hidden) as passed:
-            inputs = model.backward(passed, gradient).inputs
-            first = by_hops.setdefault(passed.num_hops, inputs)
-        assert distance(inputs, first) < WIRING_TOLERANCE
-        if len(by_hops) == 2:
-            break
-    assert by_hops.keys() == {1, 2}
-    assert distance(by_hops[1], by_hops[2]) < WIRING_TOLERANCE
+    assert distance(through(1), split) < WIRING_TOLERANCE
 
 
 def test_a_hop_killed_before_backward_costs_only_the_rerun(model: Model, setting: Setting) -> None:
