@@ -305,12 +305,12 @@ def test_sessions_that_share_passes_get_what_each_alone_would_get(tmp_path: Path
         assert torch.allclose(torch.cat(got[session]), expected[session], atol=1e-5)
 
 
-def test_texts_in_a_cache_four_times_too_small_are_those_of_each_alone(tmp_path: Path) -> None:
+def test_texts_in_a_cache_three_times_too_small_are_those_of_each_alone(tmp_path: Path) -> None:
     whole = save_tiny(tmp_path)
     checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
     num_pages, num_host_pages, length = 6, 14, 256
-    sessions = [bytes([number]) * 16 for number in range(6)]  # each of up to 4 pages: 24 in all
-    prompts = [[(7 * number + place) % VOCAB_SIZE for place in range(180)] for number in range(6)]
+    sessions = [bytes([number]) * 16 for number in range(6)]  # each of up to 3 pages: 18 in all
+    prompts = [[(7 * number + place) % VOCAB_SIZE for place in range(120)] for number in range(6)]
 
     def written(chosen: Sequence[int]) -> list[list[int]]:
         span = Span.load(checkpoint, 0, NUM_BLOCKS, torch.float32, torch.device("cpu"))
