@@ -24,7 +24,7 @@ DIAL_S: Final = 4.0  # for a SYN through two NATs, and two repetitions of it
 TALK_S: Final = 10.0  # one attempt, with both sides' dials
 LOOK_EVERY_S: Final = 0.05  # whether the other's dial came through
 MAX_DOORS: Final = 4  # dialled of what a peer names
-AGAIN_S: Final = (1.0, 5.0, 30.0, 300.0)  # after the relayed connection stood, and after each failure
+AGAIN_S: Final = (1.0, 5.0, 15.0, 30.0, 60.0, 300.0)  # after relayed connection and each failure
 
 M = TypeVar("M", bound=Message)
 Dial: TypeAlias = Callable[[str, str], Awaitable[object]]  # address, peer; raises `PEER_LOST`
