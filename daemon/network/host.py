@@ -116,6 +116,9 @@ def check_port(address: str) -> None:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((host, int(port)))
             probe.listen(1)
+            # A worker that is started in this moment inherits the socket until its program runs: closing it would
+            # leave it listening there.
+            probe.shutdown(socket.SHUT_RDWR)
         except OSError as problem:
             if problem.errno == errno.EADDRINUSE:
                 raise error(

@@ -92,6 +92,27 @@ async def test_a_taken_port_is_named() -> None:
         assert "--listen" in caught.value.remedy
 
 
+async def test_a_port_that_was_tried_is_free_though_a_child_has_inherited_the_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inherited: list[int] = []
+    listen = socket.socket.listen
+
+    def listen_and_fork(tried: socket.socket, *backlog: int) -> None:
+        listen(tried, *backlog)
+        if not inherited:  # the trial is the first; a child holds it until its own program runs
+            inherited.append(os.dup(tried.fileno()))
+
+    monkeypatch.setattr(socket.socket, "listen", listen_and_fork)
+    try:
+        async with network(listen=(f"/ip4/127.0.0.1/tcp/{free_port()}",)) as one:
+            assert one.addresses()
+    finally:
+        for number in inherited:
+            os.close(number)
+    assert inherited
+
+
 async def test_a_port_can_be_opened_again_and_again_by_the_same_identity() -> None:
     identity = new_identity()
     listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
