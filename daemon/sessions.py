@@ -124,9 +124,7 @@ async def opened(
             await trio.sleep(unrest.next_look_s())
             try:
                 standings = await routes.stand(request, session.statistics().hops)
-            except (
-                CorollaError
-            ) as problem:  # nothing is known now: whoever fails meanwhile is replaced as ever
+            except CorollaError as problem:  # nothing is known now: whoever fails is replaced as ever
                 _log.debug("route_not_looked_at", problem=str(problem))
                 continue
             slow = unrest.look(standings)

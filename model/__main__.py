@@ -122,13 +122,10 @@ def load(configure: Configure, connection: Connection) -> Engine:
     engine = Engine(
         loaded.span,
         generations,
-        loaded.num_pages,
+        loaded.capacity,
         connection.send,
         policy,
         loaded.room,
-        num_host_pages=loaded.num_host_pages,
-        grouping=loaded.grouping,
-        depends_on_length=loaded.span is not None and loaded.span.depends_on_length,
         on_decode=partial(report_drift, Watch(ready.decode_tokens_per_s), ready, connection),
     )
     connection.send(ready)

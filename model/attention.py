@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from ..protocol.errors import Code, error
 from .cache import Cache
-from .form import Form as _Form
+from .form import Form
 from .paged import FEW_TOKENS, Group, TokenTable, attend_table, groups_of, numbers_of, shape_of
 from .pages import Segment
 from .pool import GONE
@@ -219,7 +219,7 @@ def attend(
     Returns (1, num_tokens, num_heads, value_dim), and no weights.
     """
     scaling = options.get("scaling")
-    form = _Form(
+    form = Form(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
@@ -243,7 +243,7 @@ def attend_rows(
     window: int | None,
 ) -> Tensor:
     """As `attend`, for blocks of our own in the plainest form: (num_tokens, heads, dim) in and out."""
-    form = _Form(scaling, window, softcap=None, sinks=None, bias=None)
+    form = Form(scaling, window, softcap=None, sinks=None, bias=None)
     heads = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     if placement.cache is None:
         return _attend_alone(*heads, placement, form)[0]
@@ -251,7 +251,7 @@ def attend_rows(
 
 
 def _attend_cached(
-    block: int, query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: _Form
+    block: int, query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: Form
 ) -> Tensor:
     """(num_tokens, num_heads, value_dim); query, key and value: (heads, num_tokens, dim)."""
     cache = placement.cache
@@ -278,7 +278,7 @@ def _attend_cached(
     return output.transpose(0, 1)
 
 
-def _attend_ones(query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: _Form) -> Tensor | None:
+def _attend_ones(query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: Form) -> Tensor | None:
     """(num_tokens, num_heads, value_dim): one new token of each of many rows on a CPU, in as few calls as can be.
 
     Query heads that share a key head are folded into queries of it, so that its keys are read once. None where
@@ -305,7 +305,7 @@ def _attend_ones(query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, f
 
 
 def _attend_paged(
-    query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: _Form, page_tokens: int
+    query: Tensor, keys: Tensor, values: Tensor, layout: _Layout, form: Form, page_tokens: int
 ) -> Tensor:
     """(num_heads, num_tokens, value_dim): few new tokens of all rows together, many of one row after the other."""
     rows, table = query.transpose(0, 1), layout.table
@@ -325,12 +325,12 @@ def _attend_paged(
     return output
 
 
-def _is_windowed(reach: _Reach, form: _Form) -> bool:
+def _is_windowed(reach: _Reach, form: Form) -> bool:
     """Whether the window hides anything from the row's last new token."""
     return form.window is not None and reach.start + reach.n > form.window
 
 
-def _attend_runs(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
+def _attend_runs(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: Form) -> Tensor:
     """(num_heads, n, value_dim), with every score written out; keys and values are read in place."""
     num_keys = reach.start + reach.n
     step = max(1, _MAX_SCORES // (query.shape[0] * num_keys))
@@ -358,7 +358,7 @@ def _attend_runs(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, for
 
 
 def _attend_parts(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], starts: tuple[int, int], form: _Form
+    query: Tensor, keys: list[Tensor], values: list[Tensor], starts: tuple[int, int], form: Form
 ) -> Tensor:
     """Softmax attention over keys given in parts, (num_kv_heads, some, dim) each, without joining them.
 
@@ -415,7 +415,7 @@ def _hidden_mask(
 
 
 def _attend_flash(
-    query: Tensor, fresh: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, reach: _Reach, form: _Form
+    query: Tensor, fresh: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, reach: _Reach, form: Form
 ) -> Tensor:
     """Many new tokens on a CPU: unmasked flash attention over each run of the past, causal over themselves.
 
@@ -447,7 +447,7 @@ def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     return merged[0].to(parts[0][0].dtype)
 
 
-def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: _Form) -> Tensor:
+def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, form: Form) -> Tensor:
     """Many new tokens in a paged cache: the row's keys joined, and torch's fused kernel with a mask."""
     row_keys = torch.cat([keys[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
     row_values = torch.cat([values[:, run.slot : run.slot + run.num] for run in reach.runs], dim=1)
@@ -459,7 +459,7 @@ def _attend_gathered(query: Tensor, keys: Tensor, values: Tensor, reach: _Reach,
     return output[0]
 
 
-def _attend_alone(query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: _Form) -> Tensor:
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, placement: Placement, form: Form) -> Tensor:
     """(1, num_tokens, num_heads, value_dim): causal attention within each segment, differentiable."""
     lengths = [reach.n for reach in placement.reaches]
     if len(set(lengths)) == 1 and form.is_plain and not _hides(lengths[0], form):
@@ -476,12 +476,12 @@ def _attend_alone(query: Tensor, key: Tensor, value: Tensor, placement: Placemen
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 
-def _hides(num_tokens: int, form: _Form) -> bool:
+def _hides(num_tokens: int, form: Form) -> bool:
     """Whether the window hides the first of so many tokens from the last."""
     return form.window is not None and num_tokens > form.window
 
 
-def _attend_own(query: Tensor, key: Tensor, value: Tensor, form: _Form) -> Tensor:
+def _attend_own(query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
     """(num_heads, n, value_dim): one whole sequence, in runs of queries that see just the keys in their reach."""
     num_heads, num_tokens, _ = query.shape
     if form.is_plain and not _hides(num_tokens, form):

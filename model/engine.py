@@ -45,9 +45,8 @@ from .batch import Part, Pass, Policy, Scheduler
 from .company import Rhythm
 from .failures import explain
 from .generation import Generations
-from .groups import Grouping
 from .pool import PageMove
-from .sessions import Sessions
+from .sessions import Capacity, Sessions
 from .steps import Blocks, Step, Steps
 from .training import Room, Trainer
 from .transfers import to_host
@@ -75,22 +74,15 @@ class Engine:
         self,
         span: Blocks | None,
         generations: Generations | None,
-        num_pages: int,
+        capacity: Capacity,
         send: Callable[[Message], None],
         policy: Policy | None = None,
         room: Room | None = None,
         *,
-        num_host_pages: int = 0,
-        grouping: Grouping | None = None,
-        depends_on_length: bool = False,
         on_decode: Callable[[float, int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_pages, num_host_pages, grouping: of the span's cache, on the device and in host memory.
-
-        on_decode: told of each pass of one token alone through the whole span: seconds, tokens before it.
-        depends_on_length: see `Sessions`.
-        """
+        """on_decode: told of each pass of one token alone through the whole span: seconds, tokens before it."""
         self._span = span
         self._clock = clock
         self._on_decode = on_decode
@@ -98,9 +90,7 @@ class Engine:
         self._generations = generations
         self._send = send
         blocks = (span.start, span.end) if span else (0, 0)
-        self._sessions = Sessions(
-            blocks, num_pages, num_host_pages, self._move_pages, grouping, depends_on_length=depends_on_length
-        )
+        self._sessions = Sessions(blocks, capacity, self._move_pages)
         self._scheduler = Scheduler(policy or Policy())
         self._steps = Steps(self._sessions, clock)
         self._samples: list[Sample] = []

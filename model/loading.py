@@ -28,6 +28,7 @@ from .linear import check_scheme
 from .pool import PAGE_TOKENS
 from .profile import Speed, measure
 from .quantization import Shelf, scheme_of
+from .sessions import Capacity
 from .span import Span
 from .training import Room
 
@@ -64,6 +65,12 @@ class Loaded:
     grouping: Grouping
     room: Room
     speed: Speed
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the span's cache holds."""
+        depends_on_length = self.span is not None and self.span.depends_on_length
+        return Capacity(self.num_pages, self.num_host_pages, self.grouping, depends_on_length)
 
     def ready(self) -> Ready:
         """What the daemon is told."""

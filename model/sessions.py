@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import MAX_STEP_TOKENS
@@ -63,34 +64,40 @@ class Begun:
     lengths_before: tuple[int, ...]
 
 
+class Capacity(NamedTuple):
+    """What a worker's cache holds: pages on the device and in host memory, and how blocks share them.
+
+    grouping: of the blocks; None is one group. depends_on_length: what the blocks compute of a token follows the
+    length that its session was opened for.
+    """
+
+    num_pages: int
+    num_host_pages: int = 0
+    grouping: Grouping | None = None
+    depends_on_length: bool = False
+
+
 class Sessions:
     """Every session of one worker, over one pool of pages on the device and one in host memory."""
 
     def __init__(
         self,
         blocks: tuple[int, int],
-        num_pages: int,
-        num_host_pages: int = 0,
+        capacity: Capacity,
         carry: Callable[[tuple[PageMove, ...]], None] = lambda moves: None,
-        grouping: Grouping | None = None,
-        *,
-        depends_on_length: bool = False,
     ) -> None:
         """blocks: the worker's span; with no blocks or no pages nothing can be opened.
 
-        depends_on_length: what the blocks compute of a token follows the length that its session was opened for.
-
         carry: copies pages between device and host memory, at once, before they are written again.
         """
-        self._grouping = grouping or Grouping.whole(tuple(range(*blocks)))
+        self._grouping = capacity.grouping or Grouping.whole(tuple(range(*blocks)))
         self._carry = carry
-        self._depends_on_length = depends_on_length
+        self._depends_on_length = capacity.depends_on_length
         self._blocks = blocks
-        self._pool = PagePool(max(num_pages, 1))
-        self._host = PagePool(max(num_host_pages, 1))
-        self._between = PagePool(max(num_pages, 1))
-        self._num_pages = num_pages
-        self._num_host_pages = num_host_pages
+        self._num_pages, self._num_host_pages = capacity.num_pages, capacity.num_host_pages
+        self._pool = PagePool(max(self._num_pages, 1))
+        self._host = PagePool(max(self._num_host_pages, 1))
+        self._between = PagePool(max(self._num_pages, 1))
         self._expected = Expectation()
         self._prefixes = Prefixes(self._pool)
         self._open: dict[bytes, Session] = {}

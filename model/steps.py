@@ -7,18 +7,17 @@ which parts run is decided by `batch`, who has pages by `sessions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.steps import Reply, Row, check_payload
 from ..protocol.work import Compute
-from .adapters import Overlay
-from .attention import Batch, Segment
+from . import turns
+from .attention import Segment
 from .batch import Job, Part
 from .encodings import check_finite, decode, encode
 from .pool import PageCopy, PageMove
@@ -28,34 +27,16 @@ from .sessions import Begun, Sessions, undo
 _DECODE_TOKENS: Final = 8
 
 
-class Blocks(Protocol):
-    """What the engine needs of `span.Span`."""
+class Blocks(turns.Blocks, Protocol):
+    """What the engine needs of `span.Span`: besides what training does, the pages of its cache."""
 
-    start: int
-    end: int
-    hidden_size: int
-    dtype: torch.dtype
-    device: torch.device
     num_blocks_computed: int
-
-    @property
-    def modules(self) -> Mapping[int, nn.Module]:
-        """Block → its module."""
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Carry out a step's copies."""
 
     def move_pages(self, moves: Iterable[PageMove]) -> None:
         """Copy pages to host memory, and back."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        batch: Batch,
-        blocks: tuple[int, int] | None = None,
-        overlays: Sequence[Overlay] = (),
-    ) -> Tensor:
-        """(num_tokens, hidden_size) after these blocks, with these adapters over some of the tokens."""
 
 
 @dataclass(slots=True)

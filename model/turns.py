@@ -45,9 +45,9 @@ class Blocks(Protocol):
         hidden: Tensor,
         batch: Batch,
         blocks: tuple[int, int] | None = None,
-        overlays: tuple[Overlay, ...] = (),
+        overlays: Sequence[Overlay] = (),
     ) -> Tensor:
-        """(num_tokens, hidden_size) after these blocks."""
+        """(num_tokens, hidden_size) after these blocks, with these adapters over some of the tokens."""
 
 
 class Rider:

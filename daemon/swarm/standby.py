@@ -63,10 +63,8 @@ def stand(
         if not own:
             continue
         part = replace(part, dtype=own[0].dtype, quantization=own[0].quantization)
-        ends = (
-            part.upstream,
-            part.downstream,
-        )  # how far they are still counts, though they do not serve this
+        # How far the two around it are still counts, though they do not serve this.
+        ends = part.upstream, part.downstream
         beside = tuple(replace(span, state=SpanState.DRAINING) for span in view.spans if span.peer in ends)
         here = _path(replace(view, spans=(*own, *beside)), part, seed)
         if here is not None and len(here.legs) == 1:
@@ -78,7 +76,7 @@ def stand(
 def _path(view: SwarmView, wanted: Wanted, seed: int) -> Path | None:
     try:
         return find_path(view, wanted, seed=seed)
-    except CorollaError:  # nobody serves these blocks besides, which is an answer as well
+    except CorollaError:  # nobody else serves these blocks, which is an answer as well
         return None
 
 

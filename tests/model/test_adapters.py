@@ -18,6 +18,7 @@ from corolla.model.dropout import kept
 from corolla.model.engine import Engine
 from corolla.model.linear import packed
 from corolla.model.pool import PAGE_TOKENS
+from corolla.model.sessions import Capacity
 from corolla.model.span import Span
 from corolla.model.training import Room
 from corolla.protocol.errors import Code, CorollaError
@@ -156,7 +157,7 @@ class Desk:
 
     def __init__(self, span: Span) -> None:
         self.answers: list[Message] = []
-        self.engine = Engine(span, None, 16, self.answers.append, room=Room())
+        self.engine = Engine(span, None, Capacity(16), self.answers.append, room=Room())
         self.request = 0
 
     def say(self, kind: type[Any], *args: Any, **options: Any) -> None:

@@ -17,6 +17,7 @@ from corolla.model.engine import Engine
 from corolla.model.failures import explain
 from corolla.model.parking import IDLE_S, PATIENCE_S
 from corolla.model.pool import PAGE_TOKENS, Memory, PageCopy, PageMove
+from corolla.model.sessions import Capacity
 from corolla.model.span import Span
 from corolla.model.steps import cut
 from corolla.protocol.errors import Code, CorollaError
@@ -117,10 +118,9 @@ class Desk:
         self.engine = Engine(
             self.blocks,
             None,
-            num_pages,
+            Capacity(num_pages, num_host_pages),
             self.answers.append,
             POLICY,
-            num_host_pages=num_host_pages,
             clock=self.clock,
         )
         self._request = 0
@@ -279,7 +279,9 @@ def test_sessions_that_share_passes_get_what_each_alone_would_get(tmp_path: Path
     span = Span.load(checkpoint, 0, NUM_BLOCKS, torch.float32, torch.device("cpu"))
     span.allocate(NUM_PAGES)
     answers: list[Message] = []
-    engine = Engine(span, None, NUM_PAGES, answers.append, Policy(prefill_tokens=24, mixed_tokens=7))
+    engine = Engine(
+        span, None, Capacity(NUM_PAGES), answers.append, Policy(prefill_tokens=24, mixed_tokens=7)
+    )
     hidden, expected, lengths = {}, {}, {A: 70, B: 9, C: 33}
     outputs: list[Tensor] = []  # of the last block, before the final norm
     whole.model.layers[-1].register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -318,7 +320,7 @@ def test_texts_in_a_cache_three_times_too_small_are_those_of_each_alone(tmp_path
         answers: list[Message] = []
         seconds = iter(range(1 << 30))  # all of them had their turn, and waited, whenever it is looked at
         engine = Engine(
-            span, None, num_pages, answers.append, num_host_pages=num_host_pages, clock=lambda: next(seconds)
+            span, None, Capacity(num_pages, num_host_pages), answers.append, clock=lambda: next(seconds)
         )
         texts = {number: list(prompts[number]) for number in chosen}
         for number in chosen:
@@ -451,7 +453,7 @@ def test_a_failed_part_of_a_prefill_undoes_the_parts_before_it(desk: Desk) -> No
 def test_messages_that_this_worker_has_no_part_for_are_refused(desk: Desk) -> None:
     desk.engine.handle(BeginGeneration(9, 1, Sampling(), Encoding.FLOAT32, 8, tokens=(TokenRow((1,)),)))
     assert problem(desk.answers.pop()).code is Code.NOT_READY
-    ends_only = Engine(None, None, 0, desk.answers.append)
+    ends_only = Engine(None, None, Capacity(0), desk.answers.append)
     ends_only.handle(OpenCache(1, A, 0, 1, Encoding.FLOAT32, 1, 64))
     assert problem(desk.answers.pop()).code is Code.BLOCKS_OUT_OF_RANGE
 

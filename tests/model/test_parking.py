@@ -21,7 +21,7 @@ from corolla.model.parking import (
     make_room,
 )
 from corolla.model.pool import PAGE_TOKENS, Memory, PageMove
-from corolla.model.sessions import Begun, Sessions, undo
+from corolla.model.sessions import Begun, Capacity, Sessions, undo
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
@@ -135,7 +135,7 @@ class SessionsAgainstLists(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sessions = Sessions((0, 1), self.NUM_PAGES, self.NUM_HOST_PAGES, self.carry)
+        self.sessions = Sessions((0, 1), Capacity(self.NUM_PAGES, self.NUM_HOST_PAGES), self.carry)
         self.memories: dict[Memory, dict[int, dict[int, int]]] = {memory: {} for memory in Memory}
         self.device = self.memories[Memory.DEVICE]
         self.texts: dict[bytes, list[int]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from corolla.model.parking import IDLE_S
 from corolla.model.pool import PAGE_TOKENS, PagePool
 from corolla.model.prefixes import Prefixes
-from corolla.model.sessions import Sessions
+from corolla.model.sessions import Capacity, Sessions
 from corolla.protocol.steps import NEW_ROW, PREFIX_STEP, Chain, Row
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.work import CloseCache, Compute, Done, NamePages, OpenCache, Restored
@@ -123,7 +123,7 @@ def test_a_session_that_began_from_a_prefix_is_parked_and_comes_back() -> None:
 
 
 def test_where_positions_are_turned_by_the_length_only_sessions_of_the_same_length_share() -> None:
-    sessions = Sessions((0, 1), 16, depends_on_length=True)
+    sessions = Sessions((0, 1), Capacity(16, depends_on_length=True))
 
     def opened(session: bytes, length: int) -> tuple[int, ...]:
         ask = OpenCache(1, session, 0, 1, Encoding.FLOAT32, 1, length, prefix=NAMES)

@@ -25,6 +25,7 @@ from corolla.model.dropout import kept
 from corolla.model.engine import Engine
 from corolla.model.plain import source_of
 from corolla.model.quantization import Shelf
+from corolla.model.sessions import Capacity
 from corolla.model.span import Span
 from corolla.model.training import Room
 from corolla.protocol.errors import Code, CorollaError
@@ -153,7 +154,7 @@ class Desk:
 
     def __init__(self, span: Span, room: Room | None = None) -> None:
         self.answers: list[Message] = []
-        self.engine = Engine(span, None, 0, self.answers.append, Policy(), room)
+        self.engine = Engine(span, None, Capacity(0), self.answers.append, Policy(), room)
         self._request = 0
 
     def ask(self, kind: type[Any], *args: Any, **options: Any) -> Message:
