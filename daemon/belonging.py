@@ -20,13 +20,13 @@ from ..protocol.invitations import SwarmToken, encode_token
 from ..protocol.registry import HELLO_PROTOCOL
 from .identity import Identity
 from .network.dialling import Reachability
-from .network.greeting import Swarm, discover_swarm
-from .network.libp2p import open_network
-from .network.membership import Membership
-from .network.neighbours import Neighbours, listens_beyond
-from .network.registry import Registry
-from .network.relaying import RelayLimits
-from .network.roll import Roll, Standing
+from .network.libp2p.network import open_network
+from .network.members.greeting import Swarm, discover_swarm
+from .network.members.membership import Membership
+from .network.members.roll import Roll, Standing
+from .network.reach.neighbours import Neighbours, listens_beyond
+from .network.reach.relaying import RelayLimits
+from .network.registry.registry import Registry
 from .network.seam import Network
 from .network.traffic import Traffic
 from .routes import Routes

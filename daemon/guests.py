@@ -12,7 +12,7 @@ from ..protocol.guests import BannedPeer, Invite, InviteView, Revoke
 from ..protocol.invitations import Grant
 from .control import Ask, Handler, Reply
 from .inviting import PEER
-from .network.roll import Roll
+from .network.members.roll import Roll
 
 if TYPE_CHECKING:
     from .node import Node

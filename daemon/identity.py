@@ -1,7 +1,7 @@
 """Who this daemon is: one Ed25519 key in the state folder, and the peer id that follows from it.
 
 Whoever reads the file can speak as this peer, so it is created with mode 0600 and never written again.
-It knows nothing of networks; `network/libp2p.py` turns the key into libp2p's own type.
+It knows nothing of networks; `network/libp2p/network.py` turns the key into libp2p's own type.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from ..protocol.invitations import (
 from ..protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
 from .belonging import Belonging, Entry
 from .identity import Identity
-from .network.greeting import Swarm, found_swarm
-from .network.roll import Roll, Standing, decode_standing, encode_standing
+from .network.members.greeting import Swarm, found_swarm
+from .network.members.roll import Roll, Standing, decode_standing, encode_standing
 from .store import Store
 
 MAX_VOUCHED: Final = 4 * MAX_ADDRESSES  # peers named by the last few tokens that we joined with

@@ -24,7 +24,7 @@ from ..protocol.work import Configure, ModelFacts, Ready
 from .belonging import Belonging
 from .config import Config
 from .ends import FIRST_OTHER, Ends, loaded
-from .network.announcements import Offer
+from .network.registry.announcements import Offer
 from .profiles import Profiles
 from .schedule import Lends
 from .serving.workers import Worker, WorkerState, worker_command

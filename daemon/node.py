@@ -33,9 +33,9 @@ from .identity import load_identity
 from .inviting import Inviting
 from .lending import Lending
 from .network.dialling import Reachability
-from .network.host import check_port
-from .network.relaying import RelayLimits
-from .network.tcp import listenable
+from .network.libp2p.host import check_port
+from .network.libp2p.tcp import listenable
+from .network.reach.relaying import RelayLimits
 from .network.traffic import Traffic
 from .pages import Door, Pages
 from .pausing import Pausing

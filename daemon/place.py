@@ -17,7 +17,7 @@ from .belonging import Belonging, Entry, Terms, belong, discover
 from .events import EventLog
 from .inviting import Inviting
 from .lending import Lending
-from .network.roll import Standing
+from .network.members.roll import Standing
 from .routes import no_swarm
 from .store import Store
 

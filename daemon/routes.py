@@ -17,9 +17,9 @@ from ..protocol import views
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.limits import CONNECT_TIMEOUT_S
 from ..protocol.work import ModelFacts
-from .network.greeting import PROTOCOL_MAJORS
-from .network.membership import Membership
-from .network.registry import Registry, Seen
+from .network.members.greeting import PROTOCOL_MAJORS
+from .network.members.membership import Membership
+from .network.registry.registry import Registry, Seen
 from .network.seam import Network
 from .session.wiring import Route, RouteHop, RouteRequest
 from .swarm.blame import Ledger

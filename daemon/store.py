@@ -109,7 +109,7 @@ class Store:
         self._write(PROFILES_FILE, json.dumps(dict(content)) + "\n")
 
     def load_membership(self) -> bytes:
-        """The standing in our swarm, as `network/roll.py` encodes it; b"" if there is none. Raises `UNREADABLE`."""
+        """The standing in our swarm, as `members/roll.py` encodes it; b"" if there is none. Raises `UNREADABLE`."""
         path = self.folder / MEMBERSHIP_FILE
         try:
             return path.read_bytes()

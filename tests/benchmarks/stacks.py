@@ -201,7 +201,7 @@ async def serve_pipe(handler: Callable[[Any], Awaitable[None]], stream: Stream) 
 
 async def serve_ours() -> None:
     from corolla.daemon.identity import new_identity
-    from corolla.daemon.network.libp2p import open_network
+    from corolla.daemon.network.libp2p.network import open_network
 
     async with open_network(new_identity(), listen=("/ip4/127.0.0.1/tcp/0",)) as network:
         for protocol, handler in HANDLERS.items():
@@ -213,7 +213,7 @@ async def serve_ours() -> None:
 @asynccontextmanager
 async def dial_ours(port: int, peer: str) -> AsyncIterator[Dial]:
     from corolla.daemon.identity import new_identity
-    from corolla.daemon.network.libp2p import open_network
+    from corolla.daemon.network.libp2p.network import open_network
 
     async with open_network(new_identity(), listen=()) as network:
         await network.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{peer}", timeout_s=10)

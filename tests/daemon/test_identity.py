@@ -15,7 +15,7 @@ from libp2p.peer.id import ID
 
 from corolla.daemon import identity as module
 from corolla.daemon.identity import KEY_FILE, identity_from_seed, load_identity, new_identity
-from corolla.daemon.network.host import key_pair
+from corolla.daemon.network.libp2p.host import key_pair
 from corolla.protocol.errors import Code, CorollaError
 
 

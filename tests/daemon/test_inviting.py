@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from corolla.daemon.identity import Identity, identity_from_seed
 from corolla.daemon.inviting import Inviting
-from corolla.daemon.network.greeting import Swarm
-from corolla.daemon.network.roll import Roll, Standing
+from corolla.daemon.network.members.greeting import Swarm
+from corolla.daemon.network.members.roll import Roll, Standing
 from corolla.daemon.store import Store, open_store
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import Charter, SwarmToken, encode_token, invite

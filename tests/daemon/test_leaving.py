@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from corolla.daemon.network.announcements import Offer
+from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.node import Node
 from corolla.protocol.records import SpanState
 from corolla.protocol.tensors import DType

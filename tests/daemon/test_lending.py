@@ -20,7 +20,7 @@ from corolla.daemon import lending as module
 from corolla.daemon.config import Config
 from corolla.daemon.ends import MAX_LOADS
 from corolla.daemon.lending import Lending
-from corolla.daemon.network.announcements import Offer
+from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.serving.workers import Worker
 from corolla.protocol.control import PullProgress
 from corolla.protocol.errors import Code, CorollaError

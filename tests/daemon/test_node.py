@@ -19,7 +19,7 @@ import corolla
 from corolla.daemon import place as module
 from corolla.daemon.config import Config
 from corolla.daemon.methods import handlers, pages
-from corolla.daemon.network.roll import Standing
+from corolla.daemon.network.members.roll import Standing
 from corolla.daemon.node import Node
 from corolla.daemon.place import HINT
 from corolla.daemon.store import open_store

@@ -18,7 +18,7 @@ from corolla.daemon import ends as ends_module
 from corolla.daemon import lending as lending_module
 from corolla.daemon.config import Config
 from corolla.daemon.lending import Lending
-from corolla.daemon.network.announcements import Offer
+from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.pausing import Pausing
 from corolla.daemon.rebalancing import Rebalancing
 from corolla.daemon.schedule import Lends, Rules, Seen, Verdict, parse_hours

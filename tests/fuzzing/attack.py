@@ -26,17 +26,17 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 
 from corolla.daemon.identity import Identity, new_identity
-from corolla.daemon.network.announcements import Announcements, Offer
-from corolla.daemon.network.circuits import HOP_PROTOCOL, STOP_PROTOCOL
 from corolla.daemon.network.dialling import split_peer
-from corolla.daemon.network.greeting import Swarm
-from corolla.daemon.network.host import key_pair
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership
-from corolla.daemon.network.multistream import agree
-from corolla.daemon.network.muxing import Mux
-from corolla.daemon.network.noise import FastNoise, NoiseOnly
-from corolla.daemon.network.yamux import PROTOCOL as YAMUX
+from corolla.daemon.network.libp2p.host import key_pair
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.members.greeting import Swarm
+from corolla.daemon.network.members.membership import Membership
+from corolla.daemon.network.reach.circuits import HOP_PROTOCOL, STOP_PROTOCOL
+from corolla.daemon.network.registry.announcements import Announcements, Offer
+from corolla.daemon.network.wire.multistream import agree
+from corolla.daemon.network.wire.muxing import Mux
+from corolla.daemon.network.wire.noise import FastNoise, NoiseOnly
+from corolla.daemon.network.wire.yamux import PROTOCOL as YAMUX
 from corolla.protocol.control import Call, Cancel
 from corolla.protocol.errors import CorollaError
 from corolla.protocol.framing import encode_frame

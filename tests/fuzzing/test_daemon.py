@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from corolla.daemon.network.greeting import Swarm
+from corolla.daemon.network.members.greeting import Swarm
 
 from ..processes import DaemonProcess, LocalSwarm, local_swarm, wait_until
 from .attack import Target, attack, door_of

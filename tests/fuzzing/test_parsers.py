@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.daemon.network.circuits import split_circuit
 from corolla.daemon.network.dialling import AddressBook, reach_of, split_peer
-from corolla.daemon.network.muxing import Mux, ViolationError
-from corolla.daemon.network.roll import Roll, Standing, decode_standing
-from corolla.daemon.network.shelf import Shelf, origin_of
+from corolla.daemon.network.members.roll import Roll, Standing, decode_standing
+from corolla.daemon.network.reach.circuits import split_circuit
+from corolla.daemon.network.registry.shelf import Shelf, origin_of
+from corolla.daemon.network.wire.muxing import Mux, ViolationError
 from corolla.protocol.control import FROM_DAEMON, METHODS, TO_DAEMON
 from corolla.protocol.errors import Code, CorollaError, error_from_wire
 from corolla.protocol.framing import Frame, FrameParser, encode_frame

@@ -18,13 +18,13 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, StopMessa
 from multiaddr import Multiaddr
 
 from corolla.daemon.identity import identity_from_seed
-from corolla.daemon.network.circuits import Preamble, peer_of
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.host import key_pair
-from corolla.daemon.network.multistream import agree, answer
-from corolla.daemon.network.noise import FastNoise, NoiseOnly
-from corolla.daemon.network.relays import observed_address
+from corolla.daemon.network.libp2p.host import key_pair
+from corolla.daemon.network.reach.circuits import Preamble, peer_of
+from corolla.daemon.network.reach.relays import observed_address
 from corolla.daemon.network.room import Room
+from corolla.daemon.network.wire.multistream import agree, answer
+from corolla.daemon.network.wire.noise import FastNoise, NoiseOnly
 from corolla.protocol.errors import Code
 from corolla.protocol.limits import MAX_CIRCUIT_MESSAGE_BYTES, MIB
 from corolla.protocol.messages import encode

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from corolla.daemon.__main__ import main
-from corolla.daemon.network.libp2p import Libp2pNetwork
+from corolla.daemon.network.libp2p.network import Libp2pNetwork
 from corolla.daemon.serving.served import Served
 from corolla.daemon.serving.training import CHUNK_TIMEOUT_S, TrainingService, read_chunks
 from corolla.protocol.errors import Code, error

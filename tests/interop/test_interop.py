@@ -13,7 +13,7 @@ from libp2p.identity.identify.identify import parse_identify_response
 from libp2p.peer.id import ID
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import CorollaError
 

@@ -11,7 +11,7 @@ import sys
 import trio
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network.libp2p import open_network
+from corolla.daemon.network.libp2p.network import open_network
 from corolla.daemon.network.seam import Stream
 from corolla.daemon.network.traffic import Traffic
 

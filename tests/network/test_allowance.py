@@ -14,7 +14,7 @@ from corolla.daemon.network.allowance import (
     Rate,
     heaviest,
 )
-from corolla.daemon.network.lobby import Lobby, origin_of_socket
+from corolla.daemon.network.libp2p.lobby import Lobby, origin_of_socket
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.limits import MAX_PACE_S, STREAMS_PER_PEER, STREAMS_PER_STRANGER
 

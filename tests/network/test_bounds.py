@@ -17,17 +17,17 @@ from libp2p.peer.id import ID
 from trio.testing import MockClock
 
 from corolla.daemon.identity import Identity, identity_from_seed, new_identity
-from corolla.daemon.network import libp2p as libp2p_module
 from corolla.daemon.network.allowance import Allowance, Allowances, Rate, Terms
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.host import key_pair
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
+from corolla.daemon.network.libp2p import network as libp2p_module
+from corolla.daemon.network.libp2p.host import key_pair
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.memory import stream_pair
-from corolla.daemon.network.multistream import agree
-from corolla.daemon.network.noise import FastNoise, NoiseOnly, NoiseSession
 from corolla.daemon.network.seam import Stream
-from corolla.daemon.network.yamux import PROTOCOL as YAMUX
-from corolla.daemon.network.yamux import Yamux
+from corolla.daemon.network.wire.multistream import agree
+from corolla.daemon.network.wire.noise import FastNoise, NoiseOnly, NoiseSession
+from corolla.daemon.network.wire.yamux import PROTOCOL as YAMUX
+from corolla.daemon.network.wire.yamux import Yamux
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.framing import encode_frame
 from corolla.protocol.limits import (

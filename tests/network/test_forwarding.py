@@ -11,12 +11,12 @@ import trio
 from multiaddr import Multiaddr
 from trio.testing import wait_all_tasks_blocked
 
-from corolla.daemon.network import forwarding as forwarding_module
 from corolla.daemon.network.dialling import Reachability
-from corolla.daemon.network.forwarding import LEASE_S, Forwarding, Gateway, find_gateway
-from corolla.daemon.network.observations import Sighting
-from corolla.daemon.network.proofs import Proof, Verdict, judge
-from corolla.daemon.network.whereabouts import Whereabouts
+from corolla.daemon.network.reach import forwarding as forwarding_module
+from corolla.daemon.network.reach.forwarding import LEASE_S, Forwarding, Gateway, find_gateway
+from corolla.daemon.network.reach.observations import Sighting
+from corolla.daemon.network.reach.proofs import Proof, Verdict, judge
+from corolla.daemon.network.reach.whereabouts import Whereabouts
 from corolla.protocol.errors import Code, CorollaError, error
 
 from .router import LOOPBACK, Router, upnp

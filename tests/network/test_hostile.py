@@ -16,13 +16,13 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 
 from corolla.daemon.belonging import Belonging, Entry, Terms, belong
 from corolla.daemon.identity import Identity, identity_from_seed
-from corolla.daemon.network.announcements import Offer
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.dialling import Reachability
-from corolla.daemon.network.greeting import Swarm
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.relaying import RelayLimits
-from corolla.daemon.network.roll import Standing
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.members.greeting import Swarm
+from corolla.daemon.network.members.roll import Standing
+from corolla.daemon.network.reach.relaying import RelayLimits
+from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.network.seam import Network
 from corolla.daemon.network.traffic import Traffic
 from corolla.daemon.serving.twin import twin_facts

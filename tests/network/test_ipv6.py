@@ -13,15 +13,15 @@ import trio
 from multiaddr import Multiaddr
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network import tcp as tcp_module
 from corolla.daemon.network.dialling import Reach, Reachability, order, reach_of, split_peer
-from corolla.daemon.network.greeting import discover_swarm, found_swarm
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership
-from corolla.daemon.network.relaying import RelayLimits
+from corolla.daemon.network.libp2p import tcp as tcp_module
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.libp2p.tcp import listenable
+from corolla.daemon.network.members.greeting import discover_swarm, found_swarm
+from corolla.daemon.network.members.membership import Membership
+from corolla.daemon.network.reach.relaying import RelayLimits
+from corolla.daemon.network.reach.whereabouts import Whereabouts
 from corolla.daemon.network.seam import Stream
-from corolla.daemon.network.tcp import listenable
-from corolla.daemon.network.whereabouts import Whereabouts
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import SwarmToken, decode_token, encode_token
 

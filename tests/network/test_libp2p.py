@@ -27,7 +27,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from corolla.daemon.identity import Identity, identity_from_seed, new_identity
 from corolla.daemon.network.dialling import split_peer
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
 
@@ -410,7 +410,7 @@ async def test_a_cancelled_block_closes_too() -> None:
 _PROGRAM = """
 import sys, anyio
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network.libp2p import open_network
+from corolla.daemon.network.libp2p.network import open_network
 
 async def echo(stream):
     while data := await stream.receive():

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.daemon.network import muxing
-from corolla.daemon.network.frames import HEADER_BYTES, MAX_FRAME_BODY_BYTES, MAX_MESSAGE_BYTES, GoAway
-from corolla.daemon.network.muxing import (
+from corolla.daemon.network.wire import muxing
+from corolla.daemon.network.wire.frames import HEADER_BYTES, MAX_FRAME_BODY_BYTES, MAX_MESSAGE_BYTES, GoAway
+from corolla.daemon.network.wire.muxing import (
     Acknowledged,
     Departed,
     Event,
@@ -24,7 +24,7 @@ from corolla.daemon.network.muxing import (
     ViolationError,
     Writable,
 )
-from corolla.daemon.network.windows import wanted_window_bytes
+from corolla.daemon.network.wire.windows import wanted_window_bytes
 from corolla.protocol.limits import (
     INITIAL_WINDOW_BYTES,
     MAX_STREAMS,

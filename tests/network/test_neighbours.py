@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network import neighbours as neighbours_module
-from corolla.daemon.network.greeting import Swarm, found_swarm
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.membership import Membership
-from corolla.daemon.network.neighbours import (
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.members.greeting import Swarm, found_swarm
+from corolla.daemon.network.members.membership import Membership
+from corolla.daemon.network.reach import neighbours as neighbours_module
+from corolla.daemon.network.reach.neighbours import (
     MAX_NEIGHBOURS,
     SERVICE,
     Neighbours,

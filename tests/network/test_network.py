@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from corolla.daemon.identity import identity_from_seed
-from corolla.daemon.network.libp2p import open_network
+from corolla.daemon.network.libp2p.network import open_network
 from corolla.daemon.network.memory import memory_hub
 from corolla.daemon.network.seam import Network, Stream
 from corolla.protocol.errors import Code, CorollaError

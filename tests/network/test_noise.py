@@ -18,9 +18,9 @@ from noise.exceptions import NoiseInvalidMessage
 from trio.testing import open_stream_to_socket_listener
 
 from corolla.daemon.identity import identity_from_seed
-from corolla.daemon.network.host import key_pair
-from corolla.daemon.network.noise import FastNoise, NoiseSession
-from corolla.daemon.network.sealing import MAX_PLAIN_BYTES, Sealer, Unsealer
+from corolla.daemon.network.libp2p.host import key_pair
+from corolla.daemon.network.wire.noise import FastNoise, NoiseSession
+from corolla.daemon.network.wire.sealing import MAX_PLAIN_BYTES, Sealer, Unsealer
 
 pytestmark = pytest.mark.anyio
 

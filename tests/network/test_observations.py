@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla.daemon.network.dialling import Reachability
-from corolla.daemon.network.observations import QUORUM, Nat, Sighting, combine, endpoint_of, place_of
-from corolla.daemon.network.whereabouts import Whereabouts
+from corolla.daemon.network.reach.observations import QUORUM, Nat, Sighting, combine, endpoint_of, place_of
+from corolla.daemon.network.reach.whereabouts import Whereabouts
 
 HOME = "/ip4/11.0.0.9/tcp/4517"
 PEERS = [f"11.0.0.{number}" for number in range(20, 40)]

@@ -13,14 +13,14 @@ import trio.testing
 from multiaddr import Multiaddr
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network import observations as observations_module
-from corolla.daemon.network import reaching as reaching_module
-from corolla.daemon.network import whereabouts as whereabouts_module
 from corolla.daemon.network.dialling import Reach, Reachability, reach_of
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub
-from corolla.daemon.network.observations import Sighting
-from corolla.daemon.network.proofs import (
+from corolla.daemon.network.reach import observations as observations_module
+from corolla.daemon.network.reach import reaching as reaching_module
+from corolla.daemon.network.reach import whereabouts as whereabouts_module
+from corolla.daemon.network.reach.observations import Sighting
+from corolla.daemon.network.reach.proofs import (
     ENOUGH,
     FRESH_S,
     LASTING_S,
@@ -30,16 +30,16 @@ from corolla.daemon.network.proofs import (
     judge,
     questions,
 )
-from corolla.daemon.network.reaching import (
+from corolla.daemon.network.reach.reaching import (
     Doorbell,
     Doorkeeper,
     Reaching,
     refusal,
     say_nonce,
 )
-from corolla.daemon.network.relaying import RelayLimits
+from corolla.daemon.network.reach.relaying import RelayLimits
+from corolla.daemon.network.reach.whereabouts import Whereabouts
 from corolla.daemon.network.seam import Stream
-from corolla.daemon.network.whereabouts import Whereabouts
 from corolla.protocol.errors import Code, error
 from corolla.protocol.limits import DIAL_BACK_AGAIN_S, MAX_DIAL_BACKS, MAX_DIAL_BACKS_PER_MINUTE
 from corolla.protocol.messages import encode

@@ -14,18 +14,18 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network import relays as relays_module
-from corolla.daemon.network.circuits import (
+from corolla.daemon.network.dialling import Reachability
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.reach import relays as relays_module
+from corolla.daemon.network.reach.circuits import (
     HOP_PROTOCOL,
     Preamble,
     check_status,
     circuit_address,
     split_circuit,
 )
-from corolla.daemon.network.dialling import Reachability
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.relaying import RelayLimits
-from corolla.daemon.network.relays import Refusal, candidates
+from corolla.daemon.network.reach.relaying import RelayLimits
+from corolla.daemon.network.reach.relays import Refusal, candidates
 from corolla.daemon.network.seam import PeerView, Stream
 from corolla.daemon.network.traffic import MAX_YIELD_S, Pace
 from corolla.protocol.errors import Code, CorollaError

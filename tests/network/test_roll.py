@@ -7,7 +7,7 @@ import random
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla.daemon.network.roll import Roll, Standing, decode_standing, encode_standing
+from corolla.daemon.network.members.roll import Roll, Standing, decode_standing, encode_standing
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.invitations import Charter, Proof, accept
 from corolla.protocol.records import peer_id_of

@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.libp2p import open_network
+from corolla.daemon.network.libp2p.network import open_network
 from corolla.daemon.network.room import Room
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.limits import FIRST_WORD_BYTES, KIB, MAX_UNFINISHED_BYTES, MIB

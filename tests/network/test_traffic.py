@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from corolla.daemon.identity import new_identity
-from corolla.daemon.network.libp2p import open_network
+from corolla.daemon.network.libp2p.network import open_network
 from corolla.daemon.network.seam import Stream
 from corolla.daemon.network.traffic import (
     BURST_BYTES,

@@ -22,7 +22,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux as StockYamux
 from trio.testing import MockClock, memory_stream_pair
 
 from corolla.daemon.identity import identity_from_seed
-from corolla.daemon.network.yamux import LINGER_TICKS, TICK_S, Yamux
+from corolla.daemon.network.wire.yamux import LINGER_TICKS, TICK_S, Yamux
 from corolla.protocol.limits import INITIAL_WINDOW_BYTES
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import trio
 
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.dialling import Reachability
-from corolla.daemon.network.libp2p import Libp2pNetwork, open_network
-from corolla.daemon.network.relaying import RelayLimits
+from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.reach.relaying import RelayLimits
 from corolla.daemon.network.seam import Network
 from corolla.daemon.serving.peers import HopService
 from corolla.daemon.serving.twin import WorkerTwin

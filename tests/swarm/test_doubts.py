@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from corolla.daemon.network.doubts import MAX_PEERS, MEMORY_S, TWIN_MEMORY_S, Doubts
+from corolla.daemon.network.registry.doubts import MAX_PEERS, MEMORY_S, TWIN_MEMORY_S, Doubts
 from corolla.protocol.limits import REFRESH_EVERY_S
 from corolla.protocol.records import SpanState
 from corolla.protocol.registry import Store, Stored

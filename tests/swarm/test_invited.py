@@ -13,10 +13,10 @@ from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.greeting import Swarm
-from corolla.daemon.network.membership import Membership
+from corolla.daemon.network.members.greeting import Swarm
+from corolla.daemon.network.members.membership import Membership
+from corolla.daemon.network.members.roll import Roll, Standing
 from corolla.daemon.network.memory import MemoryHub, memory_hub
-from corolla.daemon.network.roll import Roll, Standing
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.invitations import Charter, Proof, accept

@@ -13,10 +13,10 @@ import trio
 import trio.testing
 from anyio.abc import TaskGroup
 
-from corolla.daemon.network import strangers as strangers_module
-from corolla.daemon.network.acquaintances import FORGET_AFTER_S, MAX_KNOWN
-from corolla.daemon.network.greeting import Swarm, discover_swarm, found_swarm
-from corolla.daemon.network.membership import GOSSIP_EVERY_S, Membership
+from corolla.daemon.network.members import strangers as strangers_module
+from corolla.daemon.network.members.acquaintances import FORGET_AFTER_S, MAX_KNOWN
+from corolla.daemon.network.members.greeting import Swarm, discover_swarm, found_swarm
+from corolla.daemon.network.members.membership import GOSSIP_EVERY_S, Membership
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, uniform_delay
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError

@@ -16,14 +16,14 @@ import trio.testing
 from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla.daemon.network import registry as registry_module
-from corolla.daemon.network.announcements import Offer
 from corolla.daemon.network.conversation import Conversation
-from corolla.daemon.network.greeting import found_swarm
-from corolla.daemon.network.holders import SMALL_SWARM
-from corolla.daemon.network.membership import Membership
+from corolla.daemon.network.members.greeting import found_swarm
+from corolla.daemon.network.members.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub, uniform_delay
-from corolla.daemon.network.registry import EXPIRE_EVERY_S, Registry
+from corolla.daemon.network.registry import registry as registry_module
+from corolla.daemon.network.registry.announcements import Offer
+from corolla.daemon.network.registry.holders import SMALL_SWARM
+from corolla.daemon.network.registry.registry import EXPIRE_EVERY_S, Registry
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.framing import encode_frame

@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from corolla.daemon.network.greeting import greet_with
-from corolla.daemon.network.membership import GOSSIP_EVERY_S
-from corolla.daemon.network.runs import MAX_PEERS, MAX_RUNS, MEMORY_S, Runs
+from corolla.daemon.network.members.greeting import greet_with
+from corolla.daemon.network.members.membership import GOSSIP_EVERY_S
+from corolla.daemon.network.members.runs import MAX_PEERS, MAX_RUNS, MEMORY_S, Runs
 from corolla.protocol.limits import HELLO_TIMEOUT_S
 from corolla.protocol.registry import Hello
 

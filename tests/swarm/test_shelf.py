@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla.daemon.network.shelf import Shelf, batches, entry_bytes, origin_of
+from corolla.daemon.network.registry.shelf import Shelf, batches, entry_bytes, origin_of
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.limits import (
     MAX_BATCH_BYTES,

@@ -1,0 +1,1 @@
+"""The network over py-libp2p: its host, its connections and streams, and finding peers."""

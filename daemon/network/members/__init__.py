@@ -1,0 +1,1 @@
+"""Who belongs to our swarm, and what is remembered of whom."""

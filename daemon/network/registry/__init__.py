@@ -1,0 +1,1 @@
+"""Signed records of what the swarm serves: announced, held for others, looked up."""

@@ -1,0 +1,1 @@
+"""What runs over one connection: Noise, multistream and Yamux, and the rules of each."""
