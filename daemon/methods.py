@@ -36,10 +36,10 @@ from .guests import Guests
 from .metrics import CONTENT_TYPE, Metrics
 from .netcheck import NetworkChecks
 from .pages import Pages
+from .programs import Programs
 from .sessions import close_for_program, open_for_program, step_for_program
 from .sources import source_of
 from .training.parts import PartShelf
-from .training.programs import Programs
 
 if TYPE_CHECKING:
     from .node import Node
