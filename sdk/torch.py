@@ -259,7 +259,8 @@ def _attach(model: Any, sessions: Sessions, num_blocks: int) -> None:
         return SwarmCache(sessions, max_length=max_length or min(DEFAULT_LENGTH, reach))
 
     decoder = model.get_decoder()
-    attach(decoder, RemoteBlocks(make_cache, model._journeys, num_blocks))
+    blocks = RemoteBlocks(make_cache, model._journeys, num_blocks).train(decoder.training)
+    attach(decoder, blocks)
     take_up(model, lambda: model._journeys.adapter, needs_labels=True)
     take_up(decoder, lambda: model._journeys.adapter)  # before the padding is taken out of its arguments
     decoder.register_forward_pre_hook(pass_padding(make_cache, model._journeys), with_kwargs=True)

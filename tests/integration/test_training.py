@@ -160,10 +160,13 @@ def distributed(setting: Setting, daemon: Daemon) -> Any:
 
 
 def peft_of(
-    setting: Setting, folder: Path, targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
+    setting: Setting,
+    folder: Path,
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
+    dropout: float = 0.0,
 ) -> Any:
     """PEFT in this process, with factors that are all random; its adapter lies in `folder`."""
-    config = LoraConfig(r=3, lora_alpha=12, target_modules=list(targets), bias="none")
+    config = LoraConfig(r=3, lora_alpha=12, lora_dropout=dropout, target_modules=list(targets), bias="none")
     adapted = get_peft_model(deepcopy(setting.whole), config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
