@@ -173,13 +173,19 @@ def generate(
 ) -> Outcome:
     """One streamed generation; `disturb` is called after each token with their number. See `generate_rows`."""
     rows, events = generate_rows(
-        fleet, [prompt], disturb, MOST_TOKENS if until else num_tokens, until=until, then=then, **sampling
+        fleet.client,
+        [prompt],
+        disturb,
+        MOST_TOKENS if until else num_tokens,
+        until=until,
+        then=then,
+        **sampling,
     )
     return Outcome(rows[0], events)
 
 
 def generate_rows(
-    fleet: Fleet,
+    client: DaemonProcess,
     prompts: list[list[int]],
     disturb: Callable[[int], None],
     num_tokens: int,
@@ -198,7 +204,7 @@ def generate_rows(
     count = 0
     end = math.inf
     with (
-        fleet.client.connect() as daemon,
+        client.connect() as daemon,
         daemon.model("tiny").generate(
             tokens=prompts, max_new_tokens=num_tokens, stream=True, events=True, **sampling
         ) as pieces,

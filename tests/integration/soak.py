@@ -206,7 +206,7 @@ def soak(
     num_strikes: int,
     interval_s: float,
 ) -> Figures:
-    """So many disturbances, one each interval, while all writers write."""
+    """So many disturbances at least, one each interval, while all writers write."""
     threads = [threading.Thread(target=writer.run) for writer in writers]
     for thread in threads:
         thread.start()
@@ -217,7 +217,11 @@ def soak(
         return all(writer.num_right or writer.problems for writer in writers)
 
     try:
-        for number in range(num_strikes):
+        for (
+            number
+        ) in itertools.count():  # beyond the number too, until one has struck where a text was written
+            if number >= num_strikes and any(writer.num_repairs for writer in writers):
+                break
             wait_until(begun, "a first text of each", RETURN_DEADLINE_S)
             if number == num_strikes // 3:
                 before = resident_bytes(client.pid)

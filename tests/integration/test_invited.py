@@ -29,13 +29,13 @@ from ..processes import DaemonProcess, LocalSwarm, local_swarm, wait_until  # no
 pytestmark = pytest.mark.timeout(300)
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 PROMPT = [5, 17, 40, 8, 23]
-NUM_TOKENS = 240
+NUM_TOKENS = 8000  # more than are written while one is put out
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_tiny(folder, "llama", seed=4, eos_token_id=None)
+    save_tiny(folder, "llama", seed=4, eos_token_id=None, max_position_embeddings=2 * NUM_TOKENS)
     return folder
 
 

@@ -246,7 +246,7 @@ def test_several_rows_go_through_a_kill(fleet: Fleet) -> None:
     prompts = [PROMPT, prompt_of(3), prompt_of(21)]
     before = fleet.charged()
     killer = Killer(fleet, (SPANS[1],), at=20)
-    rows, events = generate_rows(fleet, prompts, killer, SHARED_TOKENS, until="repaired")
+    rows, events = generate_rows(fleet.client, prompts, killer, SHARED_TOKENS, until="repaired")
     assert "repaired" in events
     assert rows == [fleet.chosen(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
     assert fleet.charged() - before == killer.guilty
