@@ -108,7 +108,8 @@ class Config:
         try:
             parse_hours(self.hours)
         except ValueError as problem:
-            raise _bad("hours", self.hours, "times such as 22:00-07:00, or several with commas") from problem
+            wanted = 'times such as 22:00-07:00, several with commas, or "" for always'
+            raise _bad("hours", self.hours, wanted) from problem
 
     def span(self) -> tuple[int, int] | None:
         """The blocks of `START:END`; None for `auto`, and (0, 0) for `none`."""

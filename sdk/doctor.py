@@ -169,7 +169,17 @@ def _config(facts: Facts) -> Iterator[Check]:
         remedy = "correct it; corollad --check-config tells whether it is right"
         yield Check("configuration", PROBLEM, text, remedy)
     else:
-        yield Check("configuration", OK, str(facts.offline.get("file") or "no file; the defaults"))
+        source = str(facts.offline.get("file") or "no file; the defaults")
+        others = _set_otherwise(facts)
+        if others:
+            source = f"{source}, and as it was started or set later: {', '.join(others)}"
+        yield Check("configuration", OK, source)
+
+
+def _set_otherwise(facts: Facts) -> list[str]:
+    """Settings of the running daemon that another start without flags would not have."""
+    mine, fresh = facts.config or {}, (facts.offline or {}).get("config") or {}
+    return sorted(key for key in mine if key in fresh and mine[key] != fresh[key])
 
 
 def _port(facts: Facts) -> Iterator[Check]:

@@ -119,13 +119,14 @@ class Disturber:
         wait_until(lambda: min(self._replicas()) >= REPLICAS, "every block twice", RETURN_DEADLINE_S)
 
     def strike(self) -> str:
-        """One disturbance; its name."""
+        """One disturbance; what was done to whom."""
         actions = [self._kill, self._stop, self._pause, self._drain, self._join, self._rebalance]
         action = self._rng.choice(actions)
-        action(self._rng.choice(self.machines))
+        machine = self._rng.choice(self.machines)
+        action(machine)
         name = action.__name__.lstrip("_")
         self.done[name] += 1
-        return name
+        return f"{name} {machine.daemon.name} of {machine.span}"
 
     def _replicas(self) -> tuple[int, ...]:
         with self._client.connect() as daemon:
@@ -205,31 +206,39 @@ def soak(
     stopping: threading.Event,
     num_strikes: int,
     interval_s: float,
+    tell: Callable[[str], None],
 ) -> Figures:
-    """So many disturbances at least, one each interval, while all writers write."""
+    """So many disturbances at least, one each interval, while all writers write. tell: hears of each."""
     threads = [threading.Thread(target=writer.run) for writer in writers]
     for thread in threads:
         thread.start()
     client = writers[0].client
-    before = after = 0
+    before: dict[str, int] = {}
+    begin = time.monotonic()
 
     def begun() -> bool:
         return all(writer.num_right or writer.problems for writer in writers)
 
     try:
-        for (
-            number
-        ) in itertools.count():  # beyond the number too, until one has struck where a text was written
+        wait_until(begun, "a first text of each", RETURN_DEADLINE_S)
+        # Beyond the number too, until one has struck where a text was written.
+        for number in itertools.count():
             if number >= num_strikes and any(writer.num_repairs for writer in writers):
                 break
-            wait_until(begun, "a first text of each", RETURN_DEADLINE_S)
             if number == num_strikes // 3:
-                before = resident_bytes(client.pid)
-            disturber.strike()
+                before = resident(disturber, client)
+            struck = disturber.strike()
             # The strike lasts; it is the pace of the test, and nothing is concluded from it.
             stopping.wait(interval_s)
+            undone = time.monotonic()
             disturber.wait_whole()
-        after = resident_bytes(client.pid)
+            tell(
+                f"{time.monotonic() - begin:6.1f} s: {struck}, whole again in {time.monotonic() - undone:.1f} s, "
+                f"texts {[writer.num_right for writer in writers]}, "
+                f"repairs {[writer.num_repairs for writer in writers]}, "
+                f"problems {[problem for writer in writers for problem in writer.problems]}"
+            )
+        after = resident(disturber, client)
     finally:
         stopping.set()
         for thread in threads:
@@ -240,9 +249,20 @@ def soak(
         num_repairs=sum(writer.num_repairs for writer in writers),
         longest_gap_s=max(writer.longest_gap_s for writer in writers),
         strikes=dict(disturber.done),
-        growth={"client's daemon": after / before if before else 1.0},
+        growth={name: round(after[name] / before[name], 3) for name in after if name in before},
         problems=tuple(problem for writer in writers for problem in writer.problems),
     )
+
+
+def resident(disturber: Disturber, client: DaemonProcess) -> dict[str, int]:
+    """Memory in bytes of the client's daemon and of each that serves, by what it is and its process."""
+    found = {"client's daemon": resident_bytes(client.pid)}
+    for machine in disturber.machines:
+        pid = machine.daemon.pid
+        found[f"{machine.daemon.name}'s daemon {pid}"] = resident_bytes(pid)
+        for worker in machine.daemon.worker_pids():
+            found[f"{machine.daemon.name}'s worker {worker}"] = resident_bytes(worker)
+    return found
 
 
 def resident_bytes(pid: int) -> int:

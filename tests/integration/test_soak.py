@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,7 +45,13 @@ def texts_of(whole: Any, prompts: list[list[int]], num_tokens: int) -> list[Text
 
 
 def run(
-    model: Path, whole: Any, texts: list[Text], cache: Path | None, num_strikes: int, interval_s: float
+    model: Path,
+    whole: Any,
+    texts: list[Text],
+    cache: Path | None,
+    num_strikes: int,
+    interval_s: float,
+    tell: Callable[[str], None],
 ) -> Figures:
     num_blocks = whole.config.num_hidden_layers
     options = (*OPTIONS, "--cache-dir", str(cache)) if cache is not None else OPTIONS
@@ -60,22 +67,30 @@ def run(
             name = daemon.models()[0].name
         stopping = threading.Event()
         writers = [Writer(client, name, texts[n:] + texts[:n], stopping) for n in range(4)]
-        return soak(disturber, writers, stopping, num_strikes, interval_s)
+        return soak(disturber, writers, stopping, num_strikes, interval_s, tell)
 
 
-def check(figures: Figures, capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        print(f"\n{figures}")
+def check(figures: Figures, tell: Callable[[str], None]) -> None:
+    tell(str(figures))
     assert figures.problems == ()
     assert figures.num_texts >= 4
     assert figures.num_repairs > 0
     assert figures.growth["client's daemon"] < MAX_GROWTH
 
 
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a line at once."""
+
+    def tell(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n{line}", end="", flush=True)
+
+    return tell
+
+
 @pytest.mark.timeout(900)
-def test_texts_stay_right_while_a_tiny_swarm_is_struck(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_stay_right_while_a_tiny_swarm_is_struck(tmp_path: Path, tell: Callable[[str], None]) -> None:
     whole = save_tiny(
         tmp_path / "tiny",
         "llama",
@@ -85,7 +100,7 @@ def test_texts_stay_right_while_a_tiny_swarm_is_struck(
         max_position_embeddings=1024,
     )
     texts = texts_of(whole, [prompt_of(n) for n in (5, 9, 14, 23)], 200)
-    check(run(tmp_path / "tiny", whole, texts, tmp_path / "cache", 3, 1.0), capsys)
+    check(run(tmp_path / "tiny", whole, texts, tmp_path / "cache", 3, 1.0, tell), tell)
 
 
 @pytest.mark.long
@@ -94,7 +109,7 @@ def test_texts_stay_right_while_a_tiny_swarm_is_struck(
     not Path(REAL).is_file(), reason="COROLLA_TEST_MODEL names no file; packaging/check sets it"
 )
 def test_texts_stay_right_while_a_real_swarm_is_struck_for_ten_minutes(
-    capsys: pytest.CaptureFixture[str],
+    tell: Callable[[str], None],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -105,4 +120,4 @@ def test_texts_stay_right_while_a_real_swarm_is_struck_for_ten_minutes(
         [1, *range(start, start + length)] for start, length in ((300, 5), (900, 17), (2000, 40), (50, 9))
     ]
     texts = texts_of(whole, prompts, 48)
-    check(run(folder, whole, texts, None, round(SOAK_S / INTERVAL_S), INTERVAL_S), capsys)
+    check(run(folder, whole, texts, None, round(SOAK_S / INTERVAL_S), INTERVAL_S, tell), tell)

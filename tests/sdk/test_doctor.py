@@ -158,6 +158,12 @@ def test_each_situation_has_its_state_and_its_remedy(facts: Facts, name: str, st
     assert (check.state, words in check.remedy + check.text) == (state, True)
 
 
+def test_settings_of_the_running_daemon_that_its_file_does_not_hold_are_named() -> None:
+    assert of(WELL, "configuration").text == "/c.toml"
+    other = replace(WELL, config={**OFFLINE["config"], "device": ["cpu"]})
+    assert of(other, "configuration").text == "/c.toml, and as it was started or set later: device"
+
+
 def test_findings_of_the_network_are_among_the_checks() -> None:
     found = (
         Finding("clock", "90 s ahead", "set it"),
