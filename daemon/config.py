@@ -174,7 +174,7 @@ def check_value(key: str, value: Any, where: object = "the configuration") -> An
         raise error(Code.BAD_CONFIG, f"unknown key {key!r} in {where}", meant)
     expected = typing.get_type_hints(Config)[key]
     if key in _LISTS:
-        items = [value] if isinstance(value, str) else value
+        items = list(filter(None, [value])) if isinstance(value, str) else value  # "" is a list of none
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise _bad(key, value, "a list of strings")
         return tuple(items)

@@ -180,4 +180,5 @@ class Looking:
 def _describe(left_s: float) -> str:
     if left_s == math.inf:
         return "nothing is lent until `daemonctl resume`"
-    return f"nothing is lent for {left_s / 60:.0f} min, or until `daemonctl resume`"
+    time = f"{left_s / 60:.0f} min" if left_s >= 120 else f"{left_s:.0f} s"
+    return f"nothing is lent for {time}, or until `daemonctl resume`"

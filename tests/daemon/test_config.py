@@ -11,7 +11,7 @@ import click.testing
 import pytest
 
 from corolla.daemon import __main__ as program
-from corolla.daemon.config import KEYS, Config, check_setting, load_config
+from corolla.daemon.config import KEYS, Config, check_setting, check_value, load_config
 from corolla.protocol.errors import Code, CorollaError, Exit
 
 
@@ -43,6 +43,7 @@ def test_lists_come_from_a_file_one_word_and_commas(tmp_path: Path) -> None:
     assert config.operators == ("ada",)
     assert config.device == ("cpu", "cuda:0")
     assert config.announce == ("/dns4/x/tcp/1",)
+    assert check_value("models", "") == ()
 
 
 def test_an_unknown_key_is_named_with_its_file_and_the_closest_known_one(tmp_path: Path) -> None:
