@@ -1,14 +1,16 @@
 """A micro-batch on its way through the swarm and back: each interval on some hop, elsewhere when that fails.
 
 It owns the inputs of every interval that a pass went through, which is all that backward needs: should a replica
-be gone, another gets the same inputs; should it hold fewer blocks, forward is computed anew for the rest. Who is
-guilty is decided here: a missing part, a full queue or a span that moved are nobody's fault.
+be gone, another gets the same inputs; should it hold fewer blocks, forward is computed anew for the rest; should it be
+late, another is asked too, and the first answer counts. Who is guilty is decided here: a missing part, a full queue, a
+slow machine or a span that moved are nobody's fault.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeAlias
@@ -25,8 +27,10 @@ from ..session.wiring import Precision
 from ..swarm.blame import HEAVY, LIGHT
 from ..swarm.view import Span
 from .hops import Answer, ask_hop
+from .jobs import WINDOW_S
+from .pace import Pace
 from .parts import put_parts
-from .wiring import Leg, common_precision, next_leg, usable
+from .wiring import Leg, common_precision, covers, next_leg, usable
 
 MAX_ATTEMPTS: Final = 16  # of one interval; then its last error is the user's to see
 RETRY_EVERY_S: Final = 0.5  # while nobody serves a block, or all who do are busy
@@ -82,11 +86,25 @@ class Interval:
 
 @dataclass(slots=True)
 class _Search:
-    """Where one interval was tried. tried: hops not to be asked again for now."""
+    """One interval to be computed, and where it was tried.
 
+    gradient: of its outputs, if it is to go back. tried: hops not to be asked again for now.
+    """
+
+    batch: Batch
+    start: int
+    end: int
+    request_of: Callable[[Leg], _Request]
+    inputs: bytes
+    gradient: bytes = b""
     tried: set[Hop] = field(default_factory=set)
     problem: CorollaError | None = None
     num_attempts: int = 0
+
+    def work_of(self, leg: Leg) -> tuple[str, int]:
+        """What is asked of a hop, as `Pace` counts it."""
+        num_tokens = sum(sequence.n for sequence in self.batch.sequences)
+        return self.request_of(leg).KIND, num_tokens * (leg.end - leg.start)
 
 
 class Swarm:
@@ -115,15 +133,17 @@ class Swarm:
         self._rng = rng or Random()  # noqa: S311 - spreads load, guards nothing
         self._load: Counter[Hop] = Counter()
         self._precision: Precision | None = None
+        self._pace = Pace()
+        self._answered_at = -math.inf
 
     async def forward(self, batch: Batch, inputs: bytes) -> tuple[bytes, tuple[Interval, ...]]:
         """The outputs, and the intervals that backward needs. Raises what the last hop asked said."""
+        self._begin(batch, await self._find_spans())
         intervals = []
         at, hidden = batch.start, inputs
         while at < batch.end:
-            leg, answer = await self._compute(
-                batch, at, batch.end, lambda leg: self._forward(batch, leg), hidden
-            )
+            search = _Search(batch, at, batch.end, lambda leg: self._forward(batch, leg), hidden)
+            leg, answer = await self._compute(search)
             intervals.append(Interval(at, leg.end, hidden))
             at, hidden = leg.end, answer.hidden
         return hidden, tuple(intervals)
@@ -136,14 +156,9 @@ class Swarm:
         parts: list[bytes] = []
         while left:
             interval = left.pop()
-            leg, answer = await self._compute(
-                batch,
-                interval.start,
-                interval.end,
-                self._back(batch, interval.end),
-                interval.inputs,
-                gradient,
-            )
+            request_of = self._back(batch, interval.end)
+            search = _Search(batch, interval.start, interval.end, request_of, interval.inputs, gradient)
+            leg, answer = await self._compute(search)
             if leg.end < interval.end:  # nobody holds all these blocks now: go on from the middle
                 left.append(Interval(interval.start, leg.end, interval.inputs))
                 left.append(Interval(leg.end, interval.end, answer.hidden))
@@ -152,56 +167,105 @@ class Swarm:
             parts[:0] = answer.parts
         return gradient, tuple(parts)
 
+    def _begin(self, batch: Batch, spans: Iterable[Span]) -> None:
+        """Choose a precision anew where the job before is over, and nobody computes in its precision any more."""
+        is_over = trio.current_time() - self._answered_at >= WINDOW_S
+        if is_over and not covers(spans, batch.start, batch.end, self._precision):
+            self._precision = None
+
     # one interval
 
-    async def _compute(
-        self,
-        batch: Batch,
-        start: int,
-        end: int,
-        request_of: Callable[[Leg], _Request],
-        inputs: bytes,
-        gradient: bytes = b"",
-    ) -> tuple[Leg, Answer]:
-        """The first good answer for blocks from `start` on."""
-        search = _Search()
+    async def _compute(self, search: _Search) -> tuple[Leg, Answer]:
+        """The first good answer for blocks from its start on."""
         while True:
-            leg = await self._leg(batch, start, end, search, whole=bool(gradient))
-            request = request_of(leg)
-            payload = inputs + gradient if isinstance(request, SpanBackward) else inputs
-            self._load[leg.hop] += 1
-            try:
-                answer = await self._ask(batch, leg, request, payload)
-                self._used(leg.hop.peer)
-                return leg, answer
-            except CorollaError as problem:
-                self._note(leg, problem)
-                search.tried.add(leg.hop)
-                search.problem = problem
-                search.num_attempts += 1
-                if search.num_attempts >= MAX_ATTEMPTS:
-                    raise
-            finally:
-                self._load[leg.hop] -= 1
+            leg = await self._leg(search)
+            found = await self._first(search, leg)
+            if found is not None:
+                return found
+            if search.problem is not None and search.num_attempts >= MAX_ATTEMPTS:
+                raise search.problem
 
-    async def _leg(self, batch: Batch, start: int, end: int, search: _Search, *, whole: bool) -> Leg:
-        """The next hop to try, waiting for one if need be. whole: prefer one that holds all the blocks."""
+    async def _first(self, search: _Search, leg: Leg) -> tuple[Leg, Answer] | None:
+        """The answer of this hop; once it is late, of the first that gives one. None if no good one came."""
+        found: list[tuple[Leg, Answer]] = []
+        is_over = trio.Event()  # this hop's own try
+
+        async def run(leg: Leg, race: trio.CancelScope) -> None:
+            answer = await self._attempt(search, leg)
+            if answer is not None and not found:
+                found.append((leg, answer))
+                race.cancel()
+
+        async def lead(race: trio.CancelScope) -> None:
+            await run(leg, race)
+            is_over.set()
+
+        async def overtake(race: trio.CancelScope) -> None:
+            with trio.move_on_after(self._pace.patience_s(*search.work_of(leg))):
+                await is_over.wait()
+            if not is_over.is_set():
+                self._pace.note_late(leg.hop, trio.current_time())
+            while not is_over.is_set():
+                other = self._choose(await self._find_spans(), search, leg.hop)
+                if other is not None:
+                    await run(other, race)
+                    continue
+                with trio.move_on_after(RETRY_EVERY_S):
+                    await is_over.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lead, nursery.cancel_scope)
+            nursery.start_soon(overtake, nursery.cancel_scope)
+        return found[0] if found else None
+
+    async def _attempt(self, search: _Search, leg: Leg) -> Answer | None:
+        """What one hop answers; None if that is no good, which is then noted."""
+        request = search.request_of(leg)
+        payload = search.inputs + search.gradient if isinstance(request, SpanBackward) else search.inputs
+        began = trio.current_time()
+        self._load[leg.hop] += 1
+        try:
+            answer = await self._ask(search.batch, leg, request, payload)
+        except CorollaError as problem:
+            self._note(leg, problem)
+            search.tried.add(leg.hop)
+            search.problem = problem
+            search.num_attempts += 1
+            return None
+        finally:
+            self._load[leg.hop] -= 1
+        self._answered_at = trio.current_time()
+        self._pace.note(*search.work_of(leg), self._answered_at - began)
+        self._used(leg.hop.peer)
+        return answer
+
+    async def _leg(self, search: _Search) -> Leg:
+        """The next hop to try, waiting for one if need be."""
         deadline = trio.current_time() + self._patience_s
         while True:
             spans = await self._find_spans()
             if self._precision is None:
-                self._precision = common_precision(spans, batch.start, batch.end)
-            found = usable(spans, start, search.tried, self._precision)
-            covering = [span for span in found if span.end >= end]
-            leg = next_leg(covering if whole and covering else found, start, end, self._load, self._rng)
+                self._precision = common_precision(spans, search.batch.start, search.batch.end)
+            leg = self._choose(spans, search)
             if leg is not None:
                 return leg
             problem = search.problem
             can_pass = problem is None or problem.code in _WEATHER or problem.code in _LOST
             if not can_pass or _is_too_large(problem) or trio.current_time() >= deadline:
-                raise _no_hop(problem, start, end)
+                raise _no_hop(problem, search.start, search.end)
             await trio.sleep(RETRY_EVERY_S)
             search.tried.clear()  # who was busy may be free by now
+
+    def _choose(self, spans: Iterable[Span], search: _Search, asked: Hop | None = None) -> Leg | None:
+        """Of those not tried, one that is not known to be slow and holds all the blocks, where there is such a one."""
+        avoid = search.tried if asked is None else search.tried | {asked}
+        found = usable(spans, search.start, avoid, self._precision)
+        late = self._pace.late(trio.current_time())
+        found = [span for span in found if span.hop not in late] or found
+        covering = [span for span in found if span.end >= search.end]
+        # Backward goes from the end of an interval to its start, so a hop that holds less is of little use.
+        found = covering if search.gradient and covering else found
+        return next_leg(found, search.start, search.end, self._load, self._rng)
 
     async def _ask(self, batch: Batch, leg: Leg, request: _Request, payload: bytes) -> Answer:
         for _ in range(MAX_UPLOADS):

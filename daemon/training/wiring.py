@@ -83,6 +83,12 @@ def common_precision(spans: Collection[Span], start: int, end: int) -> Precision
     return max(counts, key=lambda precision: counts[precision]) if counts else None
 
 
+def covers(spans: Iterable[Span], start: int, end: int, precision: Precision | None) -> bool:
+    """Whether every block of [start, end) is served in this precision, or in any."""
+    known = tuple(spans)
+    return all(usable(known, block, (), precision) for block in range(start, end))
+
+
 def precision_of(span: Span) -> Precision:
     """What its worker computes in."""
     return Precision(span.dtype, span.quantization)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from random import Random
 from typing import Any
@@ -19,6 +19,7 @@ from corolla.daemon.serving.port import ANSWERS, Pending
 from corolla.daemon.serving.training import TrainingService
 from corolla.daemon.swarm.blame import HEAVY
 from corolla.daemon.swarm.view import Span
+from corolla.daemon.training.pace import LEAST_S, UNKNOWN_S
 from corolla.daemon.training.passes import Batch, Interval, Swarm
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.records import SpanState
@@ -33,6 +34,7 @@ FACTORS = {"q.lora_A": ((1, 2), [1.0, 2.0]), "q.lora_B": ((2, 1), [3.0, 4.0])}
 PART = file_of(FACTORS)
 NAME = sha256(PART).digest()
 BATCH = Batch("model", 2, 0, 2, Encoding.FLOAT32, (Sequence(0, 3),), (NAME, b""), data={NAME: PART})
+PATIENCE_S = 60.0  # with blocks that nobody serves
 HIDDEN = struct.pack("<6f", *range(6))
 Spoil = Callable[[Gradients], Gradients]
 
@@ -49,7 +51,10 @@ def honest(answer: Gradients) -> Gradients:
 
 @dataclass
 class Worker:
-    """Its blocks give back what they get, and their parts' gradients are the parts. problem: instead of all."""
+    """Its blocks give back what they get, and their parts' gradients are the parts.
+
+    problem: instead of all. is_stuck: it works on what it is asked for ever.
+    """
 
     spoil: Spoil = honest
     problem: CorollaError | None = None
@@ -57,10 +62,14 @@ class Worker:
     held: set[bytes] = field(default_factory=set)
     asked: list[Any] = field(default_factory=list)
     queue: int = 0
+    is_stuck: bool = False
+    num_abandoned: int = 0
 
     def submit(self, request: Any) -> Pending:
         self.asked.append(request)
         pending = Pending(1, ANSWERS[type(request)])
+        if self.is_stuck:
+            return pending
         try:
             pending.resolve(self._answer(request))
         except CorollaError as problem:
@@ -68,6 +77,7 @@ class Worker:
         return pending
 
     def abandon(self, pending: Pending) -> None:
+        self.num_abandoned += 1
         pending.fail(error(Code.CANCELLED, "nobody wants it"))
 
     def _answer(self, request: Any) -> Done | Gradients:
@@ -95,6 +105,7 @@ class Field:
     swarm: Swarm
     workers: dict[str, Worker]
     charges: list[tuple[str, float]]
+    spans: list[Span]
 
     async def back(self) -> tuple[bytes, tuple[bytes, ...]]:
         return await self.swarm.backward(BATCH, (Interval(0, 2, HIDDEN),), HIDDEN)
@@ -107,24 +118,24 @@ async def field_of(*workers: Worker) -> AsyncIterator[Field]:
         named = {f"peer{number}": worker for number, worker in enumerate(workers)}
         for peer, worker in named.items():
             TrainingService(hub.network(peer), lambda client, asked, worker=worker: worker)  # type: ignore[misc]
-        spans = tuple(
+        spans = [
             Span(peer, 0, 0, 2, SpanState.ONLINE, DType.FLOAT32, tokens_per_s=1e9 / 1e6**number, rtt_s=0.0)
             for number, peer in enumerate(named)
-        )
+        ]
 
         async def find_spans() -> tuple[Span, ...]:
             await trio.lowlevel.checkpoint()
-            return spans
+            return tuple(spans)
 
         swarm = Swarm(
             hub.network("client"),
             find_spans,
             lambda peer, weight, reason: charges.append((peer, weight)),
             used=lambda peer: None,
-            patience_s=60.0,
+            patience_s=PATIENCE_S,
             rng=Random(0),
         )
-        yield Field(swarm, named, charges)
+        yield Field(swarm, named, charges, spans)
 
 
 def gradients(hidden: bytes = HIDDEN, part: bytes = PART) -> Gradients:
@@ -209,3 +220,36 @@ async def test_parts_go_to_each_hop_once() -> None:
             await field_.back()
         (worker,) = field_.workers.values()
         assert [type(asked) for asked in worker.asked] == [Backward, HoldPart, Backward, Backward, Backward]
+
+
+async def test_a_slow_peer_costs_only_the_rerun_of_its_micro_batch() -> None:
+    slow = Worker()
+    async with field_of(slow, Worker()) as field_:
+        await field_.back()  # by the one that is going to be slow, so that it is known what is usual
+        slow.is_stuck = True
+        began = trio.current_time()
+        assert await field_.back() == (HIDDEN, (PART, b""))
+        assert trio.current_time() - began == LEAST_S
+        assert await field_.back() == (HIDDEN, (PART, b""))
+        assert trio.current_time() - began == LEAST_S  # and the next one is not sent there
+        assert (field_.charges, len(slow.asked)) == ([], 4)  # twice before it held the part
+        await trio.testing.wait_all_tasks_blocked()
+        assert slow.num_abandoned == 1
+
+
+async def test_where_one_peer_is_slow_and_one_refuses_a_third_is_asked() -> None:
+    async with field_of(Worker(is_stuck=True), Worker(problem=too_large(1)), Worker()) as field_:
+        began = trio.current_time()
+        assert (await field_.swarm.forward(BATCH, HIDDEN))[0] == HIDDEN
+        assert trio.current_time() - began == UNKNOWN_S
+        assert field_.charges == []
+
+
+async def test_a_job_keeps_its_precision_until_it_is_over() -> None:
+    async with field_of(Worker()) as field_:
+        await field_.swarm.forward(BATCH, HIDDEN)
+        field_.spans[:] = [replace(span, dtype=DType.BFLOAT16) for span in field_.spans]
+        with pytest.raises(CorollaError, match="nobody serves block 0") as caught:
+            await field_.swarm.forward(BATCH, HIDDEN)
+        assert caught.value.code is Code.BLOCKS_UNSERVED
+        assert (await field_.swarm.forward(BATCH, HIDDEN))[0] == HIDDEN
