@@ -22,7 +22,7 @@ import corolla
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.views import Status
 
-START_DEADLINE_S = 120.0  # only a daemon that hangs needs so long, also on a busy machine
+START_DEADLINE_S = 300.0  # only a daemon that hangs needs so long, also on a busy machine
 _POLL_S = 0.02
 
 

@@ -11,6 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from corolla.model.adapters import Adapters, read_part, write_part
 from corolla.model.checkpoint import open_checkpoint
@@ -287,6 +289,47 @@ def test_the_masks_of_dropout_follow_the_published_formula() -> None:
                 h = ((h ^ h >> 27) * 0x94D049BB133111EB) & wrap
                 h ^= h >> 31
             assert bool(mask[token, feature]) == (h >> 40 >= round(0.3 * 2**24))
+
+
+class Kinds(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dtypes of all tensors that are computed within it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        self.seen |= {tensor.dtype for tensor in tree_leaves(answer) if isinstance(tensor, Tensor)}
+        return answer
+
+
+def test_the_masks_of_dropout_are_computed_in_integers_which_no_device_rounds() -> None:
+    samples, positions = torch.tensor([4, 4, 2**62]), torch.tensor([0, 2**40, 7])
+    with Kinds() as kinds:
+        kept((-5, 3), 9, TARGET, samples, positions, (50, 0.3))
+    assert kinds.seen == {torch.int64, torch.bool}
+
+
+def test_the_masks_of_dropout_are_the_same_however_the_work_is_cut() -> None:
+    samples, positions = torch.arange(300) // 7, torch.arange(300) % 7
+    whole = kept((3, 1), 2, TARGET, samples, positions, (600, 0.3))
+    threads = torch.get_num_threads()
+    try:
+        for num_threads, size in ((1, 300), (4, 300), (2, 41)):
+            torch.set_num_threads(num_threads)
+            pieces = zip(torch.split(samples, size), torch.split(positions, size), strict=True)
+            cut = [kept((3, 1), 2, TARGET, *piece, (600, 0.3)) for piece in pieces]
+            assert torch.cat(cut).equal(whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_has_the_same_masks_of_dropout() -> None:
+    samples, positions = torch.arange(300) // 7, torch.arange(300) % 7
+    there = kept((3, 1), 2, TARGET, samples.cuda(), positions.cuda(), (600, 0.3))
+    assert there.cpu().equal(kept((3, 1), 2, TARGET, samples, positions, (600, 0.3)))
 
 
 def test_as_many_inputs_are_dropped_as_asked() -> None:
