@@ -19,6 +19,7 @@ from trio.testing import MockClock
 from corolla.daemon.identity import Identity, identity_from_seed, new_identity
 from corolla.daemon.network.allowance import Allowance, Allowances, Rate, Terms
 from corolla.daemon.network.conversation import Conversation
+from corolla.daemon.network.libp2p import host as host_module
 from corolla.daemon.network.libp2p import network as libp2p_module
 from corolla.daemon.network.libp2p.host import key_pair
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
@@ -34,10 +35,12 @@ from corolla.protocol.limits import (
     FIRST_WORD_BYTES,
     FIRST_WORD_S,
     INITIAL_WINDOW_BYTES,
+    MAX_CONNECTIONS_PER_PEER,
     MAX_HANDSHAKES,
     MESSAGE_TIMEOUT_S,
     MIB,
     SESSION_IDLE_S,
+    SILENCE_S,
     STREAMS_PER_STRANGER,
     WRITE_STALL_S,
 )
@@ -52,7 +55,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 ECHO = "/test/echo/1"
 SINK = "/test/sink/1"
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
-UPDATE, PING_FRAME, SYN = 1, 2, 1
+UPDATE, PING_FRAME, SYN, ACK = 1, 2, 1, 2
 FRIEND = identity_from_seed(b"f" * 32)
 
 
@@ -126,6 +129,22 @@ async def is_dropped(connection: NoiseSession, flood: bytes) -> None:
             while True:
                 await connection.read()
         nursery.cancel_scope.cancel()
+
+
+async def is_turned_away(daemon: Libp2pNetwork, identity: Identity) -> None:
+    """Returns once the connection is closed, amid its handshake or after, and not because we say nothing."""
+    with suppress(CorollaError), trio.fail_after(SILENCE_S - 1):
+        async with raw(daemon, identity) as connection:
+            await is_dropped(connection, b"")
+
+
+async def answers_pings(connection: NoiseSession) -> bool:
+    """Whether the far side still listens: it asks for our round trip too, and that may come first."""
+    await connection.write(frames(PING_FRAME, 1))
+    data = b""
+    while struct.pack(">BBH", 0, PING_FRAME, ACK) not in data:
+        data += await connection.read()
+    return True
 
 
 def frames(kind: int, count: int) -> bytes:
@@ -211,6 +230,33 @@ def test_who_sends_faster_than_it_may_is_slowed_and_loses_nothing() -> None:
 
 
 # at the door
+
+
+async def test_no_more_connections_are_held_than_may_be_and_the_first_ones_stay() -> None:
+    async with friends(max_connections=2) as (daemon, _), raw(daemon) as second:
+        await is_turned_away(daemon, new_identity())
+        assert await answers_pings(second)
+
+
+async def test_a_peer_has_a_few_connections_however_fast_they_come() -> None:
+    identity = new_identity()
+    async with friends() as (daemon, _), AsyncExitStack() as stack:
+        held = [
+            await stack.enter_async_context(raw(daemon, identity)) for _ in range(MAX_CONNECTIONS_PER_PEER)
+        ]
+        assert all([await answers_pings(connection) for connection in held])
+        await is_turned_away(daemon, identity)
+        assert all([await answers_pings(connection) for connection in held])
+
+
+async def test_a_handshake_that_does_not_go_on_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "HANDSHAKE_TIMEOUT_S", 0.2)
+    async with network() as daemon:
+        host, port = daemon.addresses()[0].split("/")[2:5:2]
+        async with await trio.open_tcp_stream(host, int(port)) as silent:
+            with trio.fail_after(9):
+                while await silent.receive_some():
+                    pass
 
 
 async def test_silence_at_the_door_keeps_nobody_out() -> None:

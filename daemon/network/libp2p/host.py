@@ -44,7 +44,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from ....protocol.errors import Code, CorollaError, error
-from ....protocol.limits import HANDSHAKE_TIMEOUT_S, MAX_CONNECTIONS_PER_PEER
+from ....protocol.limits import HANDSHAKE_TIMEOUT_S
 from ...identity import Identity
 from ..allowance import Allowances
 from ..dialling import Reach, reach_of
@@ -163,7 +163,7 @@ class OurSwarm(Swarm):
                 min_connections=0,
                 low_watermark=0,
                 high_watermark=max_connections,
-                max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
+                max_connections_per_peer=max_connections,  # it would spare new ones: `network.py` sees to it
                 inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
             ),
         )

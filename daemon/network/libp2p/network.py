@@ -28,6 +28,7 @@ from ....protocol.limits import (
     CONNECT_TIMEOUT_S,
     MAX_ADDRESSES,
     MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_PEER,
     MAX_UNREAD_OF_ALL_BYTES,
 )
 from ....protocol.reach import RING_PROTOCOL
@@ -373,6 +374,10 @@ class Libp2pNetwork:
         if not isinstance(muxed, Yamux) or muxed.is_closed:
             return
         peer = str(muxed.peer_id)
+        if len(self._connections.of(peer)) >= MAX_CONNECTIONS_PER_PEER:
+            _log.info("connection_refused", peer=peer, limit=MAX_CONNECTIONS_PER_PEER)
+            await connection.close()
+            return
         is_first = self._connections.add(peer, connection)
         self._traffic.watch(muxed)
         muxed.on_broken = partial(self._on_broken, peer, connection)
