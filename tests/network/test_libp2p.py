@@ -18,6 +18,7 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_pair
 from libp2p.host.ping import PingService
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -30,6 +31,7 @@ from corolla.daemon.network.dialling import split_peer
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError
+from corolla.protocol.limits import MAX_KAD_QUESTIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -279,6 +281,22 @@ async def test_bad_kademlia_questions_are_not_answered(question: bytes) -> None:
         except CorollaError as failure:
             assert failure.code is Code.PEER_LOST  # noqa: PT017 - both answers are good
         await assert_echoes(one, other.peer)
+
+
+async def test_so_many_kademlia_questions_are_answered_on_one_stream() -> None:
+    question = Message(type=Message.MessageType.FIND_NODE, key=b"k" * 32).SerializeToString()
+    async with network() as one, network(kad_protocol=KAD) as other:
+        await one.connect(other.addresses()[0], timeout_s=5)
+        stream = await one.open(other.peer, KAD, timeout_s=5)
+        await stream.send((MAX_KAD_QUESTIONS + 1) * (bytes([len(question)]) + question))
+        answers = b""
+        while data := await stream.receive():
+            answers += data
+        sizes = []
+        while answers:
+            sizes.append(answers[0])  # nobody else is known: an answer is short
+            answers = answers[1 + sizes[-1] :]
+        assert len(sizes) == MAX_KAD_QUESTIONS
 
 
 # strangers

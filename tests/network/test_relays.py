@@ -11,28 +11,31 @@ import pytest
 import trio
 import trio.testing
 from libp2p.peer.id import ID
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
 
-from corolla.daemon.identity import new_identity
+from corolla.daemon.identity import identity_from_seed, new_identity
 from corolla.daemon.network.dialling import Reachability
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.memory import memory_hub
 from corolla.daemon.network.reach import relays as relays_module
 from corolla.daemon.network.reach.circuits import (
     HOP_PROTOCOL,
+    STOP_PROTOCOL,
     Preamble,
     check_status,
     circuit_address,
     split_circuit,
 )
-from corolla.daemon.network.reach.relaying import RelayLimits
+from corolla.daemon.network.reach.relaying import BURST_BYTES, RelayLimits, RelayService
 from corolla.daemon.network.reach.relays import Refusal, candidates
-from corolla.daemon.network.seam import PeerView, Stream
+from corolla.daemon.network.seam import Network, PeerView, Stream
 from corolla.daemon.network.traffic import MAX_YIELD_S, Pace
 from corolla.protocol.errors import Code, CorollaError
 
 pytestmark = pytest.mark.anyio
 
 ECHO = "/test/echo/1"
+PEERS = tuple(identity_from_seed(letter * 32).peer for letter in (b"m", b"s", b"c"))
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
@@ -150,7 +153,68 @@ async def test_a_relay_takes_no_more_reservations_and_circuits_than_its_limits()
         assert caught.value.code is Code.BUSY
 
 
-async def _ask_reservation(network: Libp2pNetwork, by: Libp2pNetwork) -> None:
+async def test_all_peers_together_have_so_many_circuits() -> None:
+    async with (
+        relay(circuits=1) as middle,
+        hidden() as one,
+        hidden() as two,
+        opened(listen=LOOPBACK) as client,
+    ):
+        for server in (one, two):
+            await enter(server, middle)
+            client.learn(server.peer, server.addresses())
+        await client.open(one.peer, ECHO, timeout_s=10)
+        with pytest.raises(CorollaError, match="resource_limit"):
+            await client.open(two.peer, ECHO, timeout_s=10)
+
+
+async def test_one_switch_ends_what_is_carried_and_offers_no_more() -> None:
+    is_wanted = True
+    async with relay(is_wanted=lambda: is_wanted) as middle, hidden() as server:
+        await enter(server, middle)
+        async with opened(listen=LOOPBACK) as client:
+            client.learn(server.peer, server.addresses())
+            stream = await client.open(server.peer, ECHO, timeout_s=10)
+            assert middle.reach().offers_relay
+            is_wanted = False
+            with pytest.raises(CorollaError):
+                await echo_for_ever(stream)
+            assert not middle.reach().offers_relay
+            with pytest.raises(CorollaError, match="no_reservation"):
+                await client.open(server.peer, ECHO, timeout_s=10)
+            with pytest.raises(CorollaError, match="refused"):
+                await _ask_reservation(server, middle)
+
+
+def test_all_circuits_keep_to_one_pace() -> None:
+    """Over the twin, on a clock that jumps: beyond the burst, each second's bytes take a second."""
+
+    async def main() -> None:
+        async with memory_hub() as hub:
+            middle, server, client = (hub.network(name) for name in PEERS)
+            RelayService(middle, RelayLimits(bytes_per_s=1000.0)).serve()
+            server.handle(STOP_PROTOCOL, take_circuit)
+            await _ask_reservation(server, middle)
+            stream = await client.open(middle.peer, HOP_PROTOCOL, timeout_s=5)
+            talk = Preamble(stream)
+            target = PeerId(id=ID.from_string(server.peer).to_bytes())
+            await talk.say(HopMessage(type=HopMessage.CONNECT, peer=target))
+            check_status((await talk.hear(HopMessage)).status, "the circuit")
+            began = trio.current_time()
+            assert await echoed(stream, bytes(BURST_BYTES // 2 + 5000)) == bytes(BURST_BYTES // 2 + 5000)
+            assert trio.current_time() - began == pytest.approx(10.0, abs=1.0)  # there and back
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def take_circuit(stream: Stream) -> None:
+    talk = Preamble(stream)
+    await talk.hear(StopMessage)
+    await talk.say(StopMessage(type=StopMessage.STATUS, status=Status.OK))
+    await echo(stream)
+
+
+async def _ask_reservation(network: Network, by: Network) -> None:
     stream = await network.open(by.peer, HOP_PROTOCOL, timeout_s=5)
     talk = Preamble(stream)
     await talk.say(HopMessage(type=HopMessage.RESERVE))

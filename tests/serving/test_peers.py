@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from corolla.daemon.network.conversation import Conversation
+from corolla.daemon.serving import peers
 from corolla.daemon.serving.hop import HopSession
 from corolla.daemon.serving.served import MAX_UNDER_WAY
 from corolla.daemon.serving.twin import not_finite
@@ -121,6 +122,35 @@ async def test_one_client_cannot_have_all_sessions() -> None:
                 await caller.hear(Opened)
         await failure_of(caller, Code.BUSY)
         await stage.open(daemon, network=stage.hub.network("another client"))
+
+
+async def test_all_clients_together_have_so_many_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "MAX_SESSIONS", 2)
+    async with a_stage() as stage:
+        daemon = await stage.daemon("hop0", 0, 1)
+        for name in ("ada", "bob"):
+            await stage.open(daemon, network=stage.hub.network(name))
+        caller = await stage.call(daemon, network=stage.hub.network("cyd"))
+        await caller.say(opening(daemon))
+        await failure_of(caller, Code.BUSY)
+
+
+async def test_one_client_is_promised_half_of_all_history_and_then_the_least() -> None:
+    budget = 64 * MIN_HISTORY_BYTES
+    async with a_stage() as stage:
+        daemon = await stage.daemon("hop0", 0, 1, history_bytes=budget, cache_tokens=1 << 24)
+        wanted = 1 << 20  # tokens: more than half of it
+
+        async def promised_to(name: str) -> int:
+            before = daemon.service.statistics().history_promised_bytes
+            await stage.open(daemon, max_tokens=wanted, network=stage.hub.network(name))
+            return daemon.service.statistics().history_promised_bytes - before
+
+        assert [await promised_to(name) for name in ("ada", "bob", "cyd")] == [
+            budget // 2,
+            budget // 2,
+            MIN_HISTORY_BYTES,
+        ]
 
 
 async def test_a_stream_that_says_nothing_is_dropped() -> None:

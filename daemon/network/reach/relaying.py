@@ -42,7 +42,7 @@ _log = structlog.get_logger("corolla.relaying")
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
     """What a relay gives. circuit_bytes: both ways together; bytes_per_s: of all circuits together.
-    is_wanted: whether our owner lets us relay, at the moment."""
+    is_wanted: whether our owner lets us relay, at the moment; without it nothing more is carried."""
 
     reservations: int = MAX_RESERVATIONS
     circuits: int = MAX_CIRCUITS
@@ -156,7 +156,7 @@ class RelayService:
             self._circuits += Counter()  # forgets the zeros
 
     def _refusal(self, source: str, target: str) -> Status.ValueType | None:
-        if target not in self._reserved:
+        if target not in self._reserved or not self._limits.is_wanted():
             return Status.NO_RESERVATION
         limits = self._limits
         busiest = max(self._circuits[source], self._circuits[target])
@@ -196,7 +196,7 @@ class RelayService:
         try:
             while True:
                 if data:
-                    if not budget.take(len(data)):
+                    if not (self._limits.is_wanted() and budget.take(len(data))):
                         break
                     self._give_way()
                     await self._pace.wait(len(data))
