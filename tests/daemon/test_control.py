@@ -41,7 +41,7 @@ from corolla.protocol.control import (
 )
 from corolla.protocol.errors import Code, CorollaError, error
 from corolla.protocol.framing import FrameParser
-from corolla.protocol.limits import MAX_CALLS_PER_CONNECTION, MAX_LOCAL_PAYLOAD_BYTES
+from corolla.protocol.limits import MAX_CALLS_PER_CONNECTION, MAX_LOCAL_HEADER_BYTES, MAX_LOCAL_PAYLOAD_BYTES
 from corolla.protocol.messages import Message, encode
 
 pytestmark = pytest.mark.anyio
@@ -341,7 +341,14 @@ async def test_so_many_calls_at_once_and_no_more(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "noise", [b"POST / HTTP/1.1\r\n\r\n", encode(Return(1)), b"\x00\x00\x00\x01\x00\x00\x00\x00\xff"]
+    "noise",
+    [
+        b"POST / HTTP/1.1\r\n\r\n",
+        encode(Return(1)),
+        b"\x00\x00\x00\x01\x00\x00\x00\x00\xff",
+        struct.pack(">II", MAX_LOCAL_HEADER_BYTES + 1, 0),
+        struct.pack(">II", 8, MAX_LOCAL_PAYLOAD_BYTES + 1),
+    ],
 )
 async def test_noise_ends_the_connection_with_the_reason(path: Path, noise: bytes) -> None:
     async with serving(path, {"status": say_nothing}) as connect:

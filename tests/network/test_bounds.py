@@ -37,6 +37,8 @@ from corolla.protocol.limits import (
     INITIAL_WINDOW_BYTES,
     MAX_CONNECTIONS_PER_PEER,
     MAX_HANDSHAKES,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
     MESSAGE_TIMEOUT_S,
     MIB,
     SESSION_IDLE_S,
@@ -378,6 +380,13 @@ async def test_nothing_large_is_heard_before_a_request_is_admitted() -> None:
     many = Doors(tuple(f"/ip4/192.0.2.{number}/tcp/1" for number in range(16)))
     await three.far.send(encode(many))
     assert await three.talk.hear() == many
+
+
+@pytest.mark.parametrize("lengths", [(MAX_HEADER_BYTES + 1, 0), (8, MAX_PAYLOAD_BYTES + 1)])
+async def test_no_message_is_longer_than_the_longest(lengths: tuple[int, int]) -> None:
+    one = Talk()
+    await one.far.send(struct.pack(">II", *lengths))
+    assert (await refusal_of(one.talk))[0] is Code.LIMIT_EXCEEDED
 
 
 def test_an_answer_that_nobody_takes_is_given_up() -> None:
