@@ -24,6 +24,9 @@ from corolla.protocol.views import Status
 
 START_DEADLINE_S = 300.0  # only a daemon that hangs needs so long, also on a busy machine
 _POLL_S = 0.02
+# Tests share their machine with others: a worker that stood behind all of them might never end, and a session
+# that waited for its replacement as shortly as a user would like might not see it.
+_PATIENT = {"COROLLA_LOW_PRIORITY": "false", "COROLLA_REPLACEMENT_WAIT_S": f"{START_DEADLINE_S:g}"}
 
 
 class DaemonFailedError(Exception):
@@ -68,8 +71,7 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Tests share their machine with others; a worker that stood behind all of them might never end.
-                env={**os.environ, "COROLLA_LOW_PRIORITY": "false", **self.environment},
+                env={**os.environ, **_PATIENT, **self.environment},
                 start_new_session=True,
             )
 
