@@ -127,6 +127,18 @@ BOUNDS: Final = (
     Bound("circuit", limits.RELAY_CIRCUIT_BYTES, _B, "a circuit", "some hours of decoding"),
     Bound("circuit", limits.RELAY_CIRCUIT_S, _S, "a circuit", "it is renewed before"),
     Bound("circuits", limits.RELAY_BYTES_PER_S, _BS, "all circuits", "a hundred megabits"),
+    # dialling for others
+    Bound("dial-backs", limits.MAX_DIAL_BACKS, _N, "all peers", "at once; each waits for seconds at most"),
+    Bound(
+        "dial-backs a minute",
+        limits.MAX_DIAL_BACKS_PER_MINUTE,
+        _N,
+        "all peers",
+        "more peers than that ask somebody else",
+    ),
+    Bound("between dial-backs", limits.DIAL_BACK_AGAIN_S, _S, "a peer", "an answer holds for many minutes"),
+    Bound("addresses dialled", limits.MAX_DOORS, _N, "a punch", "a peer may name anybody's"),
+    Bound("punches", limits.MAX_PUNCHES, _N, "all peers", "at once; one at a time with each"),
     # programs on this machine
     Bound("programs", limits.MAX_PROGRAMS, _N, "all users", "a file descriptor each"),
     Bound("programs", limits.MAX_PROGRAMS_PER_GUEST, _N, "a user who may only see", "others find room"),

@@ -152,7 +152,7 @@ MAX_ADMITTED_TOLD: Final = 64  # of them in one greeting
 
 # Relays. libp2p's usual 128 KiB and two minutes carry no tensors: a 70B model's step is 32 KiB, its prefill
 # of a thousand tokens 32 MiB.
-MAX_CIRCUIT_MESSAGE_BYTES: Final = 4096  # as the specification says
+MAX_CIRCUIT_MESSAGE_BYTES: Final = 4096  # as the specification says; of DCUtR and AutoNAT too
 MAX_IDENTIFY_BYTES: Final = 64 * KIB  # of a peer's keys, addresses and protocols
 MAX_RESERVATIONS: Final = 128  # of one relay; each keeps a connection open
 MAX_CIRCUITS: Final = 64
@@ -169,6 +169,13 @@ CIRCUIT_TIMEOUT_S: Final = 5.0  # one message to a relay, or through it
 MAX_DIAL_BACKS: Final = 4  # at once
 MAX_DIAL_BACKS_PER_MINUTE: Final = 30  # for all others: more peers than that ask somebody else
 DIAL_BACK_AGAIN_S: Final = 5.0  # before the same peer is served again
+MAX_ADDRESSES_OFFERED: Final = (
+    64  # in one message of AutoNAT or DCUtR; other libp2p peers have many transports
+)
+
+# From a relayed connection to a direct one.
+MAX_DOORS: Final = 4  # dialled of what a peer names, at once: each may be anybody's
+MAX_PUNCHES: Final = 16  # under way at once, with different peers
 
 # Control socket.
 MAX_PROGRAMS: Final = 256  # connected at once

@@ -21,6 +21,7 @@ import anyio
 import cbor2
 import trio
 import varint
+from google.protobuf.message import Message as Protobuf
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
@@ -31,7 +32,10 @@ from corolla.daemon.network.libp2p.host import key_pair
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.members.greeting import Swarm
 from corolla.daemon.network.members.membership import Membership
+from corolla.daemon.network.reach import autonat, dcutr
+from corolla.daemon.network.reach.autonat import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL
 from corolla.daemon.network.reach.circuits import HOP_PROTOCOL, STOP_PROTOCOL
+from corolla.daemon.network.reach.dcutr import DCUTR_PROTOCOL
 from corolla.daemon.network.registry.announcements import Announcements, Offer
 from corolla.daemon.network.wire.multistream import agree
 from corolla.daemon.network.wire.muxing import Mux
@@ -41,8 +45,6 @@ from corolla.protocol.control import Call, Cancel
 from corolla.protocol.errors import CorollaError
 from corolla.protocol.framing import encode_frame
 from corolla.protocol.messages import Message, encode
-from corolla.protocol.punch import PUNCH_PROTOCOL, Doors, Now
-from corolla.protocol.reach import NONCE_BYTES, REACH_PROTOCOL, RING_PROTOCOL, DialMe, Nonce
 from corolla.protocol.records import SpanState, blocks_key
 from corolla.protocol.registry import HELLO_PROTOCOL, REGISTRY_PROTOCOL, Find, Hello, PeerAddresses, Store
 from corolla.protocol.steps import (
@@ -63,6 +65,7 @@ from corolla.protocol.training import TRAINING_PROTOCOL, Chunk, PutPart, Sequenc
 
 from .hostile import mutate
 
+NOBODY: Final = ("/ip4/127.0.0.1/tcp/9",)
 IDENTIFY_PUSH: Final = "/ipfs/id/push/1.0.0"
 PING: Final = "/ipfs/ping/1.0.0"
 PER_STREAM: Final = 6  # messages at most
@@ -165,20 +168,24 @@ def real_messages(target: Target, identity: Identity) -> dict[str, list[bytes]]:
             PutPart(model, 0, 1, b"p" * 32, 100),
             Chunk(bytes(512)),
         ],
-        PUNCH_PROTOCOL: [Doors(("/ip4/127.0.0.1/tcp/9",), True), Now()],
-        REACH_PROTOCOL: [DialMe("/ip4/127.0.0.1/tcp/9", bytes(NONCE_BYTES))],
-        RING_PROTOCOL: [Nonce(bytes(NONCE_BYTES))],
     }
     key = ID.from_string(identity.peer).to_bytes()
     raw = {
         HOP_PROTOCOL: [_prefixed(b"\x08\x00"), _prefixed(b"\x08\x01\x12\x28\x0a\x26" + key)],
         STOP_PROTOCOL: [_prefixed(b"\x08\x00\x12\x28\x0a\x26" + key)],
         f"/corolla/kad/{swarm.swarm_id}/1": [_prefixed(b"\x08\x04\x12\x26" + key)],
+        DCUTR_PROTOCOL: [_written(dcutr.connect(NOBODY)), _written(dcutr.sync())],
+        DIAL_REQUEST_PROTOCOL: [_written(autonat.request(NOBODY, 7))],
+        DIAL_BACK_PROTOCOL: [_written(autonat.dial_back(7))],
         IDENTIFY_PUSH: [_prefixed(b"\x12\x08\x04\x7f\x00\x00\x01\x06\x00\x09\x1a\x05/test")],
         PING: [bytes(32)],
         "/corolla/none/1": [b"hello"],
     }
     return {**{protocol: list(map(encode, said)) for protocol, said in spoken.items()}, **raw}
+
+
+def _written(message: Protobuf) -> bytes:
+    return _prefixed(message.SerializeToString())
 
 
 def _prefixed(body: bytes) -> bytes:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from corolla.daemon.network.dialling import AddressBook, reach_of, split_peer
 from corolla.daemon.network.members.roll import Roll, Standing, decode_standing
 from corolla.daemon.network.reach.circuits import split_circuit
+from corolla.daemon.network.reach.multiaddresses import packed, public_endpoints, unpacked
 from corolla.daemon.network.registry.shelf import Shelf, origin_of
 from corolla.daemon.network.wire.muxing import Mux, ViolationError
 from corolla.protocol.control import FROM_DAEMON, METHODS, TO_DAEMON
@@ -36,8 +37,6 @@ from corolla.protocol.invitations import (
 )
 from corolla.protocol.limits import MAX_CBOR_DEPTH
 from corolla.protocol.messages import Vocabulary, encode, from_plain, load_map
-from corolla.protocol.punch import PUNCH
-from corolla.protocol.reach import REACH, RING
 from corolla.protocol.records import ManifestRecord, Signed, SpanRecord, peer_id_of, verify
 from corolla.protocol.registry import HELLO, REGISTRY, Entry
 from corolla.protocol.steps import PUSH, SESSION, Row, check_payload
@@ -55,9 +54,6 @@ VOCABULARIES = {
     "training": TRAINING,
     "hello": HELLO,
     "registry": REGISTRY,
-    "punch": PUNCH,
-    "reach": REACH,
-    "ring": RING,
     "to daemon": TO_DAEMON,
     "from daemon": FROM_DAEMON,
     "to worker": TO_WORKER,
@@ -336,6 +332,7 @@ addresses = st.text(max_size=60) | st.lists(
 @given(addresses)
 def test_an_address_is_taken_apart_or_refused(address: str) -> None:
     reach_of(address)
+    assert public_endpoints((address,)) in ((), (address,))
     assert origin_of(PEER, (address,))
     for read in (split_peer, split_circuit):
         with may_refuse(Code.BAD_REQUEST):
@@ -344,6 +341,17 @@ def test_an_address_is_taken_apart_or_refused(address: str) -> None:
     with contextlib.suppress(CorollaError):
         book.learn(PEER, (address, address + "/p2p/" + PEER))
     assert len(book.known(PEER)) <= 2
+
+
+@FUZZ
+@given(
+    st.binary(max_size=400)
+    | mutations(packed(["/ip4/11.0.0.9/tcp/1", f"/dns4/a/tcp/1/p2p/{PEER}/p2p-circuit"]))
+)
+def test_an_address_in_bytes_is_read_or_passed_over(data: bytes) -> None:
+    address = unpacked(data)
+    for public in public_endpoints((address,)):
+        assert unpacked(*packed([public])) == public
 
 
 def muxed_traffic() -> list[bytes]:

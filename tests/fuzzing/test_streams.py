@@ -15,20 +15,25 @@ from libp2p.connection_types import ConnectionType
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, StopMessage
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.conversation import Conversation
+from corolla.daemon.network.dialling import Reach, reach_of
 from corolla.daemon.network.libp2p.host import key_pair
-from corolla.daemon.network.reach.circuits import Preamble, peer_of
-from corolla.daemon.network.reach.relays import observed_address
+from corolla.daemon.network.reach import autonat, dcutr
+from corolla.daemon.network.reach.circuits import peer_of
+from corolla.daemon.network.reach.identifying import Told, read_identify
+from corolla.daemon.network.reach.observations import endpoint_of
+from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.room import Room
 from corolla.daemon.network.wire.multistream import agree, answer
 from corolla.daemon.network.wire.noise import FastNoise, NoiseOnly
 from corolla.protocol.errors import Code
-from corolla.protocol.limits import MAX_CIRCUIT_MESSAGE_BYTES, MIB
+from corolla.protocol.limits import MAX_ADDRESSES_OFFERED, MAX_CIRCUIT_MESSAGE_BYTES, MIB
 from corolla.protocol.messages import encode
-from corolla.protocol.punch import PUNCH, Doors, Now
+from corolla.protocol.registry import KEY_BYTES, REGISTRY, Find
 
 from .hostile import FUZZ, hostile_bytes, may_refuse, mutations
 
@@ -85,9 +90,9 @@ def pieces(draw: st.DrawFn, *samples: bytes) -> list[bytes]:
 
 
 @FUZZ
-@given(pieces(encode(Doors(("/ip4/192.0.2.7/tcp/1",), True)), encode(Now())))
+@given(pieces(encode(Find((bytes(KEY_BYTES),))), encode(Find((), "after"))))
 def test_a_conversation_hears_messages_or_says_what_is_wrong(data: list[bytes]) -> None:
-    talk = Conversation(Scripted(data), PUNCH, max_header_bytes=200, max_payload_bytes=0)
+    talk = Conversation(Scripted(data), REGISTRY, max_header_bytes=200, max_payload_bytes=0)
 
     async def listen() -> None:
         while await talk.hear() is not None:
@@ -117,11 +122,15 @@ def test_a_negotiation_ends_with_a_protocol_or_says_why_not(
     assert wire.asked <= 1024  # nobody makes us wait for more, or keep it
 
 
+def prefixed(body: bytes) -> bytes:
+    return bytes(varint.encode(len(body))) + body
+
+
 HOP = HopMessage(type=HopMessage.CONNECT, peer=PeerId(id=ID.from_string(PEER).to_bytes())).SerializeToString()
 
 
 @FUZZ
-@given(pieces(varint.encode(len(HOP)) + HOP, b"\xff\xff\x7f", varint.encode(5000)))
+@given(pieces(prefixed(HOP), b"\xff\xff\x7f", varint.encode(5000)))
 def test_a_circuit_message_is_read_or_refused(data: list[bytes]) -> None:
     stream = Scripted(data)
 
@@ -148,14 +157,80 @@ IDENTIFY = Identify(
 @given(hostile_bytes((IDENTIFY, varint.encode(len(IDENTIFY)) + IDENTIFY)))
 def test_an_identify_is_read_or_refused(data: bytes) -> None:
     with may_refuse(Code.PROTOCOL_VIOLATION):
-        assert isinstance(observed_address(data), str)
+        told = read_identify(data)
+        assert isinstance(told, Told)
+        assert "" not in told.listens
 
 
 @FUZZ
 @given(st.binary(max_size=60) | mutations((Multiaddr("/ip4/1.2.3.4/tcp/5/p2p-circuit").to_bytes(),)))
-def test_an_observed_address_is_read_or_refused(told: bytes) -> None:
-    with may_refuse(Code.PROTOCOL_VIOLATION):
-        observed_address(Identify(public_key=b"k", observed_addr=told).SerializeToString())
+def test_addresses_in_an_identify_are_read_or_passed_over(told: bytes) -> None:
+    identify = Identify(public_key=b"k", observed_addr=told, listen_addrs=[told, told])
+    found = read_identify(identify.SerializeToString())
+    assert found.listens == ((found.observed,) * 2 if found.observed else ())
+
+
+ADDRESSES = ("/ip4/11.0.0.9/tcp/4517", "/ip6/2606:4700::9/tcp/1")
+AUTONAT = [
+    prefixed(message.SerializeToString())
+    for message in (
+        autonat.request(ADDRESSES, 1 << 63),
+        autonat.response(autonat.DialResponse(autonat.Status.OK, 1, autonat.DialStatus.DIAL_ERROR)),
+        autonat.ENVELOPE(dialDataRequest={"addrIdx": 1, "numBytes": 100_000}),
+        autonat.ENVELOPE(dialDataResponse={"data": bytes(500)}),
+    )
+]
+NONCES = [prefixed(autonat.dial_back(7).SerializeToString()), prefixed(b"\x08\x07"), prefixed(b"")]
+PUNCHES = [prefixed(message.SerializeToString()) for message in (dcutr.connect(ADDRESSES), dcutr.sync())]
+
+
+@FUZZ
+@given(pieces(*AUTONAT))
+def test_what_is_said_of_dialling_back_is_read_or_refused(data: list[bytes]) -> None:
+    async def listen() -> None:
+        talk = Preamble(Scripted(data))
+        while True:
+            message = await talk.hear(autonat.ENVELOPE)
+            assert message.ByteSize() <= MAX_CIRCUIT_MESSAGE_BYTES
+            with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED):
+                assert len(autonat.as_request(message).addresses) <= MAX_ADDRESSES_OFFERED
+            with may_refuse(Code.PROTOCOL_VIOLATION):
+                assert isinstance(autonat.as_response(message), autonat.DialResponse)
+
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.PEER_LOST):
+        now(listen())
+
+
+@FUZZ
+@given(pieces(*NONCES), st.sampled_from((autonat.DIAL_BACK, autonat.DIAL_BACK_RESPONSE)))
+def test_a_nonce_and_its_receipt_are_read_or_refused(data: list[bytes], kind: Any) -> None:
+    async def listen() -> None:
+        message = await Preamble(Scripted(data)).hear(kind)
+        if kind is autonat.DIAL_BACK:
+            assert 0 <= autonat.nonce_of(message) < 1 << 64
+        else:
+            autonat.check_taken(message)
+
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.PEER_LOST):
+        now(listen())
+
+
+@FUZZ
+@given(pieces(*PUNCHES))
+def test_a_punch_names_doors_of_the_world_or_is_refused(data: list[bytes]) -> None:
+    async def listen() -> None:
+        talk = Preamble(Scripted(data))
+        while True:
+            message = await talk.hear(HolePunch)
+            with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED):
+                doors = dcutr.doors_of(message)
+                assert len(doors) <= MAX_ADDRESSES_OFFERED
+                assert all(endpoint_of(d) and reach_of(d) is Reach.PUBLIC for d in doors)
+            with may_refuse(Code.PROTOCOL_VIOLATION):
+                dcutr.check_sync(message)
+
+    with may_refuse(Code.PROTOCOL_VIOLATION, Code.LIMIT_EXCEEDED, Code.PEER_LOST):
+        now(listen())
 
 
 class ScriptedConnection(Scripted, IRawConnection):

@@ -47,7 +47,7 @@ from corolla.protocol.limits import (
     WRITE_STALL_S,
 )
 from corolla.protocol.messages import encode
-from corolla.protocol.punch import PUNCH, Doors, Now
+from corolla.protocol.registry import KEY_BYTES, REGISTRY, Find
 
 from ..fuzzing.hostile import may_refuse
 from .test_yamux import PlainConnection, echo_all, exchange, plain_pair, running
@@ -59,6 +59,8 @@ SINK = "/test/sink/1"
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 UPDATE, PING_FRAME, SYN, ACK = 1, 2, 1, 2
 FRIEND = identity_from_seed(b"f" * 32)
+SHORT = Find((bytes(KEY_BYTES),))
+LONG = Find(tuple(bytes([number]) * KEY_BYTES for number in range(100)))
 
 
 async def echo(stream: Stream) -> None:
@@ -322,7 +324,7 @@ class Talk:
 
     def __init__(self, *, begun_by_peer: bool = False) -> None:
         near, self.far = stream_pair(FRIEND.peer, "/test/1")
-        self.talk = Conversation.begun_by(near, PUNCH) if begun_by_peer else Conversation(near, PUNCH)
+        self.talk = Conversation.begun_by(near, REGISTRY) if begun_by_peer else Conversation(near, REGISTRY)
 
 
 async def refusal_of(talk: Conversation) -> tuple[Code, float]:
@@ -359,8 +361,8 @@ def test_a_stream_opened_for_nothing_is_given_up_at_once_and_a_session_after_hou
         code, after_s = await refusal_of(one.talk)
         assert (code, round(after_s)) == (Code.TIMEOUT, FIRST_WORD_S)
         two = Talk(begun_by_peer=True)
-        await two.far.send(encode(Now()))
-        assert isinstance(await two.talk.hear(), Now)
+        await two.far.send(encode(SHORT))
+        assert await two.talk.hear() == SHORT
         two.talk.trust()
         code, after_s = await refusal_of(two.talk)
         assert (code, round(after_s)) == (Code.TIMEOUT, SESSION_IDLE_S)
@@ -377,9 +379,8 @@ async def test_nothing_large_is_heard_before_a_request_is_admitted() -> None:
     assert (await refusal_of(two.talk))[0] is Code.LIMIT_EXCEEDED
     three = Talk(begun_by_peer=True)
     three.talk.trust()
-    many = Doors(tuple(f"/ip4/192.0.2.{number}/tcp/1" for number in range(16)))
-    await three.far.send(encode(many))
-    assert await three.talk.hear() == many
+    await three.far.send(encode(LONG))
+    assert await three.talk.hear() == LONG
 
 
 @pytest.mark.parametrize("lengths", [(MAX_HEADER_BYTES + 1, 0), (8, MAX_PAYLOAD_BYTES + 1)])
@@ -394,7 +395,7 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
         one = Talk()
         with trio.fail_after(MESSAGE_TIMEOUT_S + 1), may_refuse(Code.TIMEOUT):
             while True:
-                await one.talk.say(Doors(("/" + "x" * 200,) * 16))
+                await one.talk.say(LONG)
         assert trio.current_time() == pytest.approx(MESSAGE_TIMEOUT_S, abs=1)
 
     on_jumping_clock(main)

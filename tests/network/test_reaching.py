@@ -16,10 +16,19 @@ from corolla.daemon.identity import new_identity
 from corolla.daemon.network.dialling import Reach, Reachability, reach_of
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.memory import MemoryHub, MemoryNetwork, memory_hub
+from corolla.daemon.network.reach import autonat
 from corolla.daemon.network.reach import observations as observations_module
 from corolla.daemon.network.reach import reaching as reaching_module
 from corolla.daemon.network.reach import whereabouts as whereabouts_module
+from corolla.daemon.network.reach.autonat import (
+    DIAL_BACK_PROTOCOL,
+    DIAL_REQUEST_PROTOCOL,
+    DialResponse,
+    DialStatus,
+    Status,
+)
 from corolla.daemon.network.reach.observations import Sighting
+from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.reach.proofs import (
     ENOUGH,
     FRESH_S,
@@ -42,8 +51,6 @@ from corolla.daemon.network.reach.whereabouts import Whereabouts
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, error
 from corolla.protocol.limits import DIAL_BACK_AGAIN_S, MAX_DIAL_BACKS, MAX_DIAL_BACKS_PER_MINUTE
-from corolla.protocol.messages import encode
-from corolla.protocol.reach import NONCE_BYTES, REACH_PROTOCOL, RING_PROTOCOL, Dialled, DialMe
 
 pytestmark = pytest.mark.anyio
 
@@ -225,11 +232,11 @@ class World:
         network = self.hub.network(peer)
         network.observes = lambda other: MAPPED if other == "home" else HOME  # type: ignore[method-assign, assignment]
 
-        async def ring(address: str, target: str, nonce: bytes) -> None:
+        async def ring(address: str, target: str, nonce: int) -> bool:
             self.rung.append((peer, address))
             if not self.is_open:
                 raise error(Code.PEER_LOST, "connection refused")
-            await say_nonce(await network.open(target, RING_PROTOCOL, timeout_s=1), nonce)
+            return await say_nonce(await network.open(target, DIAL_BACK_PROTOCOL, timeout_s=1), nonce)
 
         bell = Doorbell(ring, lambda stream: self.came_in, lambda: self.own, lambda: self.sightings)
         reaching = Reaching(network, bell)
@@ -291,7 +298,7 @@ async def test_a_nonce_over_a_connection_of_ours_proves_nothing() -> None:
         w.sees("liar", "11.0.0.2")
         w.own = (HOME,)
         w.came_in = False
-        assert await judged(home) is False
+        assert await judged(home) is None
 
 
 async def test_whose_word_is_all_there_is_proves_nothing() -> None:
@@ -300,11 +307,11 @@ async def test_whose_word_is_all_there_is_proves_nothing() -> None:
         liar, _ = w.member("liar")
 
         async def lie(stream: Stream) -> None:
-            await stream.receive()
-            await stream.send(encode(Dialled(tried=True, reached=True)))
+            await asked_for(stream)
+            await Preamble(stream).say(autonat.response(DialResponse(Status.OK, 0, DialStatus.OK)))
             await stream.close()
 
-        liar.handle(REACH_PROTOCOL, lie)
+        liar.handle(DIAL_REQUEST_PROTOCOL, lie)
         w.sees("liar", "11.0.0.2")
         w.own = (HOME,)
         assert await judged(home) is None
@@ -319,13 +326,12 @@ async def test_a_stranger_s_nonce_is_not_taken_for_the_one_who_was_asked() -> No
         w.own = (HOME,)
 
         async def hand_on(stream: Stream) -> None:
-            data = await stream.receive()
-            nonce = data[-NONCE_BYTES:]
-            await say_nonce(await stranger.open("home", RING_PROTOCOL, timeout_s=1), nonce)
-            await stream.send(encode(Dialled(tried=True, reached=True)))
+            nonce = (await asked_for(stream)).nonce
+            assert not await say_nonce(await stranger.open("home", DIAL_BACK_PROTOCOL, timeout_s=1), nonce)
+            await Preamble(stream).say(autonat.response(DialResponse(Status.OK, 0, DialStatus.OK)))
             await stream.close()
 
-        asked.handle(REACH_PROTOCOL, hand_on)
+        asked.handle(DIAL_REQUEST_PROTOCOL, hand_on)
         assert await judged(home) is None
 
 
@@ -368,21 +374,79 @@ async def test_when_all_is_known_nothing_is_done_until_it_grows_old() -> None:
         assert num_looks < 30
 
 
+async def asked_for(stream: Stream) -> autonat.DialRequest:
+    return autonat.as_request(await Preamble(stream).hear(autonat.ENVELOPE))
+
+
+async def answered(home: MemoryNetwork, *addresses: str) -> DialResponse:
+    """What `ada` answers who asks for these."""
+    stream = await home.open("ada", DIAL_REQUEST_PROTOCOL, timeout_s=1)
+    talk = Preamble(stream)
+    await talk.say(autonat.request(addresses, 7))
+    answer = autonat.as_response(await talk.hear(autonat.ENVELOPE))
+    assert await stream.receive() == b""
+    return answer
+
+
 async def test_nobody_is_made_to_dial_a_third_one() -> None:
+    """Nor a relay, nor anybody in its own network, nor whom a name stands for."""
     async with world() as w:
-        network, _ = w.member("home")
+        home, _ = w.member("home")
         w.member("ada")
-        stream = await network.open("ada", REACH_PROTOCOL, timeout_s=1)
-        await stream.send(encode(DialMe("/ip4/11.0.0.66/tcp/80", bytes(16))))
-        assert b"you come from" in await stream.receive()
+        relayed = f"/ip4/11.0.0.9/tcp/1/p2p/{new_identity().peer}/p2p-circuit"
+        others = ("/ip4/11.0.0.66/tcp/80", "/ip4/192.168.1.1/tcp/80", relayed, "/dns4/example.org/tcp/80")
+        assert await answered(home, *others) == DialResponse(Status.REFUSED)
         assert w.rung == []
+        assert (await answered(home, *others, HOME, MAPPED)).index == 4  # the first one that is its own
+        assert w.rung == [("ada", HOME)]
+        assert await answered(home, HOME) == DialResponse(Status.REJECTED)  # too soon
+
+
+async def test_the_asked_one_tells_a_closed_door_from_one_that_does_not_take_the_nonce() -> None:
+    async with world() as w:
+        home, _ = w.member("home")
+        w.member("ada")
+        assert await answered(home, HOME) == DialResponse(
+            Status.OK, 0, DialStatus.DIAL_BACK_ERROR
+        )  # not asked
+        w.is_open = False
+        await trio.sleep(DIAL_BACK_AGAIN_S)
+        assert await answered(home, HOME) == DialResponse(Status.OK, 0, DialStatus.DIAL_ERROR)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        autonat.ENVELOPE(dialDataRequest={"addrIdx": 0, "numBytes": 30_000}),
+        autonat.ENVELOPE(dialResponse={"status": 17, "dialStatus": 100}),
+        autonat.ENVELOPE(dialResponse={"status": 200, "dialStatus": 17}),
+        autonat.ENVELOPE(dialResponse={"status": 200, "addrIdx": 1, "dialStatus": 100}),
+        autonat.ENVELOPE(dialResponse={"status": 200, "dialStatus": 101}),
+        autonat.ENVELOPE(dialResponse={"status": 101}),
+        autonat.ENVELOPE(),
+    ],
+)
+async def test_an_answer_that_means_nothing_proves_nothing(said: Any) -> None:
+    async with world() as w:
+        _, home = w.member("home")
+        odd, _ = w.member("odd")
+
+        async def answer(stream: Stream) -> None:
+            await asked_for(stream)
+            await Preamble(stream).say(said)
+            await stream.close()
+
+        odd.handle(DIAL_REQUEST_PROTOCOL, answer)
+        w.sees("odd", "11.0.0.2")
+        w.own = (HOME,)
+        assert await judged(home) is None
 
 
 async def test_silence_is_not_waited_for() -> None:
     async with world() as w:
         network, _ = w.member("home")
         w.member("ada")
-        stream = await network.open("ada", REACH_PROTOCOL, timeout_s=1)
+        stream = await network.open("ada", DIAL_REQUEST_PROTOCOL, timeout_s=1)
         with trio.fail_after(2 * reaching_module.RING_S), pytest.raises(Exception, match="reset"):
             await stream.receive()
 

@@ -21,11 +21,11 @@ from corolla.daemon.network.reach import relays as relays_module
 from corolla.daemon.network.reach.circuits import (
     HOP_PROTOCOL,
     STOP_PROTOCOL,
-    Preamble,
     check_status,
     circuit_address,
     split_circuit,
 )
+from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.reach.relaying import BURST_BYTES, RelayLimits, RelayService
 from corolla.daemon.network.reach.relays import Refusal, candidates
 from corolla.daemon.network.seam import Network, PeerView, Stream

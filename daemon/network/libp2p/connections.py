@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import trio
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
@@ -22,11 +23,13 @@ class Connections:
 
     def __init__(self) -> None:
         self._of: dict[str, list[SwarmConn]] = {}
+        self._changed = trio.Event()  # set when there is one more
 
     def add(self, peer: str, connection: SwarmConn) -> bool:
         """Keep one. True if it is the peer's first."""
         connections = self._of.setdefault(peer, [])
         connections.append(connection)
+        self._changed.set()
         return len(connections) == 1
 
     def remove(self, peer: str, connection: SwarmConn) -> bool:
@@ -59,6 +62,17 @@ class Connections:
         """Whether a new stream would pass no relay."""
         connection = self.live(peer)
         return connection is not None and not is_relayed(connection)
+
+    async def wait_direct(self, peer: str) -> None:
+        """Wait until a new stream would pass no relay."""
+        while not self.is_direct(peer):
+            self._changed = trio.Event() if self._changed.is_set() else self._changed
+            await self._changed.wait()
+
+    def has_called(self, peer: str) -> bool:
+        """Whether a live circuit to the peer is one that we made."""
+        mine = [c for c in self.of(peer) if is_relayed(c) and c.direction is Direction.OUTBOUND]
+        return any(not c.muxed_conn.is_closed for c in mine)
 
     def unread_bytes(self) -> Mapping[str, int]:
         """What each peer has sent that waits for its readers."""

@@ -13,8 +13,8 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -44,7 +44,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from ....protocol.errors import Code, CorollaError, error
-from ....protocol.limits import HANDSHAKE_TIMEOUT_S
+from ....protocol.limits import CONNECT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S
 from ...identity import Identity
 from ..allowance import Allowances
 from ..dialling import Reach, reach_of
@@ -172,6 +172,7 @@ class OurSwarm(Swarm):
         self._lobby = Lobby()
         self._scopes: dict[Guest, trio.CancelScope] = {}  # of those whose handshake is under way
         self._from_own_port: weakref.WeakSet[SwarmConn] = weakref.WeakSet()
+        self._expected: dict[tuple[str, int], ID] = {}  # who may come from an endpoint, to be called by us
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
         """For the library's own services, such as Kademlia: the same dialling as ours."""
@@ -204,6 +205,30 @@ class OurSwarm(Swarm):
             raise error(Code.PEER_LOST, "no port of ours that others could meet")
         raw = with_ends(await self._tcp.dial_with_source(address, source))
         await self.upgrade_inbound_raw_conn(raw, address)
+
+    @contextmanager
+    def expecting(self, peer: str, endpoints: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """While this holds, be the client of a connection that a peer opens from one of these endpoints.
+
+        For the one who should dial when two dial each other: its own packet may come too late, or be lost.
+        """
+        expected = ID.from_string(peer)
+        ours = {endpoint: expected for endpoint in endpoints if endpoint not in self._expected}
+        self._expected.update(ours)
+        try:
+            yield
+        finally:
+            for endpoint in ours:
+                del self._expected[endpoint]
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """As the library's, which tears down a connection if it is cancelled while it tells others of it.
+
+        So did those who gave up their dials as soon as they heard of a connection, which came of one of them.
+        """
+        with trio.fail_after(CONNECT_TIMEOUT_S) as scope:
+            scope.shield = True
+            return await super().add_conn(muxed_conn, direction)
 
     async def _dial_tcp(self, address: Multiaddr) -> IRawConnection:
         """A socket to an address; into the world from the port that we listen on.
@@ -256,19 +281,25 @@ class OurSwarm(Swarm):
         guest, leaves = self._lobby.enter(origin)
         if leaves is not None:
             self._scopes[leaves].cancel()
+        expected = self._expected.get(address) if address else None
         try:
-            muxed = await self._handshake(guest, raw, maddr)
+            muxed = await self._handshake(guest, raw, maddr, expected)
             if isinstance(muxed, Yamux):
                 await muxed.event_closed.wait()
         finally:
             self._lobby.leave(guest)
 
-    async def _handshake(self, guest: Guest, raw: TcpConnection, maddr: Multiaddr) -> IMuxedConn | None:
-        """The connection that came of a handshake; None if none did."""
+    async def _handshake(
+        self, guest: Guest, raw: TcpConnection, maddr: Multiaddr, expected: ID | None
+    ) -> IMuxedConn | None:
+        """The connection that came of a handshake; None if none did. expected: as whose client we speak."""
         try:
             with trio.CancelScope() as scope:
                 self._scopes[guest] = scope
-                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+                if expected is None:
+                    muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+                else:
+                    muxed = await self._call_back(raw, expected)
                 self._lobby.introduce(guest)
                 return muxed
             _log.debug("handshake_gave_way", origin=guest.origin)
@@ -277,6 +308,13 @@ class OurSwarm(Swarm):
         finally:
             del self._scopes[guest]
         return None
+
+    async def _call_back(self, raw: TcpConnection, expected: ID) -> IMuxedConn:
+        raw.is_initiator = True
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            connection = await self.upgrade_outbound(raw, expected)
+        self._from_own_port.add(connection)
+        return connection.muxed_conn
 
 
 def _bound(allowances: Allowances, connection: Yamux) -> None:

@@ -31,17 +31,17 @@ from ....protocol.limits import (
     MAX_CONNECTIONS_PER_PEER,
     MAX_UNREAD_OF_ALL_BYTES,
 )
-from ....protocol.reach import RING_PROTOCOL
 from ....protocol.views import ReachView
 from ...identity import Identity
 from ..allowance import Allowances, heaviest
 from ..dialling import AddressBook, Dials, Reach, Reachability, reach_of, split_peer, try_each, unreachable
 from ..handlers import Handlers
 from ..memory import MemoryStream, stream_pair
+from ..reach.autonat import DIAL_BACK_PROTOCOL
 from ..reach.circuits import CircuitConnection
 from ..reach.observations import Sighting, place_of
 from ..reach.presence import Choices, Means, Presence
-from ..reach.punching import Punching, Ways
+from ..reach.punching import Circuit, Punching, Ways
 from ..reach.reaching import say_nonce
 from ..reach.relaying import RelayLimits
 from ..seam import Guard, Handler, PeerView, Stream
@@ -166,8 +166,16 @@ class Libp2pNetwork:
         self._presence.serve()
         self.relays: Final = self._presence.relays
         self.relaying: Final = self._presence.relaying
-        is_direct = self._connections.is_direct
-        ways = Ways(self._dial, self._meet, self._call_near, self._presence.doors, is_direct)
+        ways = Ways(
+            call=self._dial,
+            meet=self._meet,
+            expecting=self._swarm.expecting,
+            near=self._call_near,
+            doors=self._presence.doors,
+            has_called=self._connections.has_called,
+            is_direct=self._connections.is_direct,
+            wait_direct=self._connections.wait_direct,
+        )
         self._punching = Punching(self, ways)
         self._punching.serve()
 
@@ -388,8 +396,10 @@ class Libp2pNetwork:
             self._book.learn(peer, addresses)
         if self._routing is not None:
             await self._routing.add(peer, self._known(peer))
-        if is_relayed(connection) and connection.direction is Direction.OUTBOUND:
-            self._nursery.start_soon(self._make_direct, peer, connection)
+        if is_relayed(connection):
+            we_called = connection.direction is Direction.OUTBOUND
+            circuit = Circuit(peer, we_called, muxed.event_closed.wait, connection.close)
+            self._nursery.start_soon(self._punching.replace, circuit)
 
     async def _keep_circuit(
         self, peer: str, address: str, circuit: CircuitConnection, connection: SwarmConn
@@ -406,14 +416,6 @@ class Libp2pNetwork:
                 _log.info("circuit_not_renewed", peer=peer, reason=problem.message)
                 await trio.sleep(RENEW_AGAIN_S)
 
-    async def _make_direct(self, peer: str, relayed: SwarmConn) -> None:
-        """Put a direct connection in the place of a relayed one, if there is a way.
-
-        Streams on the relayed one break; sessions go on over the direct one.
-        """
-        if await self._punching.pursue(peer, lambda: not relayed.muxed_conn.is_closed):
-            await relayed.close()
-
     async def _call_near(self, peer: str) -> None:
         """Dial a peer as one of our own network. Raises `PEER_LOST`."""
         near = [address for address in self._known(peer) if reach_of(address) is Reach.NEAR]
@@ -426,11 +428,14 @@ class Libp2pNetwork:
         except Exception as failure:  # as in `_dial`; that it is `peer`, its handshake proves
             raise error(Code.PEER_LOST, root_cause(failure)) from failure
 
-    async def _ring(self, address: str, peer: str, nonce: bytes) -> None:
-        """Dial a peer anew, to show it that this can be done. Raises `PEER_LOST` with the reason."""
+    async def _ring(self, address: str, peer: str, nonce: int) -> bool:
+        """Dial a peer anew, to show it that this can be done. See `Doorbell`."""
         connection = await self._dial(address, peer, from_any_port=True)
         try:
-            await say_nonce(await self._agree(connection, peer, RING_PROTOCOL), nonce)
+            return await say_nonce(await self._agree(connection, peer, DIAL_BACK_PROTOCOL), nonce)
+        except CorollaError as problem:  # it is there, and does not listen to us
+            _log.debug("nonce_not_heard", peer=peer, reason=problem.message)
+            return False
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
                 await connection.close()

@@ -12,7 +12,6 @@ from typing import Final
 
 import trio
 
-from ....protocol.punch import Doors
 from ....protocol.views import ReachView
 from ..dialling import Reachability
 from ..seam import Network, Stream
@@ -116,9 +115,9 @@ class Presence:
         """Where others may reach us, best first, without `/p2p/…` of ours."""
         return self.whereabouts.all(self.relays.addresses(), is_private=self.is_private())
 
-    def doors(self) -> Doors:
+    def doors(self) -> tuple[str, ...]:
         """Where one may try to come through who opens our NAT together with us."""
-        return self.whereabouts.doors(self.relays.observed(), is_private=self.is_private())
+        return self.whereabouts.doors(self.relays.observed())
 
     def view(self) -> ReachView:
         """All of it, for people."""

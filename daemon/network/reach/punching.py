@@ -1,140 +1,225 @@
-"""Direct connections through NATs, made from relayed ones. See `protocol/punch.py` for how.
+"""Direct connections in the place of relayed ones, by DCUtR. See `dcutr.py` for what is said.
 
-It owns no connection: it is told how to dial, and whether a direct connection stands. Addresses that a peer
+Of the two ends of a circuit, `A` made it and `B` was called. `B` dials `A` first, if `A` says that it is public.
+Otherwise both dial at once: each packet that goes out opens the sender's NAT for the one that comes, and the two
+openings meet as one connection (RFC 9293, section 3.5, simultaneous open). `A` is its client and `B` its server,
+whosever packet came first. Meanwhile `A` tries whether `B` lives in its own network. Unlike the specification's
+three attempts there are six, less and less often. Should each have called the other, the circuit of the smaller
+peer id counts.
+
+It owns no connection: it is told how to dial, and waits for a direct connection to stand. Addresses that a peer
 sends us are dialled only if they are public, so that nobody makes us knock at doors in our own network.
+Source: Ford, Srisuresh and Kegel 2005, Peer-to-peer communication across network address translators;
+https://github.com/libp2p/specs/blob/master/relay/DCUtR.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 import structlog
 import trio
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from ....protocol.errors import Code, CorollaError, error
-from ....protocol.messages import Message
-from ....protocol.punch import PUNCH, PUNCH_PROTOCOL, Doors, Now
-from ..conversation import Conversation
-from ..dialling import Reach, reach_of
+from ....protocol.limits import MAX_DOORS, MAX_PUNCHES
 from ..seam import Network, Stream
+from . import dcutr
+from .dcutr import DCUTR_PROTOCOL
+from .identifying import identify
+from .multiaddresses import public_endpoints
+from .observations import endpoint_of
+from .preamble import Preamble
 
 DIAL_S: Final = 4.0  # for a SYN through two NATs, and two repetitions of it
-TALK_S: Final = 10.0  # one attempt, with both sides' dials
-LOOK_EVERY_S: Final = 0.05  # whether the other's dial came through
-MAX_DOORS: Final = 4  # dialled of what a peer names
-AGAIN_S: Final = (1.0, 5.0, 15.0, 30.0, 60.0, 300.0)  # after relayed connection and each failure
+SETTLE_S: Final = 0.5  # until the far side, too, has seen the direct connection
+REDIAL_S: Final = 0.5  # after a dial that a router refused: the other's packet may open its door yet
+TALK_S: Final = 10.0  # for what is said in one attempt
+AGAIN_S: Final = (1.0, 5.0, 15.0, 30.0, 60.0, 300.0)  # after a circuit was made, and after each failure
 
-M = TypeVar("M", bound=Message)
 Dial: TypeAlias = Callable[[str, str], Awaitable[object]]  # address, peer; raises `PEER_LOST`
+Attempt: TypeAlias = Callable[[str], Awaitable[None]]  # with a peer; raises a `CorollaError` with the reason
 
 _log = structlog.get_logger("corolla.punching")
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What punching needs of a network. call: dials as a client; meet: dials as the server of what is made.
+    """What punching needs of a network.
 
-    near: dials a peer at the private addresses that it told, lest it is in our own network; raises `PEER_LOST`.
-    doors: where others see us. is_direct: whether a direct connection with a peer stands.
+    call: dials as a client. meet: dials as the server of what is made. expecting: while it holds, we are the client
+    of what the peer opens from these endpoints too. near: dials a peer at the private addresses that it told, lest
+    it is in our own network. doors: where others see us. has_called: whether a circuit to the peer is ours.
+    is_direct: whether a direct connection with a peer stands; wait_direct: waits until one does.
     """
 
     call: Dial
     meet: Dial
-    near: Callable[[str], Awaitable[None]]
-    doors: Callable[[], Doors]
+    expecting: Callable[[str, Sequence[tuple[str, int]]], AbstractContextManager[None]]
+    near: Attempt
+    doors: Callable[[], Sequence[str]]
+    has_called: Callable[[str], bool]
     is_direct: Callable[[str], bool]
+    wait_direct: Callable[[str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """A relayed connection that stands. we_called: whether we made it, and so end it when it is replaced."""
+
+    peer: str
+    we_called: bool
+    wait_ended: Callable[[], Awaitable[None]]
+    end: Callable[[], Awaitable[None]]
 
 
 class Punching:
-    """Serves `PUNCH_PROTOCOL` on a network."""
+    """Serves `DCUTR_PROTOCOL` on a network."""
 
     def __init__(self, network: Network, ways: Ways) -> None:
         self._network = network
         self._ways = ways
+        self._under_way: set[str] = set()  # peers, with each of whom there is one attempt at a time
 
     def serve(self) -> None:
-        """Answer callers from now on."""
-        self._network.handle(PUNCH_PROTOCOL, self._answer)
+        """Answer those whom we called, from now on."""
+        self._network.handle(DCUTR_PROTOCOL, self._answer)
 
-    async def pursue(self, peer: str, is_wanted: Callable[[], bool]) -> bool:
-        """Try now and again, while it is wanted; whether a direct connection stands at the end."""
+    async def replace(self, circuit: Circuit) -> None:
+        """Try now and again to put a direct connection in a circuit's place, until one stands or the circuit ends.
+
+        Streams on the circuit break then; sessions go on over the direct connection.
+        """
+        peer = circuit.peer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pursue, circuit, nursery.cancel_scope)
+            await circuit.wait_ended()
+            nursery.cancel_scope.cancel()
+        _log.debug("circuit_ended", peer=peer, we_called=circuit.we_called)
+
+    async def _pursue(self, circuit: Circuit, everything: trio.CancelScope) -> None:
+        peer = circuit.peer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._try_again, peer, self._ways.near if circuit.we_called else self._punch)
+            await self._ways.wait_direct(peer)
+            nursery.cancel_scope.cancel()
+        _log.info("direct", peer=peer)
+        await trio.sleep(SETTLE_S)
+        if circuit.we_called and self._ways.is_direct(peer):
+            await circuit.end()
+        everything.cancel()
+
+    async def _try_again(self, peer: str, attempt: Attempt) -> None:
         for pause_s in AGAIN_S:
             await trio.sleep(pause_s)
-            if not is_wanted() or self._ways.is_direct(peer):
-                break
-            with trio.move_on_after(TALK_S):
-                async with trio.open_nursery() as nursery:
-                    for way in (self._ways.near, self._attempt):
-                        nursery.start_soon(self._try, way, peer, nursery.cancel_scope)
-        is_direct = self._ways.is_direct(peer)
-        _log.info("direct" if is_direct else "stays_relayed", peer=peer)
-        return is_direct
+            try:
+                await attempt(peer)
+            except CorollaError as problem:
+                _log.debug("punch_failed", peer=peer, reason=problem.message)
+        _log.info("stays_relayed", peer=peer)
 
-    async def _try(self, way: Callable[[str], Awaitable[None]], peer: str, others: trio.CancelScope) -> None:
-        """One of the ways at once; the first that leads there ends the others."""
-        try:
-            await way(peer)
-        except CorollaError as problem:
-            _log.debug("punch_failed", peer=peer, reason=problem.message)
-        if self._ways.is_direct(peer):
-            others.cancel()
+    # as B: we were called
 
-    async def _attempt(self, peer: str) -> None:
-        stream = await self._network.open(peer, PUNCH_PROTOCOL, timeout_s=TALK_S)
-        talk = _talk(stream)
-        ours = self._ways.doors()
-        try:
-            theirs = _expect(Doors, await talk.ask(ours, timeout_s=TALK_S))
-            if ours.is_open:
-                await self._come_through(peer)
+    async def _punch(self, peer: str) -> None:
+        """One attempt. Raises why it could not be made."""
+        if self._ways.has_called(peer) and self._network.peer < peer:
+            # Each of us called the other, and would be client and server of one connection. One circuit counts.
+            raise error(Code.BUSY, f"{peer} and we called each other; it opens the doors")
+        with self._attempt(peer):
+            await self._reverse(peer)
+            if self._ways.is_direct(peer):
                 return
-            await talk.say(Now())
-            await self._knock(peer, theirs.addresses, self._ways.call)
-        finally:
+            doors, rtt_s = await self._agree(peer)
+            await trio.sleep(rtt_s / 2)
+            await self._knock(peer, doors, self._ways.meet)
+
+    async def _reverse(self, peer: str) -> None:
+        """Dial a caller that says that it is public."""
+        try:
+            told = await identify(self._network, peer)
+        except CorollaError as problem:
+            _log.debug("caller_not_identified", peer=peer, reason=problem.message)
+            return
+        await self._knock(peer, public_endpoints(told.listens), self._ways.call, again=False)
+
+    async def _agree(self, peer: str) -> tuple[Sequence[str], float]:
+        """Where the caller may be met, and the round trip to it. When this returns it has been told to dial."""
+        stream = await self._network.open(peer, DCUTR_PROTOCOL, timeout_s=TALK_S)
+        try:
+            with trio.fail_after(TALK_S):
+                talk = Preamble(stream)
+                asked_at = trio.current_time()
+                await talk.say(dcutr.connect(self._ways.doors()))
+                doors = dcutr.doors_of(await talk.hear(HolePunch))
+                rtt_s = trio.current_time() - asked_at
+                await talk.say(dcutr.sync())
+                await stream.close()
+        except trio.TooSlowError as problem:
             stream.reset()
+            raise error(Code.TIMEOUT, f"{peer} did not answer a punch in {TALK_S:g} s") from problem
+        except BaseException:
+            stream.reset()
+            raise
+        _log.debug("punch", peer=peer, doors=doors, rtt_s=round(rtt_s, 4))
+        return doors, rtt_s
+
+    # as A: we called
 
     async def _answer(self, stream: Stream) -> None:
-        talk, peer = _talk(stream), stream.peer
-        with trio.move_on_after(TALK_S):
-            theirs = _expect(Doors, await talk.hear())
-            await talk.say(self._ways.doors())
-            if theirs.is_open:
-                await self._knock(peer, theirs.addresses, self._ways.call)
-            else:
-                _expect(Now, await talk.hear())
-                await self._knock(peer, theirs.addresses, self._ways.meet)
-        stream.reset()
+        peer = stream.peer
+        with self._attempt(peer):
+            with trio.fail_after(TALK_S):
+                talk = Preamble(stream)
+                doors = dcutr.doors_of(await talk.hear(HolePunch))
+                await talk.say(dcutr.connect(self._ways.doors()))
+                dcutr.check_sync(await talk.hear(HolePunch))
+            await stream.close()
+            _log.debug("punched", peer=peer, doors=doors)
+            endpoints = [endpoint for door in doors[:MAX_DOORS] if (endpoint := endpoint_of(door))]
+            with self._ways.expecting(peer, endpoints):
+                await self._knock(peer, doors, self._ways.call)
 
-    async def _knock(self, peer: str, addresses: Sequence[str], dial: Dial) -> None:
-        """Dial the public ones of these addresses, all at once, until a direct connection stands."""
+    # both
+
+    @contextmanager
+    def _attempt(self, peer: str) -> Iterator[None]:
+        """Hold the right to one. Raises `BUSY` while there are others, or nothing is left to do."""
+        if peer in self._under_way or len(self._under_way) >= MAX_PUNCHES or self._ways.is_direct(peer):
+            raise error(Code.BUSY, f"no punch with {peer} now")
+        self._under_way.add(peer)
+        try:
+            yield
+        finally:
+            self._under_way.discard(peer)
+
+    async def _knock(self, peer: str, doors: Sequence[str], dial: Dial, *, again: bool = True) -> None:
+        """Dial all of these at once until a direct connection stands, whoever makes it, or time is up.
+
+        again: whether a dial that failed is repeated within that time; without, it ends when all have failed.
+        """
 
         async def one(address: str) -> None:
-            try:
-                await dial(address, peer)
-            except CorollaError as problem:
-                _log.debug("door_closed", peer=peer, address=address, reason=problem.message)
+            while True:
+                try:
+                    await dial(address, peer)
+                except CorollaError as problem:
+                    _log.debug("door_closed", peer=peer, address=address, reason=problem.message)
+                if not again:
+                    return
+                await trio.sleep(REDIAL_S)
 
-        public = [address for address in addresses if reach_of(address) is Reach.PUBLIC]
-        async with trio.open_nursery() as nursery:
-            for address in public[:MAX_DOORS]:
-                nursery.start_soon(one, address)
-            await self._come_through(peer)
-            nursery.cancel_scope.cancel()
+        async def watch() -> None:
+            await self._ways.wait_direct(peer)
+            everything.cancel()
 
-    async def _come_through(self, peer: str) -> None:
-        """Wait a while for a direct connection, whoever makes it."""
-        with trio.move_on_after(DIAL_S):
-            while not self._ways.is_direct(peer):  # noqa: ASYNC110 - it may come by any of several dials
-                await trio.sleep(LOOK_EVERY_S)
-
-
-def _talk(stream: Stream) -> Conversation:
-    return Conversation(stream, PUNCH, max_payload_bytes=0)
-
-
-def _expect(kind: type[M], message: Message | None) -> M:
-    if not isinstance(message, kind):
-        raise error(Code.PROTOCOL_VIOLATION, f"a punch without {kind.KIND}")
-    return message
+        with trio.move_on_after(DIAL_S) as everything:
+            async with trio.open_nursery() as watching:
+                watching.start_soon(watch)
+                async with trio.open_nursery() as dials:
+                    for address in doors[:MAX_DOORS]:
+                        dials.start_soon(one, address)
+                if not again:
+                    watching.cancel_scope.cancel()

@@ -1,14 +1,16 @@
-"""Finds out whether others can dial us, and does others the same service. See `protocol/reach.py` for how.
+"""Finds out whether others can dial us, and does others the same service, by AutoNAT v2. See `autonat.py`.
 
 It owns what was found. It dials nobody itself: it is told how. What it does for others is bounded: one dial at
-a time for each, few at once, so many a minute, and none but to the address from which the asker speaks.
+a time for each, few at once, so many a minute, and none but to the public IP from which the asker speaks. So nobody
+can be made to knock at a third one's door. Where the specification would ask for data before it dials another IP,
+to make that dear, we refuse; nor do we pay for such a dial. The nonce has to come from the peer that was asked, over
+a connection that it made: only members are heard, so nobody could bring it in another name.
 A NAT that lets in whoever shares its address with one we spoke to is taken for an open one (RFC 5780, section
 4.4, would ask a third peer to dial); peers at several places have to agree, which makes it rare.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,12 @@ from ....protocol.limits import (
     DIAL_BACK_AGAIN_S,
     MAX_DIAL_BACKS,
     MAX_DIAL_BACKS_PER_MINUTE,
-    MAX_NAME_CHARS,
 )
-from ....protocol.reach import NONCE_BYTES, REACH, REACH_PROTOCOL, RING, RING_PROTOCOL, Dialled, DialMe, Nonce
-from ..conversation import Conversation
 from ..seam import Network, Stream
+from . import autonat
+from .autonat import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL, DialRequest, DialResponse, DialStatus, Status
 from .observations import Sighting, endpoint_of, place_of
+from .preamble import Preamble
 from .proofs import FRESH_S, LASTING_S, Proof, Question, Verdict, judge, questions
 
 ASK_S: Final = CONNECT_TIMEOUT_S + 5.0  # for the answer, with the dial in between
@@ -40,17 +42,17 @@ MAX_PROOFS: Final = 256
 _log = structlog.get_logger("corolla.reaching")
 
 
-Ring: TypeAlias = Callable[[str, str, bytes], Awaitable[None]]  # address, peer, nonce
+Ring: TypeAlias = Callable[[str, str, int], Awaitable[bool]]  # address, peer, nonce
 
 
 @dataclass(frozen=True, slots=True)
 class Doorbell:
     """What reaching needs of a network.
 
-    ring: dials a peer at an address from a port that its NAT has never seen, and says the nonce over that
-    connection; raises `PEER_LOST` with the reason. came_in: whether a stream came over a direct connection that
-    the far side made. own: our public addresses, as far as we know them ourselves. sightings: where connected
-    peers see us.
+    ring: dials a peer at an address from a port that its NAT has never seen, and brings the nonce over that
+    connection; whether it was taken; raises `PEER_LOST` with the reason if nobody answers there. came_in: whether a
+    stream came over a direct connection that the far side made. own: our public addresses, as far as we know them
+    ourselves. sightings: where connected peers see us.
     """
 
     ring: Ring
@@ -75,8 +77,8 @@ class Reaching:
         self._changed = changed
         self._proofs: deque[Proof] = deque(maxlen=MAX_PROOFS)
         self._verdict = Verdict()
-        self._awaited: dict[bytes, str] = {}  # nonce → who shall bring it
-        self._came: set[bytes] = set()
+        self._awaited: dict[int, str] = {}  # nonce → who shall bring it
+        self._came: set[int] = set()
         self._later: dict[str, _Later] = {}
         self._served = Doorkeeper()
         self._stirred = trio.Event()
@@ -88,8 +90,8 @@ class Reaching:
 
     def serve(self) -> None:
         """Answer others, and take what they bring, from now on."""
-        self._network.handle(REACH_PROTOCOL, self._answer)
-        self._network.handle(RING_PROTOCOL, self._take)
+        self._network.handle(DIAL_REQUEST_PROTOCOL, self._answer)
+        self._network.handle(DIAL_BACK_PROTOCOL, self._take)
 
     def stir(self) -> None:
         """Look at once whether there is something to ask: we are seen elsewhere, or by another."""
@@ -134,7 +136,7 @@ class Reaching:
             self._changed()
 
     async def _ask(self, question: Question) -> None:
-        nonce = secrets.token_bytes(NONCE_BYTES)
+        nonce = autonat.new_nonce()
         self._awaited[nonce] = question.peer
         try:
             reached = await self._dialled_back(question, nonce)
@@ -150,22 +152,29 @@ class Reaching:
             del self._awaited[nonce]
             self._came.discard(nonce)
 
-    async def _dialled_back(self, question: Question, nonce: bytes) -> bool:
+    async def _dialled_back(self, question: Question, nonce: int) -> bool:
         """Whether the peer reached us. Raises what kept us from learning it."""
-        stream = await self._network.open(question.peer, REACH_PROTOCOL, timeout_s=ASK_S)
+        peer = question.peer
+        stream = await self._network.open(peer, DIAL_REQUEST_PROTOCOL, timeout_s=ASK_S)
         try:
-            talk = Conversation(stream, REACH, max_payload_bytes=0)
-            answer = await talk.ask(DialMe(question.address, nonce), timeout_s=ASK_S)
+            with trio.fail_after(ASK_S):
+                talk = Preamble(stream)
+                await talk.say(autonat.request((question.address,), nonce))
+                answer = autonat.as_response(await talk.hear(autonat.ENVELOPE))
+        except trio.TooSlowError as problem:
+            raise error(Code.TIMEOUT, f"{peer} did not answer in {ASK_S:g} s") from problem
         finally:
             stream.reset()
         if nonce in self._came:
             return True
-        if not isinstance(answer, Dialled) or answer.reached:
-            raise error(Code.PROTOCOL_VIOLATION, f"{question.peer} says that it dialled us, and did not")
-        if not answer.tried:
-            raise error(Code.BUSY, f"{question.peer} did not dial us: {answer.reason}")
-        _log.debug("not_reached", peer=question.peer, address=question.address, reason=answer.reason)
-        return False
+        if answer.status is not Status.OK:
+            raise error(Code.BUSY, f"{peer} did not dial us: {answer.status.name.lower()}")
+        if answer.index == 0 and answer.dial_status is DialStatus.DIAL_ERROR:
+            _log.debug("not_reached", peer=peer, address=question.address)
+            return False
+        if answer.dial_status is DialStatus.DIAL_BACK_ERROR:
+            raise error(Code.PEER_LOST, f"{peer} dialled us, and could not bring its nonce")
+        raise error(Code.PROTOCOL_VIOLATION, f"{peer} says that it dialled us, and did not")
 
     def _note(self, proof: Proof) -> None:
         now = proof.at
@@ -178,12 +187,13 @@ class Reaching:
         self._judge()
 
     async def _take(self, stream: Stream) -> None:
-        """Somebody rings."""
+        """Somebody brings a nonce."""
         with trio.move_on_after(RING_S):
-            message = await Conversation(stream, RING, max_payload_bytes=0).hear()
-            is_awaited = isinstance(message, Nonce) and self._awaited.get(message.nonce) == stream.peer
-            if isinstance(message, Nonce) and is_awaited and self._bell.came_in(stream):
-                self._came.add(message.nonce)
+            talk = Preamble(stream)
+            nonce = autonat.nonce_of(await talk.hear(autonat.DIAL_BACK))
+            if self._awaited.get(nonce) == stream.peer and self._bell.came_in(stream):
+                self._came.add(nonce)
+                await talk.say(autonat.dial_back_response())
                 await stream.close()
                 return
         stream.reset()
@@ -191,39 +201,57 @@ class Reaching:
     # for others
 
     async def _answer(self, stream: Stream) -> None:
-        talk = Conversation(stream, REACH, max_payload_bytes=0)
+        talk = Preamble(stream)
         with trio.move_on_after(RING_S) as patience:
-            message = await talk.hear()
-        if patience.cancelled_caught or not isinstance(message, DialMe):
+            asked = autonat.as_request(await talk.hear(autonat.ENVELOPE))
+        if patience.cancelled_caught:
             stream.reset()
             return
-        await talk.say(await self._dial_back(stream.peer, message))
-        await stream.close()
+        answer = await self._dial_back(stream.peer, asked)
+        with trio.move_on_after(RING_S) as patience:
+            await talk.say(autonat.response(answer))
+            await stream.close()
+        if patience.cancelled_caught:
+            stream.reset()
 
-    async def _dial_back(self, peer: str, asked: DialMe) -> Dialled:
-        why_not = refusal(asked.address, self._network.observes(peer))
-        why_not = why_not or self._served.admit(peer, trio.current_time())
-        if why_not:
-            return Dialled(tried=False, reason=why_not)
+    async def _dial_back(self, peer: str, asked: DialRequest) -> DialResponse:
+        observed = self._network.observes(peer)
+        why_not = {address: refusal(address, observed) for address in asked.addresses}
+        index = next((at for at, address in enumerate(asked.addresses) if not why_not[address]), None)
+        if index is None:
+            _log.debug("dial_refused", peer=peer, reasons=why_not)
+            return DialResponse(Status.REFUSED)
+        busy = self._served.admit(peer, trio.current_time())
+        if busy:
+            _log.debug("dial_rejected", peer=peer, reason=busy)
+            return DialResponse(Status.REJECTED)
+        found = DialStatus.DIAL_ERROR
         try:
-            with trio.fail_after(CONNECT_TIMEOUT_S):
-                await self._bell.ring(asked.address, peer, asked.nonce)
-        except trio.TooSlowError:
-            return Dialled(tried=True, reason=f"no answer in {CONNECT_TIMEOUT_S:g} s")
+            with trio.move_on_after(CONNECT_TIMEOUT_S + RING_S):
+                is_taken = await self._bell.ring(asked.addresses[index], peer, asked.nonce)
+                found = DialStatus.OK if is_taken else DialStatus.DIAL_BACK_ERROR
         except CorollaError as problem:
-            return Dialled(tried=True, reason=problem.message[:MAX_NAME_CHARS])
+            _log.debug("dialled_in_vain", peer=peer, reason=problem.message)
         finally:
             self._served.done(peer)
-        return Dialled(tried=True, reached=True)
+        return DialResponse(Status.OK, index, found)
 
 
-async def say_nonce(stream: Stream, nonce: bytes) -> None:
-    """Bring a nonce, on a stream over the connection that was made for it. Raises `PEER_LOST`."""
-    await Conversation(stream, RING, max_payload_bytes=0).say(Nonce(nonce))
-    await stream.close()
+async def say_nonce(stream: Stream, nonce: int) -> bool:
+    """Bring a nonce, on a stream over the connection that was made for it; whether it was taken."""
+    taken = False
     with trio.move_on_after(RING_S):
-        while await stream.receive():
-            pass  # it ends when it has read
+        try:
+            talk = Preamble(stream)
+            await talk.say(autonat.dial_back(nonce))
+            autonat.check_taken(await talk.hear(autonat.DIAL_BACK_RESPONSE))
+            await stream.close()
+            taken = True
+        except CorollaError as problem:
+            _log.debug("nonce_not_taken", peer=stream.peer, reason=problem.message)
+    if not taken:
+        stream.reset()
+    return taken
 
 
 def refusal(address: str, observed: str) -> str:

@@ -32,7 +32,8 @@ from ....protocol.limits import (
 )
 from ..seam import Network, Stream
 from ..traffic import Pace
-from .circuits import HOP_PROTOCOL, STOP_PROTOCOL, Preamble, hop_status, peer_of
+from .circuits import HOP_PROTOCOL, STOP_PROTOCOL, hop_status, peer_of
+from .preamble import Preamble
 
 BURST_BYTES: Final = 4 * MIB  # may pass at once after a pause: a decode step never waits
 

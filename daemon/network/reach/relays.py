@@ -12,16 +12,12 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 import trio
 from libp2p.abc import IRawConnection
-from libp2p.identity.identify.identify import ID as IDENTIFY
-from libp2p.identity.identify.identify import parse_identify_response
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
-from multiaddr import Multiaddr
 
 from ....protocol.errors import Code, CorollaError, error
 from ....protocol.limits import (
     CIRCUIT_TIMEOUT_S,
-    MAX_IDENTIFY_BYTES,
     MAX_RELAYS,
     RELAYS_EVERY_S,
     RESERVATION_S,
@@ -33,13 +29,14 @@ from .circuits import (
     STOP_PROTOCOL,
     CircuitConnection,
     CircuitLimit,
-    Preamble,
     check_status,
     circuit_address,
     peer_of,
     split_circuit,
     stop_status,
 )
+from .identifying import identify
+from .preamble import Preamble
 
 RENEW_AFTER_S: Final = RESERVATION_S / 3  # so that two renewals may fail
 # Before a member that gave no reservation is asked again: soon at first, since it serves nobody whose
@@ -107,7 +104,9 @@ class Relays:
 
     def observed(self) -> tuple[str, ...]:
         """Where our relays see us: what our NAT makes of the port that we listen on."""
-        return tuple(dict.fromkeys(self._observed[relay] for relay in self._held if relay in self._observed))
+        return tuple(
+            dict.fromkeys(self._observed[relay] for relay in self._held if self._observed.get(relay))
+        )
 
     def stir(self) -> None:
         """Look at once whether reservations are needed: it became known whether we are private."""
@@ -219,16 +218,8 @@ class Relays:
     async def _ask_observed(self, relay: str) -> None:
         """Ask a relay where it sees us, by libp2p's identify."""
         try:
-            stream = await self._network.open(relay, str(IDENTIFY), timeout_s=CIRCUIT_TIMEOUT_S)
-            data = b""
-            try:
-                with trio.fail_after(CIRCUIT_TIMEOUT_S):
-                    while len(data) <= MAX_IDENTIFY_BYTES and (piece := await stream.receive()):
-                        data += piece
-            finally:
-                stream.reset()
-            self._observed[relay] = observed_address(data)
-        except (CorollaError, trio.TooSlowError) as problem:
+            self._observed[relay] = (await identify(self._network, relay)).observed
+        except CorollaError as problem:
             _log.debug("not_observed", relay=relay, reason=str(problem))
 
     def _peer_changed(self, peer: str, connected: bool) -> None:
@@ -237,15 +228,6 @@ class Relays:
             if self._held.pop(peer, None) is not None:
                 self._changed()
         self._stirred.set()
-
-
-def observed_address(identify: bytes) -> str:
-    """Where a peer sees us, as it says in libp2p's identify; "" if it does not. Raises `PROTOCOL_VIOLATION`."""
-    try:
-        told = parse_identify_response(identify).observed_addr
-        return str(Multiaddr(told)) if told else ""
-    except Exception as problem:  # of protobuf and multiaddr: each part of an address has types of its own
-        raise error(Code.PROTOCOL_VIOLATION, f"an unreadable identify: {problem}"[:200]) from problem
 
 
 def candidates(

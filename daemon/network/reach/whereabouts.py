@@ -13,7 +13,6 @@ from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
 
 from ....protocol.limits import MAX_ADDRESSES
-from ....protocol.punch import Doors
 from ..dialling import Reach, Reachability, reach_of, split_peer
 from ..seam import PeerView
 from .observations import Seen, Sighting, combine, endpoint_of
@@ -134,14 +133,12 @@ class Whereabouts:
         seen = () if is_private or self._announce or self.proven else self.seen().addresses
         return tuple(dict.fromkeys((*self._announce, *self.proven, *four, *six, *seen, *relayed, *direct)))
 
-    def doors(self, told: Sequence[str], *, is_private: bool) -> Doors:
+    def doors(self, told: Sequence[str]) -> tuple[str, ...]:
         """Where another may try to come through. told: where each of our relays sees us.
 
         One relay's word suffices here: what comes of a lie is a door that does not open.
         """
-        found = dict.fromkeys((*self.world(), *self.seen().addresses, *told))
-        is_open = bool(self.world() or self.proven) and not is_private
-        return Doors(tuple(found)[:MAX_ADDRESSES], is_open=is_open)
+        return tuple(dict.fromkeys((*self.world(), *self.seen().addresses, *told)))[:MAX_ADDRESSES]
 
     def _may_be_dialled(self, address: str) -> bool:
         """Whether there is hope for an address of ours, as far as others have found."""
