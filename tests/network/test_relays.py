@@ -14,7 +14,8 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
 
 from corolla.daemon.identity import identity_from_seed, new_identity
-from corolla.daemon.network.dialling import Reachability
+from corolla.daemon.network.dialling import Reach, Reachability
+from corolla.daemon.network.libp2p import host as host_module
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.memory import memory_hub
 from corolla.daemon.network.reach import relays as relays_module
@@ -25,6 +26,7 @@ from corolla.daemon.network.reach.circuits import (
     circuit_address,
     split_circuit,
 )
+from corolla.daemon.network.reach.observations import endpoint_of
 from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.reach.relaying import BURST_BYTES, RelayLimits, RelayService
 from corolla.daemon.network.reach.relays import Refusal, candidates
@@ -319,6 +321,34 @@ async def test_a_direct_connection_comes_first() -> None:
             assert await echoed(stream, b"direct") == b"direct"
             (view,) = [view for view in client.peers() if view.peer == server.peer]
             assert not view.relayed
+
+
+async def test_who_gives_up_its_dial_when_a_connection_stands_keeps_that_connection() -> None:
+    """It may be the one that came of this very dial, and still be told of."""
+    async with opened(listen=LOOPBACK) as one, opened(listen=LOOPBACK) as two:
+        with trio.CancelScope() as dial:
+            one.on_peer(lambda peer, connected: dial.cancel())
+            await one.connect(two.addresses()[0], timeout_s=5)
+        assert dial.cancel_called
+        assert await echoed(await one.open(two.peer, ECHO, timeout_s=5), b"on") == b"on"
+        assert [view.inbound for view in one.peers()] == [False]
+
+
+async def test_who_should_dial_is_the_client_though_the_other_came_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        host_module, "reach_of", lambda address: Reach.PUBLIC
+    )  # so dials leave by the open port
+    async with opened(listen=LOOPBACK) as ada, opened(listen=LOOPBACK) as bob:
+        endpoint = endpoint_of(split(bob.addresses()[0]))
+        assert endpoint is not None
+        with ada._swarm.expecting(bob.peer, [endpoint]):
+            await bob._meet(split(ada.addresses()[0]), ada.peer)
+        await until(lambda: ada.peers() and bob.peers())
+        assert [view.inbound for view in ada.peers()] == [False]
+        assert [view.inbound for view in bob.peers()] == [True]
+        assert await echoed(await ada.open(bob.peer, ECHO, timeout_s=5), b"on") == b"on"
 
 
 def split(address: str) -> str:

@@ -103,7 +103,7 @@ class Punching:
     async def _pursue(self, circuit: Circuit, everything: trio.CancelScope) -> None:
         peer = circuit.peer
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._try_again, peer, self._ways.near if circuit.we_called else self._punch)
+            nursery.start_soon(self._try_again, peer, self._come_near if circuit.we_called else self._punch)
             await self._ways.wait_direct(peer)
             nursery.cancel_scope.cancel()
         _log.info("direct", peer=peer)
@@ -168,26 +168,47 @@ class Punching:
 
     # as A: we called
 
+    async def _come_near(self, peer: str) -> None:
+        """Dial one who may be in our own network. Raises why it is not reached there."""
+        with trio.move_on_after(TALK_S):
+            await self._ways.near(peer)
+
     async def _answer(self, stream: Stream) -> None:
         peer = stream.peer
+        if self._is_busy(peer):
+            stream.reset()
+            return
         with self._attempt(peer):
-            with trio.fail_after(TALK_S):
-                talk = Preamble(stream)
-                doors = dcutr.doors_of(await talk.hear(HolePunch))
-                await talk.say(dcutr.connect(self._ways.doors()))
-                dcutr.check_sync(await talk.hear(HolePunch))
-            await stream.close()
+            doors = await self._agreed(stream)
             _log.debug("punched", peer=peer, doors=doors)
             endpoints = [endpoint for door in doors[:MAX_DOORS] if (endpoint := endpoint_of(door))]
             with self._ways.expecting(peer, endpoints):
                 await self._knock(peer, doors, self._ways.call)
 
+    async def _agreed(self, stream: Stream) -> Sequence[str]:
+        """Where the called one may be met; returns when it says so. Raises what it did wrong."""
+        try:
+            with trio.fail_after(TALK_S):
+                talk = Preamble(stream)
+                doors = dcutr.doors_of(await talk.hear(HolePunch))
+                await talk.say(dcutr.connect(self._ways.doors()))
+                dcutr.check_sync(await talk.hear(HolePunch))
+                await stream.close()
+        except trio.TooSlowError as problem:
+            raise error(Code.TIMEOUT, f"{stream.peer} did not finish a punch in {TALK_S:g} s") from problem
+        return doors
+
     # both
+
+    def _is_busy(self, peer: str) -> bool:
+        """Whether there are attempts enough, or nothing is left to do."""
+        is_full = peer in self._under_way or len(self._under_way) >= MAX_PUNCHES
+        return is_full or self._ways.is_direct(peer)
 
     @contextmanager
     def _attempt(self, peer: str) -> Iterator[None]:
-        """Hold the right to one. Raises `BUSY` while there are others, or nothing is left to do."""
-        if peer in self._under_way or len(self._under_way) >= MAX_PUNCHES or self._ways.is_direct(peer):
+        """Hold the right to one. Raises `BUSY`."""
+        if self._is_busy(peer):
             raise error(Code.BUSY, f"no punch with {peer} now")
         self._under_way.add(peer)
         try:
