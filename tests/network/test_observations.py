@@ -110,7 +110,7 @@ def test_observed_addresses_are_told_to_others_when_they_can_be_dialled() -> Non
     assert where.seen_by("two", mapped(PEERS[1], HOME))
     assert HOME in where.all((), is_private=False)
     assert HOME not in where.all((), is_private=True)
-    assert where.doors((), is_private=True).addresses == (HOME,)
+    assert where.doors(()) == (HOME,)
 
 
 def test_with_the_observer_goes_what_it_saw() -> None:
