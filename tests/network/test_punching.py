@@ -22,7 +22,7 @@ from corolla.daemon.network.reach.multiaddresses import packed
 from corolla.daemon.network.reach.punching import AGAIN_S, DIAL_S, TALK_S, Circuit, Punching, Ways
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import Code, CorollaError, error
-from corolla.protocol.limits import MAX_ADDRESSES_OFFERED, MAX_CIRCUIT_MESSAGE_BYTES, MAX_DOORS
+from corolla.protocol.limits import MAX_ADDRESSES_OFFERED, MAX_CIRCUIT_MESSAGE_BYTES, MAX_DOORS, MAX_PUNCHES
 
 pytestmark = pytest.mark.anyio
 
@@ -266,3 +266,16 @@ async def test_a_called_one_that_is_direct_already_does_not_make_us_dial() -> No
         with pytest.raises(CorollaError, match="reset"):
             await said(two, framed(dcutr.connect([ADA_S])) + framed(dcutr.sync()))
         assert two.ada.dialled == []
+
+
+async def test_so_many_punches_are_under_way_at_once() -> None:
+    async with pair() as two:
+        two.ada.punching(two.hub)
+        asked = framed(dcutr.connect([ADA_S]))
+        for number in range(MAX_PUNCHES):
+            stream = await two.hub.network(f"eve{number}").open("ada", DCUTR_PROTOCOL, timeout_s=1)
+            await stream.send(asked)
+            assert await stream.receive() == asked  # it waits for `SYNC`
+        stream = await two.hub.network("one more").open("ada", DCUTR_PROTOCOL, timeout_s=1)
+        with pytest.raises(CorollaError, match="reset"):
+            await stream.receive()

@@ -10,6 +10,7 @@ from typing import Final
 from corolla.protocol.bounds import BOUNDS
 
 NETWORK, PACES, RELAYS = "network/test_bounds.py", "network/test_allowance.py", "network/test_relays.py"
+REACHING = "network/test_reaching.py"
 PEERS, TRAINING = "serving/test_peers.py", "serving/test_training.py"
 SHELF, CONTROL = "swarm/test_shelf.py", "daemon/test_control.py"
 
@@ -83,6 +84,14 @@ SHOWN_BY: Final = {
     ("circuit", "bytes", "a circuit"): (RELAYS, "a_circuit_ends_with_its_limits"),
     ("circuit", "s", "a circuit"): (RELAYS, "a_circuit_ends_with_its_limits"),
     ("circuits", "bytes/s", "all circuits"): (RELAYS, "all_circuits_keep_to_one_pace"),
+    ("dial-backs", "", "all peers"): (REACHING, "few_are_dialled_for_at_once_and_in_a_minute"),
+    ("dial-backs a minute", "", "all peers"): (REACHING, "few_are_dialled_for_at_once_and_in_a_minute"),
+    ("between dial-backs", "s", "a peer"): (REACHING, "a_peer_is_dialled_for_once_at_a_time_and_seldom"),
+    ("addresses dialled", "", "a punch"): (
+        "network/test_punching.py",
+        "nobody_is_made_to_knock_at_private_doors_nor_at_many",
+    ),
+    ("punches", "", "all peers"): ("network/test_punching.py", "so_many_punches_are_under_way_at_once"),
     ("programs", "", "all users"): (CONTROL, "too_many_programs_are_told_so"),
     ("programs", "", "a user who may only see"): (CONTROL, "one_user_who_may_only_see_leaves_room"),
     ("calls", "", "a program"): (CONTROL, "so_many_calls_at_once_and_no_more"),
