@@ -200,6 +200,19 @@ async def test_dead_addresses_before_the_good_one_do_no_harm() -> None:
         await assert_echoes(one, other.peer)
 
 
+async def test_a_peer_that_was_not_there_is_reached_as_soon_as_it_is() -> None:
+    identity = new_identity()
+    async with network() as one:
+        async with network(identity) as other:
+            addresses = other.addresses()
+        one.learn(identity.peer, addresses)
+        for _ in range(2):
+            with pytest.raises(CorollaError):
+                await one.open(identity.peer, ECHO, timeout_s=5)
+        async with network(identity, listen=(split_peer(addresses[0])[0],)):
+            await assert_echoes(one, identity.peer)
+
+
 async def test_the_error_tells_what_was_tried() -> None:
     stranger = identity_from_seed(b"s" * 32).peer
     async with network() as one:
