@@ -114,6 +114,7 @@ def peer_views(belonging: Belonging) -> tuple[PeerView, ...]:
             version=member.version if member is not None else "",
             spans=tuple(spans.get(peer, ())),
             clock_ahead_s=member.clock_ahead_s if member is not None else None,
+            unseen_s=belonging.membership.unseen_s(peer),
         )
         if connection is not None:
             view = replace(

@@ -162,7 +162,8 @@ class PeerView:
 
     addresses: where it says that it can be reached. connection: the far end of each live connection.
     through: the peer that carries a relayed one. inbound: whether it dialled us. clock_ahead_s: its clock
-    against ours at its last greeting; None if it told no time.
+    against ours at its last greeting; None if it told no time. unseen_s: for how long one that is not connected was
+    not, or since it was heard of; after ten minutes it is forgotten.
     """
 
     peer: str
@@ -176,6 +177,7 @@ class PeerView:
     through: str = ""
     inbound: bool = False
     clock_ahead_s: float | None = None
+    unseen_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ...protocol.errors import Exit
 from ...protocol.netcheck import MAX_PING_TIMEOUT_S, MAX_PINGS, Finding, Netcheck
 from ...protocol.views import PeerView
 from ..client import Daemon
-from ..output import Output
+from ..output import Output, duration
 from ..picture import short_peer
 from .options import asking
 
@@ -146,7 +146,7 @@ def milliseconds(seconds: float | None) -> str:
 
 def _way(peer: PeerView) -> str:
     if not peer.connected:
-        return "no"
+        return "no" if peer.unseen_s is None else f"no, for {duration(peer.unseen_s)}"
     if not peer.relayed:
         return "direct"
     return f"through {short_peer(peer.through)}" if peer.through else "relayed"

@@ -97,6 +97,15 @@ def test_peers_are_listed_with_the_way_to_them(fake: FakeDaemon, capsys: pytest.
     assert bob.endswith("/ip4/192.0.2.1/tcp/1")
 
 
+def test_of_one_that_is_gone_it_is_said_for_how_long(
+    fake: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.handlers["peers"] = lambda c, call: [PeerView(ADA, unseen_s=185.0), PeerView(BOB)]
+    _, out, _ = ctl(capsys, "peers")
+    assert "no, for 3 min" in out
+    assert "no," not in out.splitlines()[-1]
+
+
 def test_ping_tells_each_round_trip_and_the_way(fake: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ctl(capsys, "ping", ADA, "-c", "3", "--timeout", "2")
     assert fake.calls[-1].arguments == {"peer": ADA, "count": 3, "timeout_s": 2.0}

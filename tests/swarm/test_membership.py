@@ -316,7 +316,11 @@ async def test_the_dead_are_forgotten() -> None:
         await until(lambda: len(names(bob)) == len(names(cyd)) == 2)
         g.hub.kill("cyd")
         assert ada.num_known == 2
+        await trio.sleep(FORGET_AFTER_S / 2)
+        assert ada.unseen_s("cyd") == pytest.approx(FORGET_AFTER_S / 2, abs=2)
+        assert ada.unseen_s("bob") is None
         await trio.sleep(2 * FORGET_AFTER_S)
+        assert ada.unseen_s("cyd") is None
         assert ada.num_known == 1
         assert names(ada) == {"bob"}
 

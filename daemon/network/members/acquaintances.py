@@ -48,6 +48,11 @@ class Acquaintances:
         """Everyone, with the first of its addresses."""
         return tuple(tell_of(peer, friend.addresses) for peer, friend in self._known.items())
 
+    def unseen_s(self, peer: str) -> float | None:
+        """For how long one that is not connected was not; of one only heard of, since then. None if unknown."""
+        friend = self._known.get(peer)
+        return None if friend is None else self._clock() - friend.seen_at
+
     def met(self, peer: str, addresses: Sequence[str]) -> None:
         """It introduced itself."""
         now = self._clock()

@@ -117,6 +117,10 @@ class Membership:
         """Members heard of, connected or not: worth remembering for the next start."""
         return self._known.told()
 
+    def unseen_s(self, peer: str) -> float | None:
+        """For how long a member that we know was not connected; None if it is, or is unknown."""
+        return None if peer in self._members else self._known.unseen_s(peer)
+
     @property
     def num_known(self) -> int:
         """How many members we know to exist, without us."""
