@@ -26,6 +26,7 @@ from corolla.daemon.network.reach.circuits import (
     circuit_address,
     split_circuit,
 )
+from corolla.daemon.network.reach.identifying import identify
 from corolla.daemon.network.reach.observations import endpoint_of
 from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.reach.relaying import BURST_BYTES, RelayLimits, RelayService
@@ -419,6 +420,15 @@ def test_candidates_are_reached_directly_and_by_us_nearest_first() -> None:
 def test_an_address_without_a_relay_is_refused(address: str) -> None:
     with pytest.raises(CorollaError, match="names no relay"):
         split_circuit(address)
+
+
+async def test_who_asks_is_told_the_circuit_not_the_relay() -> None:
+    async with relay() as middle, hidden() as server, opened(listen=LOOPBACK) as client:
+        await enter(server, middle)
+        client.learn(server.peer, server.addresses())
+        told = await identify(client, server.peer)
+        assert told.listens == tuple(split(address) for address in server.addresses())
+        assert told.listens == (circuit_address(split(middle.addresses()[0]), middle.peer),)
 
 
 async def test_a_network_tells_how_it_is_reached() -> None:

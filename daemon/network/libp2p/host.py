@@ -81,7 +81,7 @@ def make_host(
     are everybody's. allowances: what each peer may ask of us.
     """
     swarm = OurSwarm(key_pair(identity), reach, allowances, max_connections=max_connections)
-    host = BasicHost(swarm, addrs_factory=lambda _: [Multiaddr(address) for address in advertised()])
+    host = OurHost(swarm, advertised)
     swarm.set_stream_handler(partial(_serve_stream, host, admits))
     swarm.register_notifee(_Notifee(connected))
     return swarm, host
@@ -131,6 +131,20 @@ def check_port(address: str) -> None:
                 f"cannot listen on {address}: {problem.strerror or problem}",
                 "choose an address of this machine and a port from 1024 on with --listen",
             ) from problem
+
+
+class OurHost(BasicHost):
+    """The library's host, which tells our circuits whole.
+
+    Its own cuts them off before the relay's peer id, and so says that we listen where our relay does.
+    """
+
+    def __init__(self, swarm: OurSwarm, advertised: Callable[[], Sequence[str]]) -> None:
+        self._advertised = advertised  # the library asks for addresses while it is made
+        super().__init__(swarm, addrs_factory=lambda _: [Multiaddr(address) for address in advertised()])
+
+    def get_addrs(self) -> list[Multiaddr]:
+        return [Multiaddr(f"{address}/p2p/{self.get_id()}") for address in self._advertised()]
 
 
 class OurSwarm(Swarm):
