@@ -330,7 +330,8 @@ async def test_who_gives_up_its_dial_when_a_connection_stands_keeps_that_connect
     async with opened(**kad) as one, opened(**kad) as two:
         seen: list[bool] = []
         with trio.CancelScope() as dial:
-            one.on_peer(lambda peer, connected: (seen.append(connected), dial.cancel())[-1])
+            one.on_peer(lambda peer, connected: seen.append(connected))
+            one.on_peer(lambda peer, connected: dial.cancel())
             await one.connect(two.addresses()[0], timeout_s=5)
         assert dial.cancel_called
         assert await echoed(await one.open(two.peer, ECHO, timeout_s=5), b"on") == b"on"
