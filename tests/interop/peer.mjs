@@ -18,6 +18,10 @@ const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { identify } = await import('@libp2p/identify')
 const { ping } = await import('@libp2p/ping')
 const { kadDHT, passthroughMapper } = await import('@libp2p/kad-dht')
+const { dcutr } = await import('@libp2p/dcutr')
+const { autoNATv2 } = await import('@libp2p/autonat-v2')
+const { Message: AutoNAT } = await import('./node_modules/@libp2p/autonat-v2/dist/src/pb/index.js')
+const { pbStream } = await import('@libp2p/utils')
 const { multiaddr } = await import('@multiformats/multiaddr')
 const { peerIdFromString } = await import('@libp2p/peer-id')
 
@@ -31,6 +35,8 @@ const node = await createLibp2p({
   services: {
     identify: identify(),
     ping: ping(),
+    dcutr: dcutr(),
+    autonat: autoNATv2(),
     dht: kadDHT({ protocol: '/ipfs/kad/1.0.0', clientMode: false, peerInfoMapper: passthroughMapper })
   }
 })
@@ -63,7 +69,16 @@ async function echo (peer, size) {
   return equal
 }
 
+async function askToDial (peer, address) {
+  const stream = await node.dialProtocol(peerIdFromString(peer), '/libp2p/autonat/2/dial-request')
+  const messages = pbStream(stream).pb(AutoNAT)
+  await messages.write({ dialRequest: { addrs: [multiaddr(address).bytes], nonce: 7n } })
+  const { dialResponse } = await messages.read()
+  return dialResponse.status
+}
+
 const commands = {
+  askToDial: async ({ peer, address }) => await askToDial(peer, address),
   dial: async ({ address }) => String((await node.dial(multiaddr(address))).remotePeer),
   identify: async ({ peer }) => {
     const connection = node.getConnections(peerIdFromString(peer))[0]

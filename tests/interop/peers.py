@@ -35,7 +35,7 @@ WHEEL: Final = "hivemind==1.1.12"
 PACKAGES: Final = (
     "libp2p@3.3.11", "@libp2p/tcp@11.0.28", "@chainsafe/libp2p-noise@17.0.0", "@chainsafe/libp2p-yamux@8.0.1",
     "@libp2p/identify@4.1.14", "@libp2p/ping@3.1.13", "@libp2p/kad-dht@16.4.5", "@libp2p/peer-id@6.0.15",
-    "@multiformats/multiaddr@13.0.3",
+    "@multiformats/multiaddr@13.0.3", "@libp2p/dcutr@3.0.28", "@libp2p/autonat-v2@2.0.15", "@libp2p/utils@7.4.1",
 )  # fmt: skip
 
 
@@ -159,6 +159,10 @@ class JsPeer(ForeignPeer):
 
     async def find(self, peer: str) -> list[str]:
         return list(await self._ask("find", peer=peer))
+
+    async def ask_to_dial(self, peer: str, address: str) -> str:
+        """What a peer answers by AutoNAT v2 that shall dial this address."""
+        return str(await self._ask("askToDial", peer=peer, address=address))
 
 
 @asynccontextmanager

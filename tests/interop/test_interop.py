@@ -11,13 +11,18 @@ import pytest
 import trio
 from libp2p.identity.identify.identify import parse_identify_response
 from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from corolla.daemon.identity import new_identity
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
+from corolla.daemon.network.reach import autonat, dcutr
+from corolla.daemon.network.reach.autonat import DIAL_REQUEST_PROTOCOL
+from corolla.daemon.network.reach.dcutr import DCUTR_PROTOCOL
+from corolla.daemon.network.reach.preamble import Preamble
 from corolla.daemon.network.seam import Stream
 from corolla.protocol.errors import CorollaError
 
-from .peers import DEADLINE_S, ECHO, IDENTIFY, PING, ForeignPeer, install_go, install_js, running
+from .peers import DEADLINE_S, ECHO, IDENTIFY, PING, ForeignPeer, JsPeer, install_go, install_js, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -143,3 +148,28 @@ async def test_we_find_a_peer_through_them(program: tuple[str, Path], folder: Pa
         stream = await network.open(third.peer, ECHO, timeout_s=10)
         await stream.send(b"found")
         assert await read(stream, 5) == b"found"
+
+
+@pytest.mark.parametrize("program", ["js"], indirect=True)
+async def test_dialling_back_and_punching_are_asked_and_answered_alike(
+    program: tuple[str, Path], folder: Path
+) -> None:
+    """What is said alone: on loopback nobody dials anybody, since it is no address of the world."""
+    elsewhere = ("/ip4/11.0.0.9/tcp/4517",)
+    async with running(*program, folder) as peer, ours() as network:
+        assert isinstance(peer, JsPeer)
+        await network.connect(peer.address, timeout_s=10)
+        assert await peer.ask_to_dial(network.peer, network.addresses()[0]) == "E_DIAL_REFUSED"
+
+        stream = await network.open(peer.peer, DIAL_REQUEST_PROTOCOL, timeout_s=10)
+        talk = Preamble(stream)
+        await talk.say(autonat.request(elsewhere, autonat.new_nonce()))
+        told = await talk.hear(autonat.ENVELOPE)
+        assert told.WhichOneof("msg") == "dialDataRequest"  # as the specification wants it for another IP
+        stream.reset()
+
+        stream = await network.open(peer.peer, DCUTR_PROTOCOL, timeout_s=10)
+        talk = Preamble(stream)
+        await talk.say(dcutr.connect(elsewhere))
+        assert dcutr.doors_of(await talk.hear(HolePunch)) == ()
+        stream.reset()

@@ -147,12 +147,15 @@ class Punching:
 
     async def _agree(self, peer: str) -> tuple[Sequence[str], float]:
         """Where the caller may be met, and the round trip to it. When this returns it has been told to dial."""
+        ours = self._ways.doors()
+        if not ours:
+            raise error(Code.PEER_LOST, "nobody has told yet where it sees us")
         stream = await self._network.open(peer, DCUTR_PROTOCOL, timeout_s=TALK_S)
         try:
             with trio.fail_after(TALK_S):
                 talk = Preamble(stream)
                 asked_at = trio.current_time()
-                await talk.say(dcutr.connect(self._ways.doors()))
+                await talk.say(dcutr.connect(ours))
                 doors = dcutr.doors_of(await talk.hear(HolePunch))
                 rtt_s = trio.current_time() - asked_at
                 await talk.say(dcutr.sync())
