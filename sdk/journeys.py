@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import Code, CorollaError, error
+from ..protocol.limits import MAX_TRAINING_BYTES
 from ..protocol.training import Dropout, Sequence, missing_parts
 from .adapters import RemoteAdapter
 from .client import Model
@@ -23,20 +24,23 @@ from .dropout import DropoutCount
 from .parts import Adapter, PartFile
 from .training import Pass, Trip
 
-MICRO_BATCHES: Final = 4  # of one batch: as many as keep a few hops busy
+MICRO_BATCHES: Final = 4  # of one batch, in flight at once: as many as keep a few hops busy
+_NUMBER_BYTES: Final = 4  # of the widest encoding
 
 
 class Journeys:
     """How hidden states of one model travel when gradients may be wanted.
 
-    adapter: used on every block. dropout: where in the run the masks of its dropout are.
+    adapter: used on every block. dropout: where in the run the masks of its dropout are. most_bytes: of hidden
+    states in one micro-batch.
     """
 
-    def __init__(self, model: Model, encoding: str | None) -> None:
+    def __init__(self, model: Model, encoding: str | None, *, most_bytes: int = MAX_TRAINING_BYTES) -> None:
         self.adapter: RemoteAdapter | None = None
         self.dropout = DropoutCount()
         self._model = model
         self._encoding = encoding
+        self._most_bytes = most_bytes
         self._put: frozenset[bytes] = frozenset()  # names that the daemon has from us
 
     def run(
@@ -65,9 +69,16 @@ class Journeys:
             )
         rows = [_sequences(real[row], _row(positions, row)) for row in range(len(real))]
         factors = list(self.adapter.factors) if self.adapter is not None else []
-        batch = _Batch(rows, real, blocks, self._dropout(rows, blocks) if is_training else None)
+        dropout = self._dropout(rows, blocks) if is_training else None
+        batch = _Batch(rows, real, blocks, dropout, self._num_rows(hidden))
         answer: Tensor = _Through.apply(hidden, self, batch, *factors)  # type: ignore[no-untyped-call]
         return answer
+
+    def _num_rows(self, hidden: Tensor) -> int:
+        """Of one micro-batch."""
+        rows, n, hidden_size = hidden.shape
+        fitting = self._most_bytes // max(1, n * hidden_size * _NUMBER_BYTES)
+        return max(1, min(fitting, -(-rows // MICRO_BATCHES)))
 
     def _dropout(self, rows: list[list[Sequence]], blocks: tuple[int, int]) -> Dropout | None:
         if self.adapter is None or not self.adapter.dropout:
@@ -111,17 +122,20 @@ class Journeys:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What of a batch needs no gradient. real: (rows, n) bool. dropout: of its first sequence."""
+    """What of a batch needs no gradient.
+
+    real: (rows, n) bool. dropout: of its first sequence. size: rows of one micro-batch.
+    """
 
     rows: list[list[Sequence]]
     real: Tensor
     blocks: tuple[int, int]
     dropout: Dropout | None
+    size: int
 
     def cuts(self) -> list[slice]:
         """The rows of each micro-batch; those of padding alone are left out."""
-        size = -(-len(self.rows) // MICRO_BATCHES)
-        cuts = [slice(at, at + size) for at in range(0, len(self.rows), size)]
+        cuts = [slice(at, at + self.size) for at in range(0, len(self.rows), self.size)]
         return [cut for cut in cuts if bool(self.real[cut].any())]
 
     def dropout_of(self, cut: slice) -> Dropout | None:

@@ -486,8 +486,13 @@ def test_a_restored_run_with_dropout_ends_as_one_that_was_never_interrupted(
     assert max(map(distance, steps(model, optimizer, 2), expected)) > 1e-3
 
 
-def test_any_wiring_gives_the_same_gradients(model: Model, setting: Setting) -> None:
+def test_any_wiring_gives_the_same_gradients(
+    model: Model, setting: Setting, daemon: Daemon, tmp_path: Path
+) -> None:
     hidden, gradient = states(3, 7, 64, seed=1), states(3, 7, 64, seed=2)
+    peft_of(setting, tmp_path)
+    learner = distributed(setting, daemon)
+    learner.load_adapter(tmp_path)
 
     def through(num_hops: int) -> Tensor:
         for _ in range(100):  # each micro-batch draws its way
@@ -497,10 +502,18 @@ def test_any_wiring_gives_the_same_gradients(model: Model, setting: Setting) -> 
                     return inputs
         raise AssertionError(f"no way of {num_hops} hops in 100 draws")
 
-    split = through(2)  # there is no other
+    def learned() -> list[Tensor]:
+        learner.zero_grad()
+        learner(IDS, labels=IDS).loss.backward()  # three micro-batches, each its own way
+        return [parameter.grad for parameter in learner.adapter_parameters()]
+
+    split, factors = through(2), learned()  # there is no other
     setting.swarm.serve("whole", 0, NUM_BLOCKS).wait_online()
     setting.swarm.wait_covered(setting.client, [2] * 2 + [3] * (NUM_BLOCKS - 2))
     assert distance(through(1), split) < WIRING_TOLERANCE
+    for _ in range(4):
+        for found, expected in zip(learned(), factors, strict=True):
+            assert distance(found, expected) < WIRING_TOLERANCE
 
 
 def test_a_hop_killed_before_backward_costs_only_the_rerun(model: Model, setting: Setting) -> None:
