@@ -96,13 +96,13 @@ def by_hand(whole: Any, model: Any) -> tuple[Any, Tensor, Tensor]:
     return local, soft, deep
 
 
-def random_deep(model: Any) -> None:
+def random_deep(model: Any, size: float = 0.3) -> None:
     """Deep prompts that change the answers; made at zero, they do not."""
     model.add_adapter(DeepPromptConfig(NUM))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.adapter_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 @pytest.mark.parametrize("mask", [None, RIGHT], ids=["full", "right"])

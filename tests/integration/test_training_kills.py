@@ -40,6 +40,7 @@ from .test_training import (
 FAMILIES = ("llama", "qwen3", "gemma2", "olmo2", "mixtral")
 TARGETS = ("q_proj", "v_proj", "o_proj")
 DROPOUT, SEED = 0.3, 11
+PROMPTS_SIZE = 0.03  # as training makes them; ten times larger ones in 30 blocks multiply every rounding
 PATIENT = ("--replacement-wait-s", "300")  # on a busy machine daemons start slowly
 KILLS = (None, "forward", "backward")
 IDS = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(3))
@@ -93,7 +94,7 @@ def learners_of(setting: Setting, daemon: Daemon, folder: Path) -> dict[str, Any
     models["lora"].load_adapter(folder)
     models["dropout"].load_adapter(folder, dropout_seed=SEED)
     models["dropout"].train()
-    random_deep(models["prompts"])
+    random_deep(models["prompts"], PROMPTS_SIZE)
     return models
 
 
