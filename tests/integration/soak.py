@@ -7,6 +7,7 @@ undone by the next look, as volunteers come back; so no text may ever be lost, a
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import NamedTuple
 
 from corolla.protocol.errors import CorollaError
@@ -34,6 +36,14 @@ class Text(NamedTuple):
     tokens: tuple[int, ...]
 
 
+class Gap(NamedTuple):
+    """Between two tokens of a text, or before the first. at_s: when it was over."""
+
+    at_s: float
+    length_s: float
+    first: bool
+
+
 @dataclass
 class Writer:
     """A program that generates text after text until it is told to stop."""
@@ -45,7 +55,7 @@ class Writer:
     num_right: int = 0
     num_tokens: int = 0
     num_repairs: int = 0
-    longest_gap_s: float = 0.0
+    gaps: list[Gap] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -64,7 +74,8 @@ class Writer:
                 self.problems.append(f"{tokens} after {text.prompt}, expected {text.tokens}")
 
     def _write(self, text: Text) -> tuple[int, ...]:
-        tokens, last = [], time.monotonic()
+        tokens: list[int] = []
+        last = time.monotonic()
         with self.client.connect() as daemon:
             for piece in daemon.model(self.model).generate(
                 tokens=[list(text.prompt)],
@@ -77,9 +88,10 @@ class Writer:
                 if piece.event is not None:
                     self.num_repairs += piece.event == "repaired"
                     continue
-                tokens.append(piece.token)
                 now = time.monotonic()
-                self.longest_gap_s, last = max(self.longest_gap_s, now - last), now
+                self.gaps.append(Gap(now, now - last, not tokens))
+                tokens.append(piece.token)
+                last = now
         self.num_tokens += len(tokens)
         return tuple(tokens)
 
@@ -187,14 +199,27 @@ class Disturber:
         machine.undo = undo
 
 
+class Strike(NamedTuple):
+    """When which kind of disturbance was done."""
+
+    at_s: float
+    kind: str
+
+
 @dataclass(frozen=True)
 class Figures:
-    """What a soak run showed. growth: resident bytes of each lasting process at the end over those before."""
+    """What a soak run showed. growth: resident bytes of each lasting process at the end over those before.
+
+    median_gap_s: between two tokens; longest_gap_s: likewise, by the last strike before its end; longest_start_s:
+    from a question to its first token.
+    """
 
     num_texts: int
     num_tokens: int
     num_repairs: int
-    longest_gap_s: float
+    median_gap_s: float
+    longest_gap_s: dict[str, float]
+    longest_start_s: float
     strikes: dict[str, int]
     growth: dict[str, float]
     problems: tuple[str, ...]
@@ -214,7 +239,8 @@ def soak(
         thread.start()
     client = writers[0].client
     before: dict[str, int] = {}
-    begin = time.monotonic()
+    begin_s = time.monotonic()
+    strikes = [Strike(-math.inf, "none")]
 
     def begun() -> bool:
         return all(writer.num_right or writer.problems for writer in writers)
@@ -227,31 +253,52 @@ def soak(
                 break
             if number == num_strikes // 3:
                 before = resident(disturber, client)
+            at_s = time.monotonic()
             struck = disturber.strike()
+            strikes.append(Strike(at_s, struck.partition(" ")[0]))
             # The strike lasts; it is the pace of the test, and nothing is concluded from it.
             stopping.wait(interval_s)
-            undone = time.monotonic()
+            undone_s = time.monotonic()
             disturber.wait_whole()
-            tell(
-                f"{time.monotonic() - begin:6.1f} s: {struck}, whole again in {time.monotonic() - undone:.1f} s, "
-                f"texts {[writer.num_right for writer in writers]}, "
-                f"repairs {[writer.num_repairs for writer in writers]}, "
-                f"problems {[problem for writer in writers for problem in writer.problems]}"
-            )
+            tell(f"{at_s - begin_s:6.1f} s: {struck}; {_since(at_s, undone_s, writers)}")
         after = resident(disturber, client)
     finally:
         stopping.set()
         for thread in threads:
             thread.join()
+    gaps = [gap for writer in writers for gap in writer.gaps if not gap.first]
     return Figures(
         num_texts=sum(writer.num_right for writer in writers),
         num_tokens=sum(writer.num_tokens for writer in writers),
         num_repairs=sum(writer.num_repairs for writer in writers),
-        longest_gap_s=max(writer.longest_gap_s for writer in writers),
+        median_gap_s=round(median(gap.length_s for gap in gaps), 3),
+        longest_gap_s=longest_by_strike(gaps, strikes),
+        longest_start_s=round(max(g.length_s for writer in writers for g in writer.gaps if g.first), 1),
         strikes=dict(disturber.done),
         growth={name: round(after[name] / before[name], 3) for name in after if name in before},
         problems=tuple(problem for writer in writers for problem in writer.problems),
     )
+
+
+def _since(at_s: float, undone_s: float, writers: list[Writer]) -> str:
+    """What has come of a strike."""
+    gaps = [gap.length_s for writer in writers for gap in writer.gaps if gap.at_s > at_s and not gap.first]
+    parts = (
+        f"longest gap {max(gaps, default=0.0):.1f} s, whole again in {time.monotonic() - undone_s:.1f} s",
+        f"texts {[writer.num_right for writer in writers]}",
+        f"repairs {[writer.num_repairs for writer in writers]}",
+        *(f"PROBLEM {problem}" for writer in writers for problem in writer.problems),
+    )
+    return ", ".join(parts)
+
+
+def longest_by_strike(gaps: list[Gap], strikes: list[Strike]) -> dict[str, float]:
+    """The longest gap that ended after a strike of each kind and before the next strike."""
+    longest: dict[str, float] = {}
+    for gap in gaps:
+        kind = next(strike.kind for strike in reversed(strikes) if strike.at_s <= gap.at_s)
+        longest[kind] = max(longest.get(kind, 0.0), round(gap.length_s, 1))
+    return longest
 
 
 def resident(disturber: Disturber, client: DaemonProcess) -> dict[str, int]:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 import corolla  # noqa: E402
 from corolla.protocol.control import Piece  # noqa: E402
 from corolla.protocol.errors import Code, CorollaError  # noqa: E402
+from corolla.sdk.bench import bench  # noqa: E402
 from corolla.sdk.client import Daemon  # noqa: E402
 from corolla.sdk.torch import DistributedModelForCausalLM  # noqa: E402
 
@@ -70,6 +71,12 @@ def test_a_seed_gives_the_same_tokens_again(daemon: Daemon) -> None:
 
     assert sampled(1) == sampled(1)
     assert sampled(1) != sampled(2)
+
+
+def test_the_swarms_speed_is_measured(daemon: Daemon) -> None:
+    results = bench(daemon.model("tiny"), prompt_tokens=8, new_tokens=4, num_texts=2)
+    assert [figure.name for figure in results][2:4] == ["one_text", "2_texts"]
+    assert all(figure.value > 0 for figure in results)
 
 
 def test_a_session_of_some_blocks_steps_rolls_back_and_forks(daemon: Daemon, swarm: Swarm) -> None:
