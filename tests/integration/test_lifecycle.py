@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ torch = pytest.importorskip("torch")
 
 from ..model.tiny import NUM_BLOCKS, save_tiny  # noqa: E402
 from ..processes import DaemonProcess, LocalSwarm, local_swarm, wait_until  # noqa: E402
+from .fleet import Liar  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 PROMPT = [5, 17, 40, 8, 23]
-NUM_TOKENS = 240
+NUM_TOKENS = 40
 SIGNALS = (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long))  # both end it in one way
 
 
@@ -79,16 +81,20 @@ def test_a_signal_ends_a_daemon_that_loads(swarm: LocalSwarm, number: int) -> No
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_text_under_way_is_finished_before_the_users_daemon_ends(swarm: LocalSwarm, number: int) -> None:
     client = swarm.found()
+    swarm.kind = Liar
     server = swarm.serve("server", 0, NUM_BLOCKS)
+    assert isinstance(server, Liar)
     server.wait_online()
     swarm.wait_covered(client, [1] * NUM_BLOCKS)
-    tokens: list[int] = []
-    with client.connect() as daemon:
-        for piece in daemon.model("tiny").generate(tokens=[PROMPT], max_new_tokens=NUM_TOKENS, stream=True):
-            tokens.append(piece.token)
-            if len(tokens) == 3:
-                workers = client.worker_pids()
-                client.signal(number)
+    server.hold()  # or the text might have ended before the signal arrives
+    with client.connect() as daemon, ThreadPoolExecutor(1) as pool:
+        text = pool.submit(daemon.model("tiny").generate, tokens=[PROMPT], max_new_tokens=NUM_TOKENS)
+        wait_until(server.holds, "the text to be under way")
+        workers = client.worker_pids()
+        client.signal(number)
+        wait_until(lambda: '"event": "stopping"' in client.log(), "the daemon to be stopping")
+        server.release()
+        (tokens,) = text.result().tokens
     assert len(tokens) == NUM_TOKENS
     assert workers
     check_end(client, workers)
