@@ -12,6 +12,7 @@ the end of the stream. The beater tells each second how far the main one has com
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -97,6 +98,7 @@ Inbox = queue.SimpleQueue[Message]
 def load(configure: Configure, connection: Connection) -> Engine:
     """The engine, with its parts loaded and reported as `Ready`; or `Failed`, and the process ends."""
     connection.report("loading", 0, 0)  # a first sign of life: the imports take seconds
+    gc.disable()  # they leave no garbage, and looking for it takes a sixth of their time
     import torch  # here, because it reads the environment
 
     from .batch import Policy
@@ -106,6 +108,8 @@ def load(configure: Configure, connection: Connection) -> Engine:
     from .loading import load as load_parts
     from .profile import Watch
 
+    gc.freeze()  # and so it would later on, amid a text
+    gc.enable()
     if configure.threads:
         torch.set_num_threads(configure.threads)
     try:
