@@ -14,6 +14,7 @@ from ...protocol.records import SpanState
 from .view import Span, SwarmView
 
 UNKNOWN_TOKENS_PER_S: Final = 1.0  # of a span whose speed is not known: it serves, so it is not nothing
+_FINE: Final = 1 << 20  # of a token per second, in sums
 QUEUE_AT_EASE: Final = 8.0  # requests waiting at which a span counts as half of what it is: demand uses it up
 
 
@@ -52,25 +53,44 @@ def coverage_of(view: SwarmView) -> Coverage:
 
 def coverage(spans: Iterable[Span], num_blocks: int) -> Coverage:
     """The coverage of `num_blocks` blocks by these spans, in one pass over them."""
-    replicas, online, supply = ([0] * (num_blocks + 1) for _ in range(3))
-    flow = [float(value) for value in supply]
+    tally = Tally(num_blocks)
     for span in spans:
-        if not stays(span) or span.start >= num_blocks:
-            continue
-        end, speed = min(span.end, num_blocks), speed_of(span)
-        replicas[span.start] += 1
-        replicas[end] -= 1
-        flow[span.start] += speed
-        flow[end] -= speed
+        if stays(span) and span.start < num_blocks:
+            tally.count(span, speed_of(span), 1)
+    return tally.coverage()
+
+
+class Tally:
+    """Coverage that is kept up to date while spans come and go, at the same small cost for each however many there are.
+
+    Speeds are added up in whole fractions of a token per second: so the order does not matter, and what is taken away
+    leaves no crumbs.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._replicas, self._online, self._flow = (
+            [0] * (num_blocks + 1) for _ in range(3)
+        )  # changes at each block
+
+    def count(self, span: Span, tokens_per_s: float, sign: int) -> None:
+        """One span that serves or will soon, and begins within the model, more (1) or less (-1)."""
+        start, end = span.start, min(span.end, self._num_blocks)
+        flow = sign * (round(tokens_per_s * _FINE) or 1)
+        self._replicas[start] += sign
+        self._replicas[end] -= sign
+        self._flow[start] += flow
+        self._flow[end] -= flow
         if span.state is SpanState.ONLINE:
-            online[span.start] += 1
-            online[end] -= 1
-    counts = tuple(accumulate(replicas[:-1]))
-    # Sums of floats that go up and down leave crumbs where nobody serves.
-    speeds = tuple(
-        max(0.0, speed) if count else 0.0 for count, speed in zip(counts, accumulate(flow[:-1]), strict=True)
-    )
-    return Coverage(counts, tuple(accumulate(online[:-1])), speeds)
+            self._online[start] += sign
+            self._online[end] -= sign
+
+    def coverage(self) -> Coverage:
+        """As it is now."""
+        replicas, online, flow = (
+            tuple(accumulate(changes[:-1])) for changes in (self._replicas, self._online, self._flow)
+        )
+        return Coverage(replicas, online, tuple(speed / _FINE for speed in flow))
 
 
 def stays(span: Span) -> bool:

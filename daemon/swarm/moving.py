@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ...protocol.steps import Hop
+from .census import Census
 from .placement import Move, Purpose, plan_moves
 from .view import SwarmView
 
@@ -43,9 +44,9 @@ class Patience:
         self._named = named
 
 
-def next_plan(view: SwarmView, patience: Patience, now_s: float) -> tuple[Move, ...]:
-    """The plan of all who see this view, without those who were asked in vain."""
-    plan = plan_moves(view, excluded=patience.passed_over(now_s))
+def next_plan(seen: SwarmView | Census, patience: Patience, now_s: float) -> tuple[Move, ...]:
+    """The plan of all who see this, without those who were asked in vain."""
+    plan = plan_moves(seen, excluded=patience.passed_over(now_s))
     patience.note(plan, now_s)
     return plan
 

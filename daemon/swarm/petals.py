@@ -45,9 +45,11 @@ def petals_quality(view: SwarmView, rng: random.Random) -> float:
 
 def petals_move(view: SwarmView, hop: Hop, quality: float) -> tuple[int, int] | None:
     """Where this peer's span should go; None to stay."""
+    if quality >= QUALITY:
+        return None
     spans = [span for span in view.spans if stays(span)]
     own = next((span for span in spans if span.hop == hop), None)
-    if own is None or quality >= QUALITY:
+    if own is None:
         return None
     supply = list(coverage(spans, view.num_blocks).supply)
     before = min(supply)

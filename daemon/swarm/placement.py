@@ -21,13 +21,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
+from operator import itemgetter
 from typing import Final
 
 from ...protocol.errors import Code, error
-from ...protocol.records import SpanState
 from ...protocol.steps import Hop
-from .capacity import UNITS, carried, most_carried, units, work_of
-from .coverage import UNKNOWN_TOKENS_PER_S, Coverage, coverage_of, speed_of, stays
+from .capacity import UNITS, carried, most_carried, units
+from .census import Census, Entry, census_of
+from .coverage import UNKNOWN_TOKENS_PER_S, Coverage, speed_of, stays
 from .joint import Mover, Standing, plan_jointly, worth_of
 from .view import SwarmView
 
@@ -73,7 +74,7 @@ class Gain:
         return self.carried_after - self.carried_before
 
 
-def choose_span(view: SwarmView, num_fitting: int, tokens_per_s: float = 0.0) -> tuple[int, int]:
+def choose_span(seen: SwarmView | Census, num_fitting: int, tokens_per_s: float = 0.0) -> tuple[int, int]:
     """The blocks [start, end) that a new worker with room for `num_fitting` of them should serve.
 
     tokens_per_s: of it, through so many blocks; 0 if unknown. Spans that are loading count as serving, so that
@@ -86,14 +87,14 @@ def choose_span(view: SwarmView, num_fitting: int, tokens_per_s: float = 0.0) ->
             f"no block of this model fits: room for {num_fitting}",
             "free memory, or choose a smaller --dtype or a --quantization",
         )
-    length = min(num_fitting, view.num_blocks)
-    layout = _Layout(view)
+    layout = _Layout(census_of(seen))
+    length = min(num_fitting, layout.num_blocks)
     start = layout.best_start(length, tokens_per_s or layout.usual_speed(length))
     return start, start + length
 
 
 def plan_moves(
-    view: SwarmView, *, excluded: frozenset[Hop] = frozenset(), max_moves: int = MAX_MOVES
+    seen: SwarmView | Census, *, excluded: frozenset[Hop] = frozenset(), max_moves: int = MAX_MOVES
 ) -> tuple[Move, ...]:
     """The moves that help the swarm most, the best first; usually none.
 
@@ -101,8 +102,7 @@ def plan_moves(
     model's tokens per second by `MIN_GAIN`, and no more of them than it takes. The same view, without regard to
     the order of spans and to what only its reader sees (distance, penalties), gives the same plan.
     """
-    layout = _Layout(view)
-    layout.enlist(view, excluded)
+    layout = _Layout(census_of(seen), excluded)
     moves: list[Move] = []
     while len(moves) < max_moves and layout.is_at_risk and (move := layout.best_move()) is not None:
         if move.purpose is Purpose.SPEED:
@@ -145,7 +145,7 @@ def gain_of(view: SwarmView, hop: Hop, start: int, end: int) -> Gain:
             f"blocks {start}:{end} of a model that has {view.num_blocks}",
             f"choose blocks within 0:{view.num_blocks}",
         )
-    layout = _Layout(view)
+    layout = _Layout(census_of(view))
     before, carried_before = layout.coverage(), layout.carried
     own = next((span for span in view.spans if span.hop == hop and stays(span)), None)
     if own is not None:
@@ -196,33 +196,30 @@ class _Prices:
 class _Layout:
     """Spans over blocks while a plan is made: coverage that changes, and who may move, by place."""
 
-    def __init__(self, view: SwarmView) -> None:
-        found = coverage_of(view)
-        self._num_blocks = view.num_blocks
+    def __init__(self, census: Census, excluded: frozenset[Hop] = frozenset()) -> None:
+        found = census.coverage()
+        self.num_blocks = census.num_blocks
         self._replicas = list(found.replicas)
         self._online = list(found.online)
         self._supply = list(found.supply)
-        self._scale = sum(found.supply) / view.num_blocks or UNKNOWN_TOKENS_PER_S
-        self._work = work_of(view)
-        self._workers = [
-            (min(span.end, view.num_blocks) - span.start, units(speed_of(span) * span.num_blocks))
-            for span in view.spans
-            if stays(span) and span.start < view.num_blocks
-        ]
-        self._groups: dict[tuple[int, int], list[tuple[float, Hop]]] = {}  # by place: speeds, in order
-        self._places: dict[Hop, tuple[tuple[int, int], float]] = {}
+        self._scale = sum(found.supply) / self.num_blocks or UNKNOWN_TOKENS_PER_S
+        self._census = census
+        self._work = census.work.copy()
+        self._groups = dict(census.movers)  # by place: who may move, in the order of speeds
+        for hop in excluded:
+            self._strike(hop)
         self._prices = self._price()
 
-    def enlist(self, view: SwarmView, excluded: frozenset[Hop]) -> None:
-        """Note who may move."""
-        for span in view.spans:
-            may_move = span.movable and span.state is SpanState.ONLINE and span.end <= view.num_blocks
-            if may_move and not span.suspect and span.hop not in excluded:
-                place, speed = (span.start, span.end), speed_of(span)
-                self._groups.setdefault(place, []).append((speed, span.hop))
-                self._places[span.hop] = (place, speed)
-        for group in self._groups.values():
-            group.sort(key=_by_speed)
+    def _strike(self, hop: Hop) -> None:
+        """A worker is not to be asked, or not again. The census keeps its own lists."""
+        if hop not in self._census.places:
+            return
+        place, speed = self._census.places[hop]
+        group = [entry for entry in self._groups.get(place, ()) if entry != (speed, *hop)]
+        if group:
+            self._groups[place] = group
+        else:
+            self._groups.pop(place, None)
 
     @property
     def is_at_risk(self) -> bool:
@@ -237,19 +234,19 @@ class _Layout:
     @property
     def carried(self) -> float:
         """Tokens per second of the whole model, as routes can share them out."""
-        return carried(self._work, self._num_blocks).tokens_per_s
+        return carried(self._work, self.num_blocks).tokens_per_s
 
     def is_uneven(self) -> bool:
         """May there be anything to gain?"""
-        self._most = most_carried(self._workers, self._num_blocks)
+        self._most = most_carried(self._census.workers.elements(), self.num_blocks)
         return worth_of(self.carried, min(self._supply)) * (1 + MIN_GAIN) < self._most
 
     def joint_moves(self, max_moves: int) -> list[Move]:
         """Moves that help together, by those who have not moved yet."""
         movers = [
-            Mover(hop, (start, end), units(speed * (end - start)))
+            Mover(Hop(*who), (start, end), units(speed * (end - start)))
             for (start, end), group in sorted(self._groups.items())
-            for speed, hop in group
+            for speed, *who in group
         ]
         supply = tuple(round(speed * UNITS) for speed in self._supply)
         standing = Standing(self._work, supply, tuple(self._replicas), tuple(self._online))
@@ -263,14 +260,14 @@ class _Layout:
 
     def usual_speed(self, length: int) -> float:
         """A guess for a worker of unknown speed: what brings the weakest stretch up to the mean, at most."""
-        return self._scale * length / self._num_blocks
+        return self._scale * length / self.num_blocks
 
     def best_start(self, length: int, speed: float) -> int:
         """Where one more span helps most."""
         part = 1 - self._shrink(speed)
         prices = self._prices
-        starts = range(self._num_blocks - length + 1)
-        is_small = len(self._workers) <= FEW
+        starts = range(self.num_blocks - length + 1)
+        is_small = self._census.num_workers <= FEW
 
         def worth(start: int) -> tuple[float, float, float, int]:
             with_it = self._carried_with(start, start + length, speed) if is_small else 0.0
@@ -281,44 +278,55 @@ class _Layout:
 
     def _carried_with(self, start: int, end: int, speed: float) -> float:
         """Tokens per second with one span more, to the hundredth: less is no reason to prefer a place."""
-        work = self._work.copy()
-        work[start, end] += units(speed * (end - start))
         supply = self._supply
         slowest = min((*supply[:start], *supply[end:], min(supply[start:end]) + speed))
-        return round(worth_of(carried(work, self._num_blocks).tokens_per_s, slowest) / self._scale, 2)
+        if not slowest:
+            return 0.0
+        work = self._work.copy()
+        work[start, end] += units(speed * (end - start))
+        return round(worth_of(carried(work, self.num_blocks).tokens_per_s, slowest) / self._scale, 2)
 
     def best_move(self) -> Move | None:
         """The move that gains most; None if none is worth making."""
         best: tuple[float, float] = (0, 0.0)
         chosen: Move | None = None
-        everywhere = len(self._groups) * self._num_blocks <= MAX_TRIED
+        everywhere = len(self._groups) * self.num_blocks <= MAX_TRIED
         best_starts: dict[int, int] = {}
-        for (start, end), group in self._groups.items():
+        is_safe = not self.is_at_risk
+        prices, steep = self._prices, SHARPNESS / self._scale
+        for (start, end), group in sorted(self._groups.items()):
+            if prices.sole.over(start, end):
+                continue
             length = end - start
             starts: Iterable[int]
+            fastest = group[-1][0] * steep
             if everywhere:
-                starts = range(self._num_blocks - length + 1)
+                starts = range(self.num_blocks - length + 1)
             else:
                 if length not in best_starts:
                     best_starts[length] = self.best_start(length, self._scale)
                 starts = (best_starts[length],)
+                if is_safe and prices.strain_over(starts[0], starts[0] + length) * fastest <= best[1]:
+                    continue
             for target in starts:
-                risk = self._risk_gain(start, target, length)
+                left, taken = _difference(start, target, length)
+                risk = prices.add.over(*taken) - prices.remove.over(*left)
                 if target == start or risk < best[0]:
                     continue
-                strain, hop = self._lightest(group, start, target, length)
-                if (risk, strain) > best and self._is_worth(risk, start, target, length):
+                gained, lost = prices.strain_over(*taken), prices.strain_over(*left)
+                # As 1 - q < steep speed < 1/q - 1, nobody there takes away more strain than this.
+                if risk == best[0] and (gained - lost) * fastest <= best[1]:
+                    continue
+                strain, hop = self._lightest(group, gained, lost)
+                if (risk, strain) > best and self._is_worth(risk, length):
                     best = (risk, strain)
                     chosen = Move(hop, target, target + length, self._purpose(risk))
         return chosen
 
     def carry_out(self, move: Move) -> None:
         """Suppose that a move was made. Nobody moves twice in a plan."""
-        (start, end), speed = self._places[move.hop]
-        group = self._groups[start, end]
-        group.remove((speed, move.hop))
-        if not group:
-            del self._groups[start, end]
+        (start, end), speed = self._census.places[move.hop]
+        self._strike(move.hop)
         self.add(start, end, -speed, -1, online=-1)
         self.add(move.start, move.end, speed, 1)
 
@@ -337,7 +345,7 @@ class _Layout:
         slowest = min(self._supply)
         steep = SHARPNESS / self._scale
         has_gap = 0 in self._replicas
-        gap_price = 2 * self._num_blocks  # one gap outweighs a second replica of every block
+        gap_price = 2 * self.num_blocks  # one gap outweighs a second replica of every block
         return _Prices(
             _Sums.of({0: gap_price, 1: 1}.get(count, 0) for count in self._replicas),
             _Sums.of({1: gap_price, 2: 1}.get(count, 0) for count in self._replicas),
@@ -350,49 +358,30 @@ class _Layout:
         """What a span of this speed multiplies the strain of its blocks by."""
         return math.exp(-min(_MAX_EXPONENT, SHARPNESS * speed / self._scale))
 
-    def _risk_gain(self, start: int, target: int, length: int) -> float:
-        if self._prices.sole.over(start, start + length):
-            return -math.inf
-        (left, left_end), (taken, taken_end) = _difference(start, target, length)
-        return self._prices.add.over(taken, taken_end) - self._prices.remove.over(left, left_end)
-
-    def _lightest(
-        self, group: Sequence[tuple[float, Hop]], start: int, target: int, length: int
-    ) -> tuple[float, Hop]:
+    def _lightest(self, group: Sequence[Entry], gained: float, lost: float) -> tuple[float, Hop]:
         """Who of those at one place should move, and how much strain that takes away.
 
         With q what its speed multiplies strain by, a move takes away a (1 - q) - c (1/q - 1), where a and c are
         the strain where it goes and where it leaves: concave in q, and largest at q = sqrt(c / a).
         """
-        (left, left_end), (taken, taken_end) = _difference(start, target, length)
-        gained = self._prices.strain_over(taken, taken_end)
-        lost = self._prices.strain_over(left, left_end)
         best_q = math.sqrt(lost / gained) if gained > 0 else 1.0
         speed = -math.log(max(best_q, 1e-250)) * self._scale / SHARPNESS
-        index = bisect_left(group, speed, key=_speed)
-        best = (-math.inf, group[0][1])
-        for entry_speed, hop in group[max(0, index - 1) : index + 1] or group[-1:]:
-            q = self._shrink(entry_speed)
+        index = bisect_left(group, speed, key=itemgetter(0))
+        best, chosen = -math.inf, group[0]
+        for entry in group[max(0, index - 1) : index + 1] or group[-1:]:
+            q = self._shrink(entry[0])
             strain = gained * (1 - q) - lost * (1 / q - 1)
-            if strain > best[0]:
-                best = (strain, hop)
-        return best
+            if strain > best:
+                best, chosen = strain, entry
+        return best, Hop(*chosen[1:])
 
-    def _is_worth(self, risk: float, start: int, target: int, length: int) -> bool:
-        return risk == 0 or risk >= self._num_blocks or risk >= MIN_SPARED * length
+    def _is_worth(self, risk: float, length: int) -> bool:
+        return risk == 0 or risk >= self.num_blocks or risk >= MIN_SPARED * length
 
     def _purpose(self, risk: float) -> Purpose:
-        if risk >= self._num_blocks:
+        if risk >= self.num_blocks:
             return Purpose.GAP
         return Purpose.SPARE if risk > 0 else Purpose.SPEED
-
-
-def _speed(entry: tuple[float, Hop]) -> float:
-    return entry[0]
-
-
-def _by_speed(entry: tuple[float, Hop]) -> tuple[float, str, int]:
-    return entry[0], entry[1].peer, entry[1].worker
 
 
 def _difference(start: int, target: int, length: int) -> tuple[tuple[int, int], tuple[int, int]]:

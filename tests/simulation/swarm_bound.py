@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import lil_matrix
+from scipy.sparse import coo_matrix, lil_matrix
 
 FEW: Final = 12
 WHOLE_LIMIT_S: Final = 4.0  # of real time; after that the best layout found so far counts
@@ -38,20 +38,24 @@ def most_carried_by_program(machines: Machines, num_blocks: int) -> float:
     any of the blocks that it holds. Machines that hold equally many blocks and are equally fast count as one.
     """
     kinds = sorted(Counter(machines).items())
-    program = np.zeros(
-        (2 * len(kinds) + 1, len(kinds) + 1)
-    )  # the work that each kind gives; the last column is T
-    limits = np.zeros(len(program))
-    for row, ((length, speed), count) in enumerate(kinds):
-        program[row, row] = 1.0
-        limits[row] = count * length * speed
-        program[len(kinds) + row, row] = 1.0
-        program[len(kinds) + row, -1] = -count * length
-    program[-1] = -1.0
-    program[-1, -1] = num_blocks
-    objective = np.zeros(len(kinds) + 1)
+    count = len(kinds)
+    held = np.array([length * number for (length, _), number in kinds])
+    work = [length * speed * number for (length, speed), number in kinds]
+    rows = np.arange(count)
+    program = coo_matrix(  # of the work that each kind gives, and in the last column of T
+        (
+            np.concatenate([np.ones(count), -held, -np.ones(count), [num_blocks]]),
+            (
+                np.concatenate([rows, rows, np.full(count, count), [count]]),
+                np.concatenate([rows, np.full(count, count), rows, [count]]),
+            ),
+        )
+    )
+    objective = np.zeros(count + 1)
     objective[-1] = -1.0
-    return -float(linprog(objective, A_ub=program, b_ub=limits, method="highs").fun)
+    bounds = [*((0.0, most) for most in work), (0.0, None)]
+    solved = linprog(objective, A_ub=program.tocsr(), b_ub=np.zeros(count + 1), bounds=bounds, method="highs")
+    return -float(solved.fun)
 
 
 def best_tokens_per_s(machines: Machines, num_blocks: int) -> float:

@@ -6,14 +6,11 @@ All machines of a moment see the same records, so what is computed from these al
 from __future__ import annotations
 
 import random
-import time
 
-from corolla.daemon.swarm.coverage import coverage_of
 from corolla.daemon.swarm.moving import CHECK_EVERY_S as LOOK_EVERY_S
 from corolla.daemon.swarm.moving import Patience, next_plan, own_part, pays_off
 from corolla.daemon.swarm.petals import CHECK_EVERY_S, petals_move, petals_quality, petals_span
 from corolla.daemon.swarm.placement import Move, choose_span
-from corolla.daemon.swarm.view import SwarmView
 
 from .swarm_world import Machine, World, hop_of
 
@@ -24,45 +21,38 @@ class Published:
     graceful = False
 
     def __init__(self) -> None:
-        self._quality: tuple[SwarmView | None, float] = (None, 1.0)
+        self._quality = (-1, 1.0)  # of which version of what is seen
         self._rng = random.Random("published")
 
     def place(self, world: World, machine: Machine) -> tuple[int, int]:
-        return petals_span(coverage_of(_without(world.view(), machine)).supply, machine.num_fitting)
+        with world.census_without(machine) as census:
+            return petals_span(census.coverage().supply, machine.num_fitting)
 
     def look(self, world: World, machine: Machine) -> tuple[int, int] | None:
-        view = world.view()
-        if self._quality[0] is not view:
-            self._quality = (view, petals_quality(view, self._rng))
-        return petals_move(view, hop_of(machine), self._quality[1])
+        if self._quality[0] != world.version:
+            self._quality = (world.version, petals_quality(world.view(), self._rng))
+        return petals_move(world.view(), hop_of(machine), self._quality[1])
 
     def next_look_s(self, rng: random.Random) -> float:
         return rng.uniform(0, 2 * CHECK_EVERY_S)
 
 
 class Ours:
-    """The plan that all make alike. slowest_s: real seconds of the longest decision."""
+    """The plan that all make alike."""
 
     graceful = True
 
     def __init__(self) -> None:
-        self._plan: tuple[SwarmView | None, tuple[Move, ...]] = (None, ())
+        self._plan: tuple[int, tuple[Move, ...]] = (-1, ())  # of which version of what is seen
         self._patience = Patience()
-        self.slowest_s = 0.0
 
     def place(self, world: World, machine: Machine) -> tuple[int, int]:
-        began = time.perf_counter()
-        view = _without(world.view(), machine)
-        place = choose_span(view, machine.num_fitting, machine.tokens_per_s)
-        self.slowest_s = max(self.slowest_s, time.perf_counter() - began)
-        return place
+        with world.census_without(machine) as census:
+            return choose_span(census, machine.num_fitting, machine.tokens_per_s)
 
     def look(self, world: World, machine: Machine) -> tuple[int, int] | None:
-        view = world.view()
-        if self._plan[0] is not view:
-            began = time.perf_counter()
-            self._plan = (view, next_plan(view, self._patience, world.now))
-            self.slowest_s = max(self.slowest_s, time.perf_counter() - began)
+        if self._plan[0] != world.version:
+            self._plan = (world.version, next_plan(world.census(), self._patience, world.now))
         move = own_part(self._plan[1], hop_of(machine))
         if move is None:
             return None
@@ -75,11 +65,3 @@ class Ours:
 
     def next_look_s(self, rng: random.Random) -> float:
         return rng.uniform(0.5, 1.5) * LOOK_EVERY_S
-
-
-def _without(view: SwarmView, machine: Machine) -> SwarmView:
-    """A machine that comes back does not count its own old record."""
-    if all(span.peer != machine.name for span in view.spans):
-        return view
-    spans = tuple(span for span in view.spans if span.peer != machine.name)
-    return SwarmView(view.fingerprint, view.num_blocks, spans)

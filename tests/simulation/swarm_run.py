@@ -29,7 +29,6 @@ class Run:
     figures: Figures
     outcome: Outcome
     speeds: list[tuple[float, float]]
-    slowest_s: float
     reachable: list[Reachable]
 
 
@@ -66,5 +65,4 @@ def simulate(settings: Settings, policy: str, *, asks_reachable: bool = False) -
     if asks_reachable:
         world.after(settings.warm_up_s, note_reachable)
     figures = world.run()
-    slowest_s = decides.slowest_s if isinstance(decides, Ours) else 0.0
-    return Run(settings, figures, load.outcome, world.speeds, slowest_s, reachable)
+    return Run(settings, figures, load.outcome, world.speeds, reachable)

@@ -11,12 +11,13 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from corolla.daemon.swarm.capacity import Place, carried, units
-from corolla.daemon.swarm.coverage import coverage_of
+from corolla.daemon.swarm.census import Census
 from corolla.daemon.swarm.view import Span, SwarmView
 from corolla.protocol.records import SpanState
 from corolla.protocol.steps import Hop
@@ -128,9 +129,13 @@ class World:
         self.on_leave: list[Callable[[Machine, bool], None]] = []  # machine, whether it still serves
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._announced: dict[str, Span] = {}
-        self._seen: SwarmView | None = None
-        self._is_news = False
+        self.version = 0  # of what is seen
+        self._seen = Census(settings.num_blocks)
+        self._seen_spans: dict[str, Span] = {}
+        self._view: SwarmView | None = None  # of those spans, once somebody asks for it
+        self._news: dict[
+            str, Span | None
+        ] = {}  # to be seen from the next refresh on; None: no record any more
         self._supply = [0.0] * settings.num_blocks
         self._replicas = [0] * settings.num_blocks
         self._work: Counter[Place] = Counter()
@@ -196,25 +201,41 @@ class World:
 
     def view(self) -> SwarmView:
         """What everybody knows: the records of a moment ago."""
-        if self._seen is None:
-            self._seen = SwarmView("f", self.settings.num_blocks, tuple(self._announced.values()))
+        if self._view is None:
+            self._view = SwarmView("f", self.settings.num_blocks, tuple(self._seen_spans.values()))
+        return self._view
+
+    def census(self) -> Census:
+        """The same, counted."""
         return self._seen
 
+    @contextmanager
+    def census_without(self, machine: Machine) -> Iterator[Census]:
+        """The census as one sees it who comes back, and does not count the old record of itself."""
+        old = self._seen_spans.get(machine.name)
+        if old is not None:
+            self._seen.remove(old)
+        yield self._seen
+        if old is not None:
+            self._seen.add(old)
+
     def _refresh(self) -> None:
-        if self._is_news:
-            self._seen, self._is_news = None, False
-            if self._gap_since is not None and self._gap_known is None and coverage_of(self.view()).num_gaps:
+        for name, span in self._news.items():
+            old = self._seen_spans.pop(name, None)
+            if old is not None:
+                self._seen.remove(old)
+            if span is not None:
+                self._seen.add(span)
+                self._seen_spans[name] = span
+        if self._news:
+            self._news, self._view = {}, None
+            self.version += 1
+            if self._gap_since is not None and self._gap_known is None and self._seen.coverage().num_gaps:
                 self._gap_known = self.now
         self.after(SEEN_EVERY_S, self._refresh)
 
     def _announce(self, key: str, span: Span | None) -> None:
-        if self._seen is None:
-            self.view()  # what was true until now is what is seen until the next refresh
-        self._is_news = True
-        if span is None:
-            self._announced.pop(key, None)
-        else:
-            self._announced[key] = span
+        self._news[key] = span
 
     # machines
 
