@@ -67,10 +67,8 @@ class Meadow:
         worker = WorkerTwin(0, FACTS, start, end)
         self.nursery.start_soon(worker.run)
         member = await self._add(worker)
-        registry = member.belonging.registry
-        registry.announce_model(FACTS)
-        offer = Offer(0, FACTS.fingerprint, start, end, SpanState.ONLINE, DType.FLOAT32, tokens_per_s=9.0)
-        registry.announce(offer)
+        member.belonging.registry.announce_model(FACTS)
+        announce(member)
         others = [other.belonging for other in self.members if other is not member]
         await until(lambda: all(knows(other, member.peer) for other in others))
         return member
@@ -122,6 +120,15 @@ async def meadow() -> AsyncIterator[Meadow]:
     async with memory_hub() as hub, trio.open_nursery() as nursery:
         yield Meadow(hub, nursery)
         nursery.cancel_scope.cancel()
+
+
+def announce(member: Member, *, queue: int = 0) -> None:
+    """Announce the span of a daemon that serves one, anew."""
+    ready = member.worker.ready if member.worker is not None else None
+    if ready is not None:
+        place = (ready.start, ready.end, SpanState.ONLINE, DType.FLOAT32)
+        offer = Offer(0, FACTS.fingerprint, *place, tokens_per_s=9.0, queue=queue)
+        member.belonging.registry.announce(offer)
 
 
 def knows(belonging: Belonging, peer: str) -> bool:

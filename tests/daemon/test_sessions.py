@@ -21,6 +21,7 @@ from corolla.daemon.sessions import (
     open_for_program,
     step_for_program,
 )
+from corolla.daemon.swarm.standby import LOOK_EVERY_S, LOOKS
 from corolla.daemon.training.parts import Adapter
 from corolla.protocol.control import (
     Call,
@@ -36,7 +37,7 @@ from corolla.protocol.steps import NEW_ROW, Reply, Row
 from corolla.protocol.tensors import Encoding
 from corolla.protocol.training import NO_PART
 
-from .members import NUM_BLOCKS, TOKEN_BYTES, EndsTwin, Meadow, Member, meadow
+from .members import NUM_BLOCKS, TOKEN_BYTES, EndsTwin, Meadow, Member, announce, meadow
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +171,23 @@ async def test_a_lost_hop_is_repaired_and_told() -> None:
         answer = await user.step(handle, (Row(0, 3, 1),), PROMPT[0])
         assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]])[-1]
         assert user.events[-1] == "repaired"
+
+
+async def test_a_hop_whose_queue_grows_is_left_before_it_fails_and_nobody_is_charged() -> None:
+    async with program((0, NUM_BLOCKS), (0, NUM_BLOCKS)) as (user, swarm):
+        handle = (await user.open()).handle
+        await user.step(handle, NEW, b"".join(PROMPT))
+        used, other = sorted(swarm.members[1:], key=lambda m: -m.belonging.hops.statistics().num_sessions)
+        announce(used, queue=40)
+        await trio.sleep((LOOKS + 1) * LOOK_EVERY_S[1])
+        assert user.events[-1] == "repaired"
+        assert other.belonging.hops.statistics().num_sessions == 1
+        answer = await user.step(handle, (Row(0, 3, 1),), PROMPT[0])
+        assert answer == whole_row(0, NUM_BLOCKS, [*PROMPT, PROMPT[0]])[-1]
+        assert user.client.belonging.ledger.penalty(used.peer, trio.current_time()) == 0
+        num_told = len(user.events)
+        await trio.sleep((LOOKS + 1) * LOOK_EVERY_S[1])
+        assert len(user.events) == num_told  # it stays where it went
 
 
 PARTS = {sha256(data).digest(): data for data in (b"first", b"second", b"third")}

@@ -183,6 +183,30 @@ async def test_sessions_spread_over_equal_replicas() -> None:
         assert chosen == {ada.peer, bob.peer}
 
 
+async def test_every_hop_of_a_route_has_a_standby_and_a_queue_that_its_record_tells_makes_it_worth_leaving() -> (
+    None
+):
+    async with garden() as g:
+        client, ada, bob, eve = await g.grow(4)
+        ada.serve(0, 6)
+        bob.serve(6, 12)
+        await until(lambda: client.routes.view(FINGERPRINT, 12).replicas() == (1,) * 12)
+        route = await client.routes.find_route(WHOLE)
+        alone = await client.routes.stand(WHOLE, route.hops)
+        assert [(one.leg.span.peer, one.standby) for one in alone] == [(ada.peer, None), (bob.peer, None)]
+
+        eve.serve(0, 12)
+        ada.serve(0, 6, queue=30)
+        spans = lambda: client.routes.view(FINGERPRINT, 12).spans  # noqa: E731
+        await until(lambda: len(spans()) == 3 and any(span.queue == 30 for span in spans()))
+        busy, other = await client.routes.stand(WHOLE, route.hops)
+        for one in (busy, other):
+            assert one.standby is not None
+            assert [leg.span.peer for leg in one.standby.legs] == [eve.peer]
+        assert busy.is_worth_leaving
+        assert not other.is_worth_leaving
+
+
 async def test_unserved_blocks_are_named_with_who_is_loading_them() -> None:
     async with garden() as g:
         client, ada, bob = await g.grow(3)
