@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Final
 
-from ...protocol.steps import Hop
 from .coverage import coverage, speed_of, stays
 from .view import Span, SwarmView
 
@@ -24,44 +25,48 @@ MAX_ROUNDS: Final = 4  # over all peers, when imagining where they would go
 
 
 def petals_span(supply: tuple[float, ...] | list[float], length: int) -> tuple[int, int]:
-    """The `length` blocks whose throughputs are smallest, of equal ones the first."""
-    starts = range(len(supply) - length + 1)
-    start = min(starts, key=lambda start: (sorted(supply[start : start + length]), start))
-    return start, start + length
+    """The `length` blocks whose throughputs, sorted, are smallest, of equal ones the first."""
+    starts: Sequence[int] = range(len(supply) - length + 1)
+    for _, alike in groupby(sorted(range(len(supply)), key=supply.__getitem__), key=supply.__getitem__):
+        first, *more = alike
+        if more:  # the more blocks of one throughput a stretch has, the later comes a larger one
+            held = [sum(start <= block < start + length for block in (first, *more)) for start in starts]
+            kept = [start for start, count in zip(starts, held, strict=True) if count == max(held)]
+        else:
+            kept = [start for start in starts if start <= first < start + length]
+        starts = kept or starts
+        if len(starts) == 1:
+            break
+    return starts[0], starts[0] + length
 
 
-def petals_quality(view: SwarmView, rng: random.Random) -> float:
-    """The present throughput as a share of what would come out if all moved. 1 where more is not to be had.
+def petals_quality(supply: Sequence[float], imagined_tokens_per_s: Callable[[], float]) -> float:
+    """The present throughput as a share of what would come out if all moved. 1 where more is not to be had."""
+    before, mean = min(supply), sum(supply) / len(supply)
+    if before >= QUALITY * mean:  # no layout reaches more than the mean
+        return 1.0
+    return before / (imagined_tokens_per_s() or math.inf)
+
+
+def petals_move(supply: Sequence[float], own: Span, quality: float) -> tuple[int, int] | None:
+    """Where this peer's span should go; None to stay. supply: of all blocks, by its span as well."""
+    if quality >= QUALITY:
+        return None
+    others = list(supply)
+    _add(others, own, -1)
+    if min(others) <= 0 < min(supply):
+        return None  # the swarm would fall apart
+    start, end = petals_span(others, own.num_blocks)
+    return None if start == own.start else (start, end)
+
+
+def petals_imagined(view: SwarmView, rng: random.Random) -> float:
+    """The throughput after everybody moved by the same rule, in a random order, until nobody does.
 
     One imagination serves all peers that see the same; in the source each makes its own, beginning with itself.
     """
     spans = [span for span in view.spans if stays(span)]
     supply = list(coverage(spans, view.num_blocks).supply)
-    before, mean = min(supply), sum(supply) / len(supply)
-    if before >= QUALITY * mean:  # no layout reaches more than the mean
-        return 1.0
-    return before / (_imagine(spans, supply, rng) or math.inf)
-
-
-def petals_move(view: SwarmView, hop: Hop, quality: float) -> tuple[int, int] | None:
-    """Where this peer's span should go; None to stay."""
-    if quality >= QUALITY:
-        return None
-    spans = [span for span in view.spans if stays(span)]
-    own = next((span for span in spans if span.hop == hop), None)
-    if own is None:
-        return None
-    supply = list(coverage(spans, view.num_blocks).supply)
-    before = min(supply)
-    _add(supply, own, -1)
-    if min(supply) <= 0 < before:
-        return None  # the swarm would fall apart
-    start, end = petals_span(supply, own.num_blocks)
-    return None if start == own.start else (start, end)
-
-
-def _imagine(spans: list[Span], supply: list[float], rng: random.Random) -> float:
-    """The throughput after everybody moved by the same rule, in a random order, until nobody does."""
     for _ in range(MAX_ROUNDS):
         has_moved = False
         for index in rng.sample(range(len(spans)), len(spans)):

@@ -5,14 +5,24 @@ All machines of a moment see the same records, so what is computed from these al
 
 from __future__ import annotations
 
+import math
 import random
 
 from corolla.daemon.swarm.moving import CHECK_EVERY_S as LOOK_EVERY_S
 from corolla.daemon.swarm.moving import Patience, next_plan, own_part, pays_off
-from corolla.daemon.swarm.petals import CHECK_EVERY_S, petals_move, petals_quality, petals_span
+from corolla.daemon.swarm.petals import (
+    CHECK_EVERY_S,
+    QUALITY,
+    petals_imagined,
+    petals_move,
+    petals_quality,
+    petals_span,
+)
 from corolla.daemon.swarm.placement import Move, choose_span
 
-from .swarm_world import Machine, World, hop_of
+from .swarm_world import FEW, Machine, World, hop_of
+
+IMAGINED_EVERY_S = 60.0
 
 
 class Published:
@@ -22,6 +32,7 @@ class Published:
 
     def __init__(self) -> None:
         self._quality = (-1, 1.0)  # of which version of what is seen
+        self._imagined = (-math.inf, 0.0)  # when, tokens per second
         self._rng = random.Random("published")
 
     def place(self, world: World, machine: Machine) -> tuple[int, int]:
@@ -29,9 +40,22 @@ class Published:
             return petals_span(census.coverage().supply, machine.num_fitting)
 
     def look(self, world: World, machine: Machine) -> tuple[int, int] | None:
+        own = world.record(machine)
         if self._quality[0] != world.version:
-            self._quality = (world.version, petals_quality(world.view(), self._rng))
-        return petals_move(world.view(), hop_of(machine), self._quality[1])
+            supply = world.census().coverage().supply
+            self._quality = (world.version, petals_quality(supply, lambda: self._imagine(world)))
+        quality = self._quality[1]
+        if own is None or quality >= QUALITY:
+            return None
+        return petals_move(world.census().coverage().supply, own, quality)
+
+    def _imagine(self, world: World) -> float:
+        """What all could reach hardly changes from one moment to the next where they are many."""
+        at, imagined = self._imagined
+        if len(world.machines) <= FEW or world.now - at > IMAGINED_EVERY_S:
+            imagined = petals_imagined(world.view(), self._rng)
+            self._imagined = world.now, imagined
+        return imagined
 
     def next_look_s(self, rng: random.Random) -> float:
         return rng.uniform(0, 2 * CHECK_EVERY_S)

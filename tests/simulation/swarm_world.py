@@ -209,6 +209,10 @@ class World:
         """The same, counted."""
         return self._seen
 
+    def record(self, machine: Machine) -> Span | None:
+        """What is seen of a machine."""
+        return self._seen_spans.get(machine.name)
+
     @contextmanager
     def census_without(self, machine: Machine) -> Iterator[Census]:
         """The census as one sees it who comes back, and does not count the old record of itself."""

@@ -9,7 +9,7 @@ import pytest
 
 from corolla.daemon.swarm.capacity import carried_by
 from corolla.daemon.swarm.coverage import coverage_of
-from corolla.daemon.swarm.petals import petals_move, petals_quality, petals_span
+from corolla.daemon.swarm.petals import petals_imagined, petals_move, petals_quality, petals_span
 from corolla.daemon.swarm.placement import (
     MIN_GAIN,
     Purpose,
@@ -244,10 +244,11 @@ def test_the_published_rule_takes_the_weakest_stretch_and_moves_below_its_qualit
     assert petals_span((5.0, 1.0, 1.0, 5.0), 2) == (1, 3)
     rng = random.Random(1)
     uneven = serving((0, 6, 10.0), (0, 6, 10.0), (0, 6, 10.0), (6, 12, 10.0))
-    quality = petals_quality(uneven, rng)
+    supply = coverage_of(uneven).supply
+    first, *_, last = uneven.spans
+    quality = petals_quality(supply, lambda: petals_imagined(uneven, rng))
     assert quality == 0.5
-    assert petals_move(uneven, Hop("p0", 0), quality) == (6, 12)
-    assert petals_move(uneven, Hop("p3", 0), quality) is None  # the swarm would fall apart
-    assert petals_move(uneven, Hop("p0", 0), 0.8) is None
-    assert petals_move(uneven, Hop("nobody", 0), quality) is None
-    assert petals_quality(serving((0, 6, 10.0), (6, 12, 9.0)), rng) == 1.0
+    assert petals_move(supply, first, quality) == (6, 12)
+    assert petals_move(supply, last, quality) is None  # the swarm would fall apart
+    assert petals_move(supply, first, 0.8) is None
+    assert petals_quality((10.0, 9.0), lambda: 100.0) == 1.0
