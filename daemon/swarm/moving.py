@@ -17,7 +17,9 @@ from .view import SwarmView
 CHECK_EVERY_S: Final = 15.0  # between two looks at the swarm; a gap waits for no longer than this
 PATIENCE_S: Final = 20.0  # with one who is named and does not move: two looks
 PASSED_OVER_S: Final = 600.0  # for so long it is not named again
-REST_S: Final = 900.0  # after a move, before another for speed alone
+REST_S: Final = (
+    300.0  # after a move, before another for speed alone: who is named and rests is missed in the plan
+)
 REPLAY_S: Final = 5.0  # of others' work that each session costs whose caches are built anew elsewhere
 MAX_COST_S: Final = 120.0  # of a move for speed: the least gain, 2 %, repays it in some 100 minutes
 

@@ -35,6 +35,10 @@ from .view import SwarmView
 SHARPNESS: Final = 60.0  # two blocks that differ by 2 % of the mean differ threefold in strain
 MAX_MOVES: Final = 16  # in one plan; the next plan goes on from there
 MIN_GAIN: Final = 0.05  # of the model's tokens/s: moves for speed that bring less are not made
+LACKING: Final = 0.03  # of the most that could be carried: a layout of few workers that lacks no more is good
+GOOD_GAIN: Final = (
+    1.2  # times a worker's mean share is what a move must bring there: soon somebody comes or goes
+)
 MIN_SPARED: Final = 0.25  # of a span's blocks that must gain a second replica to be worth a move
 FEW: Final = 40  # workers whose moves for speed are planned together
 MAX_TRIED: Final = 4_000  # group and start pairs looked at exactly in one step; beyond, the best start only
@@ -244,14 +248,16 @@ class _Layout:
     def joint_moves(self, max_moves: int) -> list[Move]:
         """Moves that help together, by those who have not moved yet."""
         movers = [
-            Mover(Hop(*who), (start, end), units(speed * (end - start)))
+            Mover(Hop(peer, worker), (start, end), units(speed * (end - start)))
             for (start, end), group in sorted(self._groups.items())
-            for speed, *who in group
+            for speed, peer, worker in group
         ]
         supply = tuple(round(speed * UNITS) for speed in self._supply)
         standing = Standing(self._work, supply, tuple(self._replicas), tuple(self._online))
         lengths = {mover.hop: mover.place[1] - mover.place[0] for mover in movers}
-        moves = plan_jointly(standing, movers, most=self._most, max_moves=max_moves, min_gain=MIN_GAIN)
+        is_good = self.carried >= (1 - LACKING) * self._most
+        min_gain = max(MIN_GAIN, GOOD_GAIN / self._census.num_workers) if is_good else MIN_GAIN
+        moves = plan_jointly(standing, movers, most=self._most, max_moves=max_moves, min_gain=min_gain)
         return [Move(hop, start, start + lengths[hop], Purpose.SPEED) for hop, start in moves]
 
     def coverage(self) -> Coverage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,9 @@ from corolla.daemon.swarm.moving import PASSED_OVER_S, PATIENCE_S, Patience, own
 from corolla.daemon.swarm.placement import Move, Purpose
 from corolla.protocol.steps import Hop
 
-from .swarm_bound import best_carried, best_slowest_block, best_tokens_per_s, most_carried_by_program
+from .swarm_bound import best_tokens_per_s, most_carried_by_program
 from .swarm_run import simulate
+from .swarm_search import most_found
 from .swarm_world import Settings
 
 SMALL = Settings(40, 16, seed=3, warm_up_s=300.0, duration_s=600.0)
@@ -40,7 +42,7 @@ def test_ours_reaches_more_of_both_bounds_than_the_published_rule_and_nobody_pas
 
 
 def test_sessions_leave_a_hop_that_drains_and_survive_churn() -> None:
-    outcome = simulate(Settings(40, 16, seed=4, outage=False, mean_stay_s=600.0), "ours").outcome
+    outcome = simulate(replace(SMALL, seed=4, outage=False, mean_stay_s=600.0), "ours").outcome
     assert outcome.num_moved > 10
     assert outcome.num_lost == 0
     assert outcome.num_refused == 0
@@ -50,8 +52,8 @@ def test_the_bound_is_what_identical_machines_reach_exactly() -> None:
     assert best_tokens_per_s([(4, 10.0)] * 4, 16) == pytest.approx(10.0)
     assert best_tokens_per_s([(8, 10.0), (16, 5.0), (8, 10.0)], 16) == pytest.approx(15.0)
     assert best_tokens_per_s([(4, 10.0)] * 7, 16) == pytest.approx(17.5)  # spread by shares
-    assert best_slowest_block([(4, 10.0)] * 7, 16).found == pytest.approx(10.0)  # whole ones cannot be
-    assert best_carried([(4, 10.0)] * 7, 16).found == pytest.approx(17.5)  # and need not, if routes share
+    assert most_found([(4, 10.0)] * 7, 16) == pytest.approx(17.5)  # of whole ones, if routes share
+    assert most_found([(8, 10.0)] * 2, 16, num_replicas=2) == pytest.approx(10.0)  # as far as possible
     assert best_tokens_per_s([], 16) == 0.0
 
 

@@ -197,8 +197,7 @@ async def test_every_hop_of_a_route_has_a_standby_and_a_queue_that_its_record_te
 
         eve.serve(0, 12)
         ada.serve(0, 6, queue=30)
-        spans = lambda: client.routes.view(FINGERPRINT, 12).spans  # noqa: E731
-        await until(lambda: len(spans()) == 3 and any(span.queue == 30 for span in spans()))
+        await until(lambda: sorted(s.queue for s in client.routes.view(FINGERPRINT, 12).spans) == [0, 0, 30])
         busy, other = await client.routes.stand(WHOLE, route.hops)
         for one in (busy, other):
             assert one.standby is not None
