@@ -11,6 +11,9 @@ called paged, and has one page more, which belongs to nobody.
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -79,10 +82,8 @@ class Cache:
                     self._parked[place] = keys, values
                 self._keys[place] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
                 self._values[place] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as problem:  # torch's allocators raise RuntimeError and its children
+        # torch's allocators raise RuntimeError and its children, a mapping OSError.
+        except (RuntimeError, MemoryError, OSError) as problem:
             raise error(
                 Code.OUT_OF_MEMORY,
                 f"no memory on {device} for {num_pages} cache pages of {self.page_bytes} bytes"
@@ -94,7 +95,12 @@ class Cache:
         """(num_heads, num_slots, dim), whatever lies under it. Memory is touched first when it is written."""
         num_slots = (self.num_pages + self.is_paged) * self.page_tokens
         if not self.is_paged:
-            return torch.empty((num_heads, num_slots, dim), dtype=dtype, device=device)
+            shape = (num_heads, num_slots, dim)
+            return (
+                _untouched(shape, dtype)
+                if device.type == "cpu"
+                else torch.empty(shape, dtype=dtype, device=device)
+            )
         return torch.empty((num_slots, num_heads, dim), dtype=dtype, device=device).transpose(0, 1)
 
     def _host_pages(
@@ -102,7 +108,7 @@ class Cache:
     ) -> Tensor:
         """(num_heads, num_slots, dim) in host memory, laid out as on the device, and pinned for one that copies."""
         if not self.is_paged:
-            return torch.empty((num_heads, num_slots, dim), dtype=dtype)
+            return _untouched((num_heads, num_slots, dim), dtype)
         is_pinned = device.type != "cpu"
         return torch.empty((num_slots, num_heads, dim), dtype=dtype, pin_memory=is_pinned).transpose(0, 1)
 
@@ -140,6 +146,19 @@ class Cache:
                     else:
                         goal = (host if to is Memory.HOST else device)[:, target : target + num]
                         goal.copy_(slots, non_blocking=True)  # pinned; the device keeps to the order asked
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in host memory that takes room as it is written, a few KB at a time. Raises `OSError`.
+
+    torch's own memory of this size comes in huge pages, where it is told to use them for the weights: a short row
+    would take 2 MB for every head.
+    """
+    num_numbers = math.prod(shape)
+    if sys.platform != "linux" or not num_numbers:
+        return torch.empty(shape, dtype=dtype)
+    mapped = mmap.mmap(-1, num_numbers * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
 
 def _runs(moves: Iterable[PageMove], page_tokens: int) -> Iterator[tuple[Memory, int, Memory, int, int]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..protocol.errors import Code, error
+from .quantization import bitsandbytes
 
 Read = Callable[[str], Tensor]
 
@@ -90,8 +91,7 @@ def plain(parts: tuple[str, ...], read: Read, config: PretrainedConfig) -> Tenso
 
 
 def _from_bitsandbytes(parts: tuple[str, ...], read: Read) -> Tensor:
-    from bitsandbytes import functional  # here: it takes a second, and no other form needs it
-
+    functional = bitsandbytes().functional
     name = parts[0]
     tensors = {part.removeprefix(f"{name}."): read(part).clone() for part in parts[1:]}
     state = functional.QuantState.from_dict(tensors, device=torch.device("cpu"))

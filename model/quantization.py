@@ -18,8 +18,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -182,9 +183,22 @@ def _int4_codes(groups: Tensor, step: Tensor, middle: Tensor) -> Tensor:
     return (groups - middle).div_(step).add_(8).round_().clamp_(0, 15)
 
 
-def _to_nf4(weight: Tensor) -> dict[str, Tensor]:
-    from bitsandbytes import functional  # here: it takes a second, and no other scheme needs it
+def bitsandbytes() -> Any:
+    """The library, imported when it is first needed: it takes a second.
 
+    It warns on some processors that it found no kernel for products with four bits on a CPU, where we never ask
+    it for one; that warning alone is not passed on.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+    return import_module("bitsandbytes")
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
+def _to_nf4(weight: Tensor) -> dict[str, Tensor]:
+    functional = bitsandbytes().functional
     in_features = weight.shape[1]
     codes = torch.empty((weight.numel() // 2, 1), dtype=torch.uint8)
     scales = torch.empty(weight.numel() // _NF4_GROUP)
@@ -199,9 +213,8 @@ def _to_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 def from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weights of NF4 codes, on the codes' device."""
-    from bitsandbytes import functional
-
-    state = functional.QuantState(  # type: ignore[no-untyped-call]
+    functional = bitsandbytes().functional
+    state = functional.QuantState(
         absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=_NF4_GROUP, quant_type="nf4"
     )
     weight: Tensor = functional.dequantize_4bit(codes, state)
@@ -212,13 +225,11 @@ def multiply_nf4(
     rows: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     """`rows @ weights.T + bias` of NF4 codes, (…, in_features) → (…, out_features), all on one device."""
-    import bitsandbytes
-    from bitsandbytes import functional
-
-    state = functional.QuantState(  # type: ignore[no-untyped-call]
+    library = bitsandbytes()
+    state = library.functional.QuantState(
         absmax=scales, shape=torch.Size(shape), dtype=rows.dtype, blocksize=_NF4_GROUP, quant_type="nf4"
     )
-    product: Tensor = bitsandbytes.matmul_4bit(rows, codes, state, bias=bias)  # type: ignore[attr-defined]
+    product: Tensor = library.matmul_4bit(rows, codes, state, bias=bias)
     return product
 
 

@@ -2,7 +2,8 @@
 
 The clients are sessions on the worker's own socket, without daemons, and again through three of them. The model is the
 random Llama of 16 × 1024, and what `--model` names (a folder or a GGUF file, such as SmolLM2's), both in float32
-unless a part says otherwise. The plain process runs before or after each of ours, since machines drift.
+unless a part says otherwise. The plain process runs before or after each of ours, since machines drift. *Of what memory
+allows* holds a figure against the time in which this machine's memory gives the bytes that it takes to be read once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.plain import source_of
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.tensors import DType
-from tests.benchmarks import llamacpp, plain, swarmed
+from tests.benchmarks import bandwidth, llamacpp, plain, swarmed
 from tests.benchmarks.clients import Client, Crowd, ServedModel, Setup
 from tests.benchmarks.report import Measured, Report, arguments, median
 
@@ -32,7 +33,11 @@ CROWDS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under measurement. folder: as transformers reads it. model: as the worker is told."""
+    """A model under measurement. folder: as transformers reads it. model: as the worker is told.
+
+    table_bytes: of float32 embeddings, of which a token reads one line. token_bytes: of its float32 keys and values.
+    memory_bytes_s: what the machine's memory gives a second.
+    """
 
     label: str
     model: str
@@ -43,6 +48,16 @@ class Subject:
     quick: bool
     contexts: tuple[int, ...]
     crowds: tuple[int, ...]
+    table_bytes: int
+    token_bytes: int
+    memory_bytes_s: float
+
+    def allowed(self, served: ServedModel, num_clients: int, context: int) -> float:
+        """Tokens a second if weights and contexts were read once a step, and nothing else took time."""
+        dtype_size = 4 if served.ready.dtype is DType.FLOAT32 else 2
+        cached = num_clients * context * self.token_bytes * dtype_size // 4
+        weights = served.ready.weight_bytes - self.table_bytes * dtype_size // 4
+        return num_clients * self.memory_bytes_s / (weights + cached)
 
     def setup(self, dtype: DType = DType.FLOAT32, quantization: str | None = None) -> Setup:
         """What a worker of it is started with."""
@@ -79,11 +94,13 @@ def decode(report: Report, subject: Subject) -> None:
             static += subject.plain(context, new_tokens, is_static=True)["decode_s"]
             with ServedModel(subject.setup()) as served:
                 client = one_client(served, context, new_tokens)
+                allowed = subject.allowed(served, 1, context)
             ours += client.gaps_s()
             equal = equal and client.tokens == local["tokens"]
         speed = 1 / median(beside)
         name = f"{subject.label}: decode at {context}"
         report.add(Measured(name, 1 / median(ours), "tokens/s", speed, CONTEXTS[context]))
+        report.add(Measured(f"{name}, of what memory allows", 1 / median(ours), "tokens/s", allowed))
         report.add(Measured(f"{name}, StaticCache", 1 / median(static), "tokens/s", speed))
         report.add(Measured(f"{name}, tokens equal", float(equal), "", target=1.0))
 
@@ -93,17 +110,20 @@ def precision(report: Report, subject: Subject) -> None:
     new_tokens = 16 if subject.quick else 48
     kinds = [(DType.FLOAT32, None), (DType.BFLOAT16, None), (DType.FLOAT32, "int8"), (DType.FLOAT32, "int4")]
     ours: dict[str, list[float]] = {}
+    allowed: dict[str, float] = {}
     beside: list[float] = []
     for _ in range(1 if subject.quick else 3):
         beside += subject.plain(128, new_tokens)["decode_s"]
         for dtype, quantization in kinds:
             with ServedModel(subject.setup(dtype, quantization)) as served:
                 gaps = one_client(served, 128, new_tokens).gaps_s()
+                allowed[quantization or dtype.value] = subject.allowed(served, 1, 128)
             ours.setdefault(quantization or dtype.value, []).extend(gaps)
     for kind, gaps in ours.items():
         target = None if kind == "float32" else 2.5
         name = f"{subject.label}: decode at 128 in {kind}"
         report.add(Measured(name, 1 / median(gaps), "tokens/s", 1 / median(beside), target))
+        report.add(Measured(f"{name}, of what memory allows", 1 / median(gaps), "tokens/s", allowed[kind]))
 
 
 def prefill(report: Report, subject: Subject) -> None:
@@ -139,6 +159,8 @@ def clients(report: Report, subject: Subject) -> None:
             name = f"{subject.label}: {num_clients} clients"
             target = 8.0 if num_clients == 8 else None
             report.add(Measured(name, sum(counts) / took, "tokens/s", beside, target))
+            allowed = subject.allowed(served, num_clients, 128)
+            report.add(Measured(f"{name}, of what memory allows", sum(counts) / took, "tokens/s", allowed))
             fair = min(counts) / (sum(counts) / num_clients)
             report.add(Measured(f"{name}, slowest to mean", fair, "", target=0.75))
 
@@ -260,6 +282,14 @@ PARTS: dict[str, Callable[[Report, Subject], None]] = {
 }
 
 
+def sizes(config: Any) -> tuple[int, int]:
+    """Bytes in float32 of the table of embeddings, and of the keys and values of one token."""
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * num_heads * head_dim
+    return config.vocab_size * config.hidden_size * 4, cached * 4
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="some parts alone")
@@ -270,6 +300,8 @@ def main() -> None:
     parser.add_argument("--crowds", type=int, nargs="*", default=list(CROWDS))
     options = parser.parse_args()
     report = Report()
+    memory_bytes_s = bandwidth.measure(options.threads)
+    report.add(Measured("memory", memory_bytes_s / 1e9, "GB/s"))
     models = [] if options.no_random else [str(plain.random_llama())]
     for model in models + options.model:
         checkpoint = open_checkpoint(source_of(model), Setup(model, 1).cache_folder)
@@ -283,6 +315,8 @@ def main() -> None:
             options.quick,
             tuple(options.contexts),
             tuple(options.crowds),
+            *sizes(checkpoint.config),
+            memory_bytes_s,
         )
         for part in options.only:
             PARTS[part](report, subject)
