@@ -82,8 +82,8 @@ class Cache:
                     self._parked[place] = keys, values
                 self._keys[place] = self._allocate(shape.num_heads, shape.key_dim, dtype, device)
                 self._values[place] = self._allocate(shape.num_heads, shape.value_dim, dtype, device)
-        # torch's allocators raise RuntimeError and its children, a mapping OSError.
-        except (RuntimeError, MemoryError, OSError) as problem:
+        # torch's allocators raise RuntimeError and its children, a mapping the last two.
+        except (RuntimeError, MemoryError, OSError, OverflowError) as problem:
             raise error(
                 Code.OUT_OF_MEMORY,
                 f"no memory on {device} for {num_pages} cache pages of {self.page_bytes} bytes"
@@ -149,7 +149,7 @@ class Cache:
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in host memory that takes room as it is written, a few KB at a time. Raises `OSError`.
+    """A tensor in host memory that takes room as it is written, a few KB at a time. Raises `OSError`, `OverflowError`.
 
     torch's own memory of this size comes in huge pages, where it is told to use them for the weights: a short row
     would take 2 MB for every head.
