@@ -94,14 +94,12 @@ class Cache:
     def _allocate(self, num_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(num_heads, num_slots, dim), whatever lies under it. Memory is touched first when it is written."""
         num_slots = (self.num_pages + self.is_paged) * self.page_tokens
-        if not self.is_paged:
-            shape = (num_heads, num_slots, dim)
-            return (
-                _untouched(shape, dtype)
-                if device.type == "cpu"
-                else torch.empty(shape, dtype=dtype, device=device)
-            )
-        return torch.empty((num_slots, num_heads, dim), dtype=dtype, device=device).transpose(0, 1)
+        if self.is_paged:
+            return torch.empty((num_slots, num_heads, dim), dtype=dtype, device=device).transpose(0, 1)
+        shape = (num_heads, num_slots, dim)
+        if device.type == "cpu":
+            return _untouched(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def _host_pages(
         self, num_heads: int, num_slots: int, dim: int, dtype: torch.dtype, device: torch.device
