@@ -153,7 +153,7 @@ def described(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]
 
 async def _live(config: Config, store: Store, socket: Path, cache_folder: Path, sources: Sources) -> None:
     # Here, so that --help and errors of the configuration need not wait for libp2p.
-    from .methods import handlers, pages
+    from .answers.methods import handlers, pages
     from .node import Node
 
     await Node(config, store, socket, cache_folder, handlers, pages, sources).run()

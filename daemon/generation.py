@@ -29,7 +29,7 @@ from ..protocol.work import (
     Sampled,
     TokenRow,
 )
-from .belonging import Belonging
+from .belonging.belonging import Belonging
 from .serving.port import WorkerPort
 from .session.client import Session
 from .session.events import SessionEvent

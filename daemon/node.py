@@ -23,33 +23,33 @@ from ..protocol.control import privacy_words
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.settings import Applied
 from ..protocol.views import Status, WorkerStatus
-from .belonging import Belonging, Terms
+from .belonging.belonging import Belonging, Terms
+from .belonging.inviting import Inviting
 from .config import Config, rules_of, with_settings
-from .contribution import Contributing
 from .control import ControlServer, Handler, listen, uids_of
 from .events import EventLog
 from .health import reach_words, wrong_with
 from .identity import load_identity
-from .inviting import Inviting
-from .lending import Lending
+from .lending.contribution import Contributing
+from .lending.lending import Lending
+from .lending.pausing import Pausing
+from .lending.profiles import Profiles
+from .lending.rebalancing import Rebalancing
+from .lending.uplink import Uplink
+from .lending.weights import Weights
 from .network.dialling import Reachability
 from .network.libp2p.host import check_port
 from .network.libp2p.tcp import listenable
 from .network.reach.relaying import RelayLimits
 from .network.traffic import Traffic
 from .pages import Door, Pages
-from .pausing import Pausing
 from .place import HINT, Place
-from .profiles import Profiles
-from .rebalancing import Rebalancing
 from .reloading import Reloading, Sources
 from .serving.environment import Environment
 from .store import Store
 from .systemd import Manager
 from .tally import Tally
 from .training.jobs import Jobs
-from .uplink import Uplink
-from .weights import Weights
 
 SIGNAL_DEADLINE_S: Final = 30.0  # for sessions to move after SIGTERM; below the unit's TimeoutStopSec
 STOP_TIMEOUT_S: Final = 10.0  # of everything that is left when the daemon stops

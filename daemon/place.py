@@ -13,12 +13,12 @@ import trio
 
 from ..protocol.errors import Code, CorollaError, error
 from ..protocol.invitations import TOKEN_PREFIX, decode_token
-from .belonging import Belonging, Entry, Terms, belong, discover
+from .belonging.belonging import Belonging, Entry, Terms, belong, discover
+from .belonging.inviting import Inviting
+from .belonging.routes import no_swarm
 from .events import EventLog
-from .inviting import Inviting
-from .lending import Lending
+from .lending.lending import Lending
 from .network.members.roll import Standing
-from .routes import no_swarm
 from .store import Store
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer

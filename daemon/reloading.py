@@ -13,7 +13,7 @@ from ..protocol.errors import CorollaError
 from ..protocol.settings import Applied
 from .config import KEYS, Config, check_setting
 from .control import uids_of
-from .sources import source_of
+from .lending.sources import source_of
 from .store import Store
 
 WORKER_KEYS: Final = frozenset(

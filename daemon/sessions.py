@@ -22,7 +22,7 @@ from ..protocol.limits import MAX_ROWS, SESSION_ID_BYTES
 from ..protocol.steps import Hop, check_payload
 from ..protocol.tensors import Encoding, is_finite
 from ..protocol.work import Done, EmbedPrompt, ModelFacts
-from .belonging import Belonging
+from .belonging.belonging import Belonging
 from .control import Ask, Connection, Reply
 from .serving.port import WorkerPort
 from .session.client import Events, Session, open_session

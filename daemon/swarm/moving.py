@@ -1,7 +1,7 @@
 """Whether one worker moves now: its part of the plan, with the patience and the cost that are its own. Pure.
 
 It remembers whom earlier plans named, so that one who does not move is passed over, and when its own worker last
-moved. The clock is an argument. Who makes the plan: `placement.py`; who carries it out: `daemon/rebalancing.py`.
+moved. The clock is an argument. Who makes the plan: `placement.py`; who carries it out: `lending/rebalancing.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One model as the swarm serves it, frozen at one moment. Pure: placement, routing and `swarm` read it.
 
-It knows nothing of where its facts came from; `daemon/routes.py` gathers them.
+It knows nothing of where its facts came from; `daemon/belonging/routes.py` gathers them.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ import anyio
 import trio
 from anyio.abc import TaskStatus
 
-from corolla.daemon.belonging import Belonging
+from corolla.daemon.belonging.belonging import Belonging
+from corolla.daemon.belonging.routes import Routes
 from corolla.daemon.identity import identity_from_seed
 from corolla.daemon.network.members.greeting import found_swarm
 from corolla.daemon.network.members.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.network.registry.registry import Registry
-from corolla.daemon.routes import Routes
 from corolla.daemon.serving.peers import HopService
 from corolla.daemon.serving.training import TrainingService
 from corolla.daemon.serving.twin import HIDDEN_SIZE, WorkerTwin, embedding, twin_facts, whole_row

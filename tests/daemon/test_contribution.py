@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from corolla.daemon.contribution import SAVE_EVERY_S, Contributing
-from corolla.daemon.lending import Lending
+from corolla.daemon.lending.contribution import SAVE_EVERY_S, Contributing
+from corolla.daemon.lending.lending import Lending
 from corolla.daemon.network.traffic import Traffic
 from corolla.daemon.store import CONTRIBUTION_FILE, Store, open_store
 from corolla.protocol.views import Contribution

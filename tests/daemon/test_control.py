@@ -18,6 +18,7 @@ import trio
 import trio.testing
 
 from corolla.daemon import control as module
+from corolla.daemon.answers.methods import handlers
 from corolla.daemon.control import (
     MAX_UNSENT_BYTES,
     Ask,
@@ -28,7 +29,6 @@ from corolla.daemon.control import (
     listen,
     uids_of,
 )
-from corolla.daemon.methods import handlers
 from corolla.protocol.control import (
     FROM_DAEMON,
     METHODS,

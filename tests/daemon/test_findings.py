@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from corolla.daemon.findings import judge
+from corolla.daemon.answers.findings import judge
 from corolla.protocol.netcheck import Netcheck
 from corolla.protocol.views import PeerView, ReachView, RelayUse
 

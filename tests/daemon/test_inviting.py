@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from corolla.daemon.belonging.inviting import Inviting
 from corolla.daemon.identity import Identity, identity_from_seed
-from corolla.daemon.inviting import Inviting
 from corolla.daemon.network.members.greeting import Swarm
 from corolla.daemon.network.members.roll import Roll, Standing
 from corolla.daemon.store import Store, open_store

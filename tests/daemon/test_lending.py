@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import trio
 
-from corolla.daemon import ends as ends_module
-from corolla.daemon import lending as module
 from corolla.daemon.config import Config
-from corolla.daemon.ends import MAX_LOADS
-from corolla.daemon.lending import Lending
+from corolla.daemon.lending import ends as ends_module
+from corolla.daemon.lending import lending as module
+from corolla.daemon.lending.ends import MAX_LOADS
+from corolla.daemon.lending.lending import Lending
 from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.serving.workers import Worker
 from corolla.protocol.control import PullProgress

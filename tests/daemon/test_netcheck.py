@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.daemon.netcheck import carrier, find_peer, has_route
+from corolla.daemon.answers.netcheck import carrier, find_peer, has_route
 from corolla.daemon.network.seam import PeerView as Connection
 from corolla.protocol.control import METHODS, Right
 from corolla.protocol.errors import Code, CorollaError

@@ -17,8 +17,8 @@ import trio
 
 import corolla
 from corolla.daemon import place as module
+from corolla.daemon.answers.methods import handlers, pages
 from corolla.daemon.config import Config
-from corolla.daemon.methods import handlers, pages
 from corolla.daemon.network.members.roll import Standing
 from corolla.daemon.node import Node
 from corolla.daemon.place import HINT

@@ -7,8 +7,8 @@ import math
 import pytest
 import trio
 
-from corolla.daemon import occupancy as module
-from corolla.daemon.occupancy import Occupancy, cpu_seconds, is_gpu_wanted, parse_idle_hint, run_tool
+from corolla.daemon.lending import occupancy as module
+from corolla.daemon.lending.occupancy import Occupancy, cpu_seconds, is_gpu_wanted, parse_idle_hint, run_tool
 
 pytestmark = pytest.mark.anyio
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.daemon.profiles import DEFAULT_LOAD_S, MAX_PROFILES, Profile, Profiles
+from corolla.daemon.lending.profiles import DEFAULT_LOAD_S, MAX_PROFILES, Profile, Profiles
 from corolla.daemon.store import PROFILES_FILE, open_store
 from corolla.protocol.tensors import DType
 from corolla.protocol.work import Ready

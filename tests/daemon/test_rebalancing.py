@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import trio
 
-from corolla.daemon import ends as ends_module
-from corolla.daemon import lending as lending_module
 from corolla.daemon.config import Config
-from corolla.daemon.lending import Lending
+from corolla.daemon.lending import ends as ends_module
+from corolla.daemon.lending import lending as lending_module
+from corolla.daemon.lending.lending import Lending
+from corolla.daemon.lending.pausing import Pausing
+from corolla.daemon.lending.rebalancing import Rebalancing
 from corolla.daemon.network.registry.announcements import Offer
-from corolla.daemon.pausing import Pausing
-from corolla.daemon.rebalancing import Rebalancing
 from corolla.daemon.schedule import Lends, Rules, Seen, Verdict, parse_hours
 from corolla.daemon.serving.priority import NICENESS, autogroup, half_of_cores
 from corolla.daemon.serving.workers import Worker

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from corolla.daemon import ends as ends_module
-from corolla.daemon import lending as lending_module
 from corolla.daemon import reloading as module
+from corolla.daemon.answers.methods import handlers, pages
 from corolla.daemon.config import KEYS, Config, load_config
-from corolla.daemon.methods import handlers, pages
+from corolla.daemon.lending import ends as ends_module
+from corolla.daemon.lending import lending as lending_module
 from corolla.daemon.node import Node
 from corolla.daemon.reloading import DAEMON_KEYS, NOW_KEYS, WORKER_KEYS, describe, differences
 from corolla.daemon.serving.environment import Environment

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from corolla.daemon.lending.profiles import Profiles
+from corolla.daemon.lending.uplink import AGAIN_AFTER_S, SETTLE_S, Uplink
 from corolla.daemon.network.line import Line
 from corolla.daemon.network.traffic import Nearness, Traffic
-from corolla.daemon.profiles import Profiles
 from corolla.daemon.store import Store, open_store
-from corolla.daemon.uplink import AGAIN_AFTER_S, SETTLE_S, Uplink
 
 
 @pytest.fixture

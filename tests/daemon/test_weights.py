@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.daemon.weights import GONE, MARK, RECENT_S, Folder, Weights, survey, to_evict
+from corolla.daemon.lending.weights import GONE, MARK, RECENT_S, Folder, Weights, survey, to_evict
 
 NOW = 1_000_000.0
 OLD, OLDER, OLDEST = NOW - RECENT_S - 1, NOW - RECENT_S - 2, NOW - RECENT_S - 3

@@ -14,7 +14,7 @@ import pytest
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
-from corolla.daemon.belonging import Belonging, Entry, Terms, belong
+from corolla.daemon.belonging.belonging import Belonging, Entry, Terms, belong
 from corolla.daemon.identity import Identity, identity_from_seed
 from corolla.daemon.network.conversation import Conversation
 from corolla.daemon.network.dialling import Reachability

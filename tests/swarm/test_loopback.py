@@ -9,13 +9,13 @@ import pytest
 from anyio.abc import TaskGroup, TaskStatus
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from corolla.daemon.belonging.routes import Routes
 from corolla.daemon.identity import Identity
 from corolla.daemon.network.libp2p.network import Libp2pNetwork, open_network
 from corolla.daemon.network.members.greeting import Swarm, discover_swarm, found_swarm
 from corolla.daemon.network.members.membership import Membership
 from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.network.registry.registry import Registry
-from corolla.daemon.routes import Routes
 from corolla.daemon.session.wiring import RouteRequest, covers
 from corolla.daemon.swarm.blame import Ledger
 from corolla.protocol.errors import CorollaError

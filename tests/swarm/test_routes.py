@@ -15,12 +15,12 @@ import trio.testing
 from anyio.abc import TaskGroup
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from corolla.daemon.belonging.routes import Routes, no_swarm
 from corolla.daemon.network.members.greeting import found_swarm
 from corolla.daemon.network.members.membership import Membership
 from corolla.daemon.network.memory import MemoryHub, memory_hub
 from corolla.daemon.network.registry.announcements import Offer
 from corolla.daemon.network.registry.registry import Registry
-from corolla.daemon.routes import Routes, no_swarm
 from corolla.daemon.session.wiring import Precision, Route, RouteRequest, covers
 from corolla.daemon.swarm.blame import HEAVY, Ledger
 from corolla.protocol.errors import Code, CorollaError

@@ -13,20 +13,20 @@ from typing import Final
 import anyio
 import structlog
 
-from ..protocol import views
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.limits import CONNECT_TIMEOUT_S
-from ..protocol.work import ModelFacts
-from .network.members.greeting import PROTOCOL_MAJORS
-from .network.members.membership import Membership
-from .network.registry.registry import Registry, Seen
-from .network.seam import Network
-from .session.wiring import Route, RouteHop, RouteRequest
-from .swarm.blame import Ledger
-from .swarm.models import known_models, resolve_model
-from .swarm.routing import Path, Wanted, find_path
-from .swarm.standby import Standing, stand
-from .swarm.view import Span, SwarmView
+from ...protocol import views
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.limits import CONNECT_TIMEOUT_S
+from ...protocol.work import ModelFacts
+from ..network.members.greeting import PROTOCOL_MAJORS
+from ..network.members.membership import Membership
+from ..network.registry.registry import Registry, Seen
+from ..network.seam import Network
+from ..session.wiring import Route, RouteHop, RouteRequest
+from ..swarm.blame import Ledger
+from ..swarm.models import known_models, resolve_model
+from ..swarm.routing import Path, Wanted, find_path
+from ..swarm.standby import Standing, stand
+from ..swarm.view import Span, SwarmView
 
 KNOWN_WELL_S: Final = 30.0  # so old may the answer of holders be when a route is found in it
 KNOWN_NOW_S: Final = 2.0  # and so old before we say that blocks are served by nobody

@@ -8,12 +8,12 @@ from typing import Final
 
 import trio
 
-from ..protocol.errors import CorollaError
-from ..protocol.views import Contribution
+from ...protocol.errors import CorollaError
+from ...protocol.views import Contribution
+from ..network.traffic import Traffic
+from ..store import Store
+from ..tally import Tally
 from .lending import Lending
-from .network.traffic import Traffic
-from .store import Store
-from .tally import Tally
 
 COUNT_EVERY_S: Final = 5.0
 SAVE_EVERY_S: Final = 60.0  # so much is lost by a kill

@@ -12,9 +12,9 @@ from typing import Final
 
 import trio
 
-from ..protocol.views import LineView
-from .network.line import Line
-from .network.traffic import Traffic
+from ...protocol.views import LineView
+from ..network.line import Line
+from ..network.traffic import Traffic
 from .profiles import Profiles
 
 LOOK_EVERY_S: Final = 0.5  # so short are the transfers that show something

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..protocol.control import (
+from ...protocol.control import (
     CreateSwarm,
     Follow,
     Generate,
@@ -27,22 +27,22 @@ from ..protocol.control import (
     SetConfig,
     Stop,
 )
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.views import SwarmView
-from ..protocol.work import SourceKind
-from .control import Ask, Handler, Reply
-from .generation import Generation, event_piece
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.views import SwarmView
+from ...protocol.work import SourceKind
+from ..control import Ask, Handler, Reply
+from ..generation import Generation, event_piece
+from ..lending.sources import source_of
+from ..pages import Pages
+from ..sessions import close_for_program, open_for_program, step_for_program
+from ..training.parts import PartShelf
 from .guests import Guests
 from .metrics import CONTENT_TYPE, Metrics
 from .netcheck import NetworkChecks
-from .pages import Pages
 from .programs import Programs
-from .sessions import close_for_program, open_for_program, step_for_program
-from .sources import source_of
-from .training.parts import PartShelf
 
 if TYPE_CHECKING:
-    from .node import Node
+    from ..node import Node
 
 
 METRICS: Final = "/metrics"

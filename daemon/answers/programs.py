@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..protocol.errors import Code, error
-from ..protocol.limits import MAX_TRAINING_BYTES, MIB
-from ..protocol.passes import (
+from ...protocol.errors import Code, error
+from ...protocol.limits import MAX_TRAINING_BYTES, MIB
+from ...protocol.passes import (
     AdapterName,
     BackwardPass,
     ForwardPass,
@@ -22,18 +22,18 @@ from ..protocol.passes import (
     PassHandle,
     PutAdapterPart,
 )
-from ..protocol.tensors import is_finite
-from ..protocol.training import check_micro_batch
-from ..protocol.work import ModelFacts
-from .belonging import Belonging
-from .control import Ask, Connection, Handler, Reply
-from .sessions import find_model
-from .swarm.view import Span
-from .training.parts import PartShelf
-from .training.passes import Batch, Interval, Swarm
+from ...protocol.tensors import is_finite
+from ...protocol.training import check_micro_batch
+from ...protocol.work import ModelFacts
+from ..belonging.belonging import Belonging
+from ..control import Ask, Connection, Handler, Reply
+from ..sessions import find_model
+from ..swarm.view import Span
+from ..training.parts import PartShelf
+from ..training.passes import Batch, Interval, Swarm
 
 if TYPE_CHECKING:
-    from .node import Node
+    from ..node import Node
 
 MAX_KEPT_BYTES: Final = 2048 * MIB  # inputs of one program's passes: their backward is on its way
 FRESH_S: Final = 5.0  # so old may our knowledge of the spans be when a hop is chosen

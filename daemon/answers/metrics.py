@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..protocol.views import Status, WorkerStatus
-from .schedule import Lends
-from .serving.workers import WorkerState
+from ...protocol.views import Status, WorkerStatus
+from ..schedule import Lends
+from ..serving.workers import WorkerState
 
 if TYPE_CHECKING:
-    from .node import Node
+    from ..node import Node
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from ..protocol.errors import Code, error
-from ..protocol.guests import Invited
-from ..protocol.invitations import (
+from ...protocol.errors import Code, error
+from ...protocol.guests import Invited
+from ...protocol.invitations import (
     Charter,
     Proof,
     SwarmToken,
@@ -23,12 +23,12 @@ from ..protocol.invitations import (
     decode_token,
     encode_token,
 )
-from ..protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
+from ...protocol.limits import MAX_ADDRESSES, MAX_NAME_CHARS
+from ..identity import Identity
+from ..network.members.greeting import Swarm, found_swarm
+from ..network.members.roll import Roll, Standing, decode_standing, encode_standing
+from ..store import Store
 from .belonging import Belonging, Entry
-from .identity import Identity
-from .network.members.greeting import Swarm, found_swarm
-from .network.members.roll import Roll, Standing, decode_standing, encode_standing
-from .store import Store
 
 MAX_VOUCHED: Final = 4 * MAX_ADDRESSES  # peers named by the last few tokens that we joined with
 PEER: Final = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,64}")  # base58 of a multihash

@@ -16,22 +16,22 @@ from typing import Final
 import structlog
 import trio
 
-from ..protocol.errors import CorollaError
-from ..protocol.records import SpanState
-from ..protocol.tensors import Encoding
-from ..protocol.views import WorkerStatus
-from ..protocol.work import Configure, ModelFacts, Ready
-from .belonging import Belonging
-from .config import Config
+from ...protocol.errors import CorollaError
+from ...protocol.records import SpanState
+from ...protocol.tensors import Encoding
+from ...protocol.views import WorkerStatus
+from ...protocol.work import Configure, ModelFacts, Ready
+from ..belonging.belonging import Belonging
+from ..config import Config
+from ..network.registry.announcements import Offer
+from ..schedule import Lends
+from ..serving.workers import Worker, WorkerState, worker_command
+from ..swarm.demand import Demand
+from ..swarm.models import is_allowed
+from ..swarm.placement import choose_span
 from .ends import FIRST_OTHER, Ends, loaded
-from .network.registry.announcements import Offer
 from .profiles import Profiles
-from .schedule import Lends
-from .serving.workers import Worker, WorkerState, worker_command
 from .sources import source_of
-from .swarm.demand import Demand
-from .swarm.models import is_allowed
-from .swarm.placement import choose_span
 from .wanted import matched, not_allowed, spans_wanted
 
 SETTLE_S: Final = 1.0  # after joining, before placement looks at who is there

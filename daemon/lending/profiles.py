@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, Final
 
-from ..protocol.errors import CorollaError
-from ..protocol.work import Ready
-from .network.line import Line
-from .store import Store
+from ...protocol.errors import CorollaError
+from ...protocol.work import Ready
+from ..network.line import Line
+from ..store import Store
 
 LINE: Final = "line"  # no device is called so
 MAX_PROFILES: Final = 64  # the oldest are forgotten

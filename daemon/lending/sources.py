@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..protocol.errors import Code, error
-from ..protocol.work import ModelFacts, ModelSource, SourceKind
+from ...protocol.errors import Code, error
+from ...protocol.work import ModelFacts, ModelSource, SourceKind
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

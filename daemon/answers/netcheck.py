@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.netcheck import Netcheck, Pinged, PingPeer
-from ..protocol.views import PeerView
-from .belonging import Belonging
-from .control import Ask, Handler, Reply
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.netcheck import Netcheck, Pinged, PingPeer
+from ...protocol.views import PeerView
+from ..belonging.belonging import Belonging
+from ..control import Ask, Handler, Reply
+from ..network.dialling import split_peer
+from ..network.pinging import ping
+from ..network.seam import PeerView as Connection
 from .findings import judge
-from .network.dialling import split_peer
-from .network.pinging import ping
-from .network.seam import PeerView as Connection
 
 if TYPE_CHECKING:
-    from .node import Node
+    from ..node import Node
 
 # Addresses that are nobody's (RFC 5737, RFC 3849), asked only for the route that would be taken.
 _BEYOND: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))

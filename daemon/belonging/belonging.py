@@ -14,26 +14,26 @@ from typing import Final
 import anyio
 import structlog
 
-from .. import __version__
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.invitations import SwarmToken, encode_token
-from ..protocol.registry import HELLO_PROTOCOL
-from .identity import Identity
-from .network.dialling import Reachability
-from .network.libp2p.network import open_network
-from .network.members.greeting import Swarm, discover_swarm
-from .network.members.membership import Membership
-from .network.members.roll import Roll, Standing
-from .network.reach.neighbours import Neighbours, listens_beyond
-from .network.reach.relaying import RelayLimits
-from .network.registry.registry import Registry
-from .network.seam import Network
-from .network.traffic import Traffic
+from ... import __version__
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.invitations import SwarmToken, encode_token
+from ...protocol.registry import HELLO_PROTOCOL
+from ..identity import Identity
+from ..network.dialling import Reachability
+from ..network.libp2p.network import open_network
+from ..network.members.greeting import Swarm, discover_swarm
+from ..network.members.membership import Membership
+from ..network.members.roll import Roll, Standing
+from ..network.reach.neighbours import Neighbours, listens_beyond
+from ..network.reach.relaying import RelayLimits
+from ..network.registry.registry import Registry
+from ..network.seam import Network
+from ..network.traffic import Traffic
+from ..serving.peers import HopService
+from ..serving.training import TrainingService
+from ..swarm.blame import Ledger
+from ..tally import Tally
 from .routes import Routes
-from .serving.peers import HopService
-from .serving.training import TrainingService
-from .swarm.blame import Ledger
-from .tally import Tally
 
 FAREWELL_S: Final = 2.0  # for withdrawing our records; who misses it sees them expire
 MAX_TOKEN_ADDRESSES: Final = 4

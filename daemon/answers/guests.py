@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..protocol.errors import Code, error
-from ..protocol.guests import BannedPeer, Invite, InviteView, Revoke
-from ..protocol.invitations import Grant
-from .control import Ask, Handler, Reply
-from .inviting import PEER
-from .network.members.roll import Roll
+from ...protocol.errors import Code, error
+from ...protocol.guests import BannedPeer, Invite, InviteView, Revoke
+from ...protocol.invitations import Grant
+from ..belonging.inviting import PEER
+from ..control import Ask, Handler, Reply
+from ..network.members.roll import Roll
 
 if TYPE_CHECKING:
-    from .node import Node
+    from ..node import Node
 
 
 class Guests:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
-from ..protocol.limits import MAX_CLOCK_SKEW_S
-from ..protocol.netcheck import Finding, Netcheck
-from ..protocol.views import PeerView
+from ...protocol.limits import MAX_CLOCK_SKEW_S
+from ...protocol.netcheck import Finding, Netcheck
+from ...protocol.views import PeerView
 
 CLOCK_WARNING_S: Final = 60.0  # a minute off, and the rest of the five follows with a drifting clock
 SLOW_RELAY_S: Final = 0.3  # a token travels through it once for each hop

@@ -11,11 +11,11 @@ from typing import Final
 
 import trio
 
-from ..protocol.control import PullProgress
-from ..protocol.errors import Code, error
-from ..protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
-from .config import Config
-from .serving.workers import Worker, WorkerState
+from ...protocol.control import PullProgress
+from ...protocol.errors import Code, error
+from ...protocol.work import Configure, Loading, ModelFacts, ModelSource, Ready
+from ..config import Config
+from ..serving.workers import Worker, WorkerState
 from .sources import source_of, source_of_facts
 from .wanted import as_configured
 

@@ -13,18 +13,18 @@ from typing import Final
 import structlog
 import trio
 
-from ..protocol.control import Rebalance
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.steps import Hop
-from ..protocol.views import Rebalanced
-from ..protocol.work import Ready
-from .belonging import Belonging
+from ...protocol.control import Rebalance
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.steps import Hop
+from ...protocol.views import Rebalanced
+from ...protocol.work import Ready
+from ..belonging.belonging import Belonging
+from ..belonging.routes import no_swarm
+from ..serving.workers import Worker
+from ..swarm.moving import CHECK_EVERY_S, Patience, next_plan, own_part, pays_off
+from ..swarm.placement import MIN_GAIN, Gain, best_for, gain_of
+from ..swarm.view import SwarmView
 from .lending import Lending
-from .routes import no_swarm
-from .serving.workers import Worker
-from .swarm.moving import CHECK_EVERY_S, Patience, next_plan, own_part, pays_off
-from .swarm.placement import MIN_GAIN, Gain, best_for, gain_of
-from .swarm.view import SwarmView
 
 DEMAND_EVERY_S: Final = 2.0  # a look at our own queues, which change with every request
 KNOWN_WELL_S: Final = 5.0  # so old may what is known of the swarm be when a span is moved by it

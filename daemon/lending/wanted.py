@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..protocol.errors import Code, CorollaError, error
-from ..protocol.tensors import DType
-from ..protocol.work import Configure, ModelFacts, ModelSource, Ready
-from .config import Config
-from .serving.priority import half_of_cores
-from .serving.workers import Worker, WorkerState
-from .swarm.models import describe, is_allowed
+from ...protocol.errors import Code, CorollaError, error
+from ...protocol.tensors import DType
+from ...protocol.work import Configure, ModelFacts, ModelSource, Ready
+from ..config import Config
+from ..serving.priority import half_of_cores
+from ..serving.workers import Worker, WorkerState
+from ..swarm.models import describe, is_allowed
 
 
 def as_configured(config: Config, cache_folder: str, source: ModelSource) -> Configure:

@@ -13,11 +13,11 @@ from typing import Final
 
 import trio
 
-from ..protocol.errors import Code, CorollaError, error
+from ...protocol.errors import Code, CorollaError, error
+from ..schedule import Lends, Rules, Seen, Verdict, may_lend
+from ..store import Store
 from .lending import Lending
 from .occupancy import Occupancy
-from .schedule import Lends, Rules, Seen, Verdict, may_lend
-from .store import Store
 
 LOOK_EVERY_S: Final = 15.0  # so soon a machine whose owner is back, or whose clock jumped, lends no more
 HELD_DEADLINE_S: Final = 30.0  # for sessions to move when the hours end

@@ -1,0 +1,1 @@
+"""Answers on the control socket: what each method does. They ask the node and hold little."""
