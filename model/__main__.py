@@ -45,22 +45,23 @@ _READ_BYTES: Final = 1 << 20
 
 # Set before torch is imported; whoever started us with other values is obeyed. GOMP_SPINCOUNT: how many turns
 # an idle thread of torch's libgomp makes before it sleeps, on a core that other workers may need.
-# Compared on two busy cores that nobody could reserve, with bare products of 8 blocks of 1024 × 2816, ms a
-# token, in one worker / in two that take turns; two runs, the second under about twice the load:
-#                              first run, best of 40   mean            second run, median of 30
-#     unset                    15.9 / 24.0             112 / 133       223 / 255
-#     OMP_WAIT_POLICY=passive  17.1 / 22.8             23 / 28         27 / 28
-#     3000                     14.1 / 14.8             27 / 29         43 / 54
-#     20000                    13.8 / 15.0             41 / 43         85 / 85
-# A count of 0 did as passive. Both runs agree that the default is by far the worst with company and that 20000
-# loses to 3000 then. They do not settle 3000 against passive: it gains with cores to spare, and loses under
-# heavy load. 3000 is a compromise until whole workers are compared on a quiet machine.
+# Between two products Python takes a few tenths of a millisecond; a thread that sleeps by then is woken too late.
+# A whole worker of 16 blocks of 1024 × 2816 in float32 on two quiet cores, tokens/s of one client and of eight, and
+# through two and four daemons of the same machine, whose workers take turns:
+#     3000     18.2    98    16.2 / 13.8
+#     10000                  18.3 / 16.0
+#     30000    20.7   117    16.7 / 15.8   (one and eight clients: mean of three runs)
+#     60000    21.5   113
+#     100000   22.0    79                  (likewise, of two)
+#     300000   23.9    85
+# Above 60000 the clients' own process waits for the core that an idle thread turns on. With more busy programs than
+# cores fewer turns are better: bare products took 23 ms a token with none, 27 with 3000, 41 with 20000.
 # THP_MEM_ALLOC_ENABLE: torch asks the kernel for pages of 2 MB. A pass reads all weights once, and so, with pages of
 # 4 KB, looks up the place of each anew. ms of a processor's time without and with them, in float32, 16 blocks of
 # 1024 × 2816: 80 and 57 for one row at 128 tokens, 88 and 70 at 1024, 121 and 105 at 4096; 114 and 92 for 8 rows at
 # 128; the head 11 and 6. The cache does without: see `cache`.
 _ENVIRONMENT: Final = {
-    "GOMP_SPINCOUNT": "3000",
+    "GOMP_SPINCOUNT": "30000",
     "THP_MEM_ALLOC_ENABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
