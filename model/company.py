@@ -62,14 +62,20 @@ class Company:
 
 
 class Rhythm:
-    """A worker's passes, and all who come back between two of them: sessions with steps, generations to sample."""
+    """A worker's passes, and all who come back between two of them: sessions with steps, generations to sample.
+
+    Absences are counted without the passes amid them. Two halves that take turns wait for each other's passes, and
+    would seem to be away for so long; they are back at once where nothing runs.
+    """
 
     def __init__(self) -> None:
         self._pass_s = 0.0  # that the last pass took
+        self._passes_s = 0.0  # that all of them took
         self._ready_s = 0.0  # since when the next pass could run
         self._decoding = Company()  # sessions, by id
         self._sampling = Company()  # generations, by number, which are due after a pass
         self._sampled: set[int] = set()  # since the last pass
+        self._answered: set[bytes] = set()  # by the pass that runs
 
     def grace_s(self, now_s: float, *, to_sample: bool) -> float:
         """How long to wait for more requests than there are: a part of what a pass takes, at most.
@@ -79,38 +85,49 @@ class Rhythm:
         within_s = self._ready_s + min(self._pass_s * _GRACE, _MAX_GRACE_S) - now_s
         if within_s <= 0:
             return 0.0
-        due_s = self._sampling.wait_s(now_s, within_s)
-        return due_s if to_sample else max(due_s, self._decoding.wait_s(now_s, within_s))
+        between_s = self._between_s(now_s)
+        due_s = self._sampling.wait_s(between_s, within_s)
+        return due_s if to_sample else max(due_s, self._decoding.wait_s(between_s, within_s))
 
     def begin(self, now_s: float) -> None:
         """From now on the next pass could run."""
         self._ready_s = now_s
 
     def passed(self, began_s: float, now_s: float) -> None:
-        """A pass ran; whoever was sampled before it is due after it."""
+        """A pass ran; whoever was sampled before it is due after it, and whose step it answered has left."""
         self._ready_s, self._pass_s = now_s, now_s - began_s
+        self._passes_s += self._pass_s
+        between_s = self._between_s(now_s)
         for generation in self._sampled:
-            self._sampling.leave(generation, now_s)
+            self._sampling.leave(generation, between_s)
+        for session in self._answered:
+            self._decoding.leave(session, between_s)
         self._sampled.clear()
+        self._answered.clear()
 
     def step_comes(self, session: bytes, now_s: float) -> None:
         """A session asks for a step."""
-        self._decoding.come(session, now_s)
+        self._decoding.come(session, self._between_s(now_s))
 
-    def step_answered(self, session: bytes, now_s: float) -> None:
-        """It has its answer."""
-        self._decoding.leave(session, now_s)
+    def step_answered(self, session: bytes) -> None:
+        """It has its answer, of the pass that runs."""
+        self._answered.add(session)
 
     def sample_comes(self, generation: int, now_s: float) -> None:
         """A generation asks for a sample."""
-        self._sampling.come(generation, now_s)
+        self._sampling.come(generation, self._between_s(now_s))
         self._sampled.add(generation)
 
     def session_ends(self, session: bytes) -> None:
         """It does not come again."""
         self._decoding.forget(session)
+        self._answered.discard(session)
 
     def generation_ends(self, generation: int) -> None:
         """It does not come again."""
         self._sampling.forget(generation)
         self._sampled.discard(generation)
+
+    def _between_s(self, now_s: float) -> float:
+        """The time that no pass ran, for which alone the clock of absences goes."""
+        return now_s - self._passes_s

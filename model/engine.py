@@ -384,7 +384,7 @@ class Engine:
             return
         if answer is not None:
             self._send(Done(part.job.request, answer))
-            self._rhythm.step_answered(part.job.session, self._clock())
+            self._rhythm.step_answered(part.job.session)
 
     def _fail_step(self, part: Part, problem: Exception) -> None:
         """Answer that a step failed, and leave its session as it was before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from corolla.model.company import Company
+from corolla.model.company import Company, Rhythm
 
 
 def cycle(company: Company, name: str, left_s: float, absence_s: float) -> None:
@@ -66,3 +66,41 @@ def test_who_is_gone_is_forgotten() -> None:
     company.forget("a")
     company.forget("never seen")
     assert company.wait_s(1.0, 1.0) == 0.0
+
+
+def test_halves_that_take_turns_are_waited_for_and_come_together() -> None:
+    rhythm, now_s = Rhythm(), 0.0
+    sessions = (b"a", b"b")
+    for turn in range(
+        6
+    ):  # each asks 2 ms after its answer, amid the other's pass, and is heard when that is over
+        began_s, now_s = now_s, now_s + 0.050
+        rhythm.step_answered(sessions[turn % 2])
+        rhythm.passed(began_s, now_s)
+        if turn:
+            rhythm.step_comes(sessions[(turn + 1) % 2], now_s + 0.001)
+        now_s += 0.001
+    assert 0 < rhythm.grace_s(now_s, to_sample=False) <= 0.025  # for the other one, just answered
+
+
+def test_who_is_away_for_long_while_nothing_runs_is_not_waited_for() -> None:
+    rhythm, now_s = Rhythm(), 0.0
+    for _ in range(4):
+        rhythm.step_answered(b"far")
+        rhythm.passed(now_s, now_s + 0.050)
+        now_s += 0.250
+        rhythm.step_comes(b"far", now_s)
+    rhythm.step_answered(b"far")
+    rhythm.passed(now_s, now_s + 0.050)
+    assert rhythm.grace_s(now_s + 0.050, to_sample=False) == 0.0
+
+
+def test_a_session_that_ends_with_its_last_answer_is_not_waited_for() -> None:
+    rhythm = Rhythm()
+    rhythm.step_answered(b"a")
+    rhythm.passed(0.0, 0.050)
+    rhythm.step_comes(b"a", 0.052)
+    rhythm.step_answered(b"a")
+    rhythm.session_ends(b"a")
+    rhythm.passed(0.052, 0.100)
+    assert rhythm.grace_s(0.100, to_sample=False) == 0.0
