@@ -27,6 +27,8 @@ _POLL_S = 0.02
 # Tests share their machine with others: a worker that stood behind all of them might never end, and a session
 # that waited for its replacement as shortly as a user would like might not see it.
 _PATIENT = {"COROLLA_LOW_PRIORITY": "false", "COROLLA_REPLACEMENT_WAIT_S": f"{START_DEADLINE_S:g}"}
+# Many workers on few cores: idle threads make room soon, as in `sdk/demo_swarm.py`.
+_PATIENT["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
 
 
 class DaemonFailedError(Exception):
