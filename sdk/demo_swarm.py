@@ -28,6 +28,10 @@ from .client import Daemon, connect
 
 START_WITHIN_S: Final = 240.0  # four workers loading side by side on a small machine
 STOP_WITHIN_S: Final = 5.0
+# What workers are started with that share a machine's cores: a thread that has nothing to do makes room soon, as
+# `_ENVIRONMENT` of `model/__main__.py` says. Four steps of `examples.lora` on two cores, with its start, took 69 s
+# so, and 97 s without.
+SHARED_CORES: Final = {"GOMP_SPINCOUNT": "3000"}
 _POLL_S: Final = 0.1
 
 
@@ -220,18 +224,15 @@ def _undisturbed() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """Ours, without the user's wishes for the user's own daemon; converted models are shared with it.
 
-    A demo is what its user waits for, not what the machine lends: it may have all cores, and in front. Its workers
-    share them: a thread that has nothing to do makes room soon (see `_ENVIRONMENT` of `model/__main__.py`). Four steps
-    of `examples.lora` on two cores, with its start, took 69 s so, and 97 s without.
+    A demo is what its user waits for, not what the machine lends: it may have all cores, and in front.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COROLLA_")}
-    kept.setdefault("GOMP_SPINCOUNT", "3000")
     wishes = {
         "CACHE_DIR": str(user_cache_folder()),
         "LOW_PRIORITY": "false",
         "THREADS": str(os.cpu_count() or 1),
     }
-    return kept | {f"COROLLA_{name}": value for name, value in wishes.items()}
+    return SHARED_CORES | kept | {f"COROLLA_{name}": value for name, value in wishes.items()}
 
 
 def _end_group(group: int) -> None:

@@ -21,14 +21,13 @@ from typing import Any
 import corolla
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.views import Status
+from corolla.sdk.demo_swarm import SHARED_CORES
 
 START_DEADLINE_S = 300.0  # only a daemon that hangs needs so long, also on a busy machine
 _POLL_S = 0.02
 # Tests share their machine with others: a worker that stood behind all of them might never end, and a session
 # that waited for its replacement as shortly as a user would like might not see it.
 _PATIENT = {"COROLLA_LOW_PRIORITY": "false", "COROLLA_REPLACEMENT_WAIT_S": f"{START_DEADLINE_S:g}"}
-# Many workers on few cores: idle threads make room soon, as in `sdk/demo_swarm.py`.
-_PATIENT["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
 
 
 class DaemonFailedError(Exception):
@@ -73,7 +72,7 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **_PATIENT, **self.environment},
+                env={**SHARED_CORES, **os.environ, **_PATIENT, **self.environment},
                 start_new_session=True,
             )
 
