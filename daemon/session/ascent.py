@@ -37,6 +37,7 @@ from .events import (
     Send,
     SessionEvent,
 )
+from .lateness import Lateness
 from .parts import max_part_tokens
 from .pipeline import Pipeline
 from .replays import CLIENT, Holding, ReplayPlan, next_replay
@@ -82,7 +83,8 @@ class Ascent(ABC):
         self._roster = Roster(terms)
         self._suspicion = Suspicion()
         self._search = Search(settings, self._roster, self._suspicion)
-        self._watch = Watch(settings)
+        self._lateness = Lateness(settings.least_late_s)
+        self._watch = Watch(settings, self._lateness)
         self._epoch = 0
         self._plan: ReplayPlan | None = None
         self._without_history: set[int] = set()  # indexes of hops, in this wiring
@@ -168,30 +170,31 @@ class Ascent(ABC):
     def _open_missing(self) -> bool:
         for member in self._roster:
             if member.standing is Standing.NEW:
-                patience_s = (
-                    self._settings.resume_timeout_s if member.resumes else self._settings.open_timeout_s
-                )
-                member.standing = Standing.OPENING
-                member.deadline = self._now + patience_s
-                self._do(
-                    OpenHop(
-                        member.wire,
-                        member.place.hop.peer,
-                        letters.opening(self._terms, member.place),
-                        patience_s,
-                    )
+                self._open(
+                    member,
+                    self._settings.resume_timeout_s if member.resumes else self._settings.open_timeout_s,
                 )
         if all(member.standing is Standing.OPEN for member in self._roster):
             return False
         self._phase = Phase.OPENING
         return True
 
+    def _open(self, member: Member, patience_s: float) -> None:
+        member.standing = Standing.OPENING
+        member.deadline = self._now + patience_s
+        member.late_at = self._now + self._lateness.opening_s(self._now)
+        opening = letters.opening(self._terms, member.place)
+        self._do(OpenHop(member.wire, member.place.hop.peer, opening, patience_s))
+
     def _on_opened(self, member: Member, message: Opened) -> None:
         if member.standing is Standing.OPENING:
-            member.standing = Standing.OPEN
-            member.prefix_lengths = message.row_tokens or (message.prefix_tokens,)
-            member.resumes = False
+            self._admit(member, message)
             self._advance()
+
+    def _admit(self, member: Member, message: Opened) -> None:
+        member.standing = Standing.OPEN
+        member.prefix_lengths = message.row_tokens or (message.prefix_tokens,)
+        member.resumes = False
 
     def _put_parts(self, member: Member, missing: frozenset[str]) -> None:
         """A hop lacks parts of the adapter: it gets them, and is opened again. Nobody is to blame."""
@@ -247,7 +250,7 @@ class Ascent(ABC):
                 f"{upstream.name} and {downstream.name} do not reach each other: their steps pass through us"
             )
             self._emit(Kind.BRIDGED, text, peers=ends)
-        self._watch.expect(Await.LINKS, self._now)
+        self._watch.expect(Await.LINKS, self._now, num_bytes=self._pipeline.in_flight_bytes)
         self._without_history.clear()
         base, lengths = self._pipeline.committed, self._pipeline.lengths
         for member in self._roster:
@@ -343,9 +346,17 @@ class Ascent(ABC):
         parts = self._pipeline.take(self._now)
         if parts:
             if self._pipeline.oldest is parts[0]:
-                self._watch.expect(Await.STEP, self._now)
+                self._expect_step()
             steps = [letters.step(self._terms, self._epoch, committed, part) for part in parts]
             self._do(Send(self._roster[0].wire, steps))
+
+    def _expect_step(self) -> None:
+        oldest = self._pipeline.oldest
+        if oldest is None:
+            self._watch.expect(Await.NOTHING, self._now)
+        else:
+            num_tokens = sum(row.n for row in oldest.rows)
+            self._watch.expect(Await.STEP, self._now, num_tokens, self._pipeline.in_flight_bytes)
 
     # the end
 

@@ -14,6 +14,7 @@ from ...protocol.limits import (
     STEP_TIMEOUT_S,
     WHERE_TIMEOUT_S,
 )
+from .lateness import LEAST_S
 
 RESUME_TIMEOUT_S: Final = 2.0  # a live peer takes a stream at once; a dead one should not hold up the repair
 ROUTE_RETRY_S: Final = 1.0  # records are refreshed every 20 s, but new ones may come at any moment
@@ -26,7 +27,8 @@ class Settings:
     """Times in seconds.
 
     open_wait_s: how long the opening waits for blocks that nobody serves; replacement_wait_s: the same in a
-    repair. history_bytes: budget of the client's own history. part_tokens: larger steps are cut.
+    repair. history_bytes: budget of the client's own history. part_tokens: larger steps are cut. least_late_s: of
+    silence, before which no hop is late; infinity waits for the deadlines alone.
     """
 
     open_wait_s: float = 0.0
@@ -38,5 +40,6 @@ class Settings:
     step_timeout_s: float = STEP_TIMEOUT_S
     step_hard_timeout_s: float = STEP_HARD_TIMEOUT_S
     where_timeout_s: float = WHERE_TIMEOUT_S
+    least_late_s: float = LEAST_S
     history_bytes: int = CLIENT_HISTORY_BYTES
     part_tokens: int = MAX_STEP_TOKENS

@@ -7,7 +7,8 @@ section 3). It has no clock, no I/O and no randomness: time comes with each even
               ↑__________________________________________|      something failed: `_disturb`
 
 Whatever fails, one thing follows: the failed hop leaves the roster if it is to be replaced, and `_advance`
-walks up again (`ascent.py`). So a failure amid a repair is no case of its own.
+walks up again (`ascent.py`). So a failure amid a repair is no case of its own. A hop that is only late keeps its
+place until another one has been opened beside it (`overtaking.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ...protocol.steps import (
 from ...protocol.training import missing_parts
 from ..swarm.blame import HEAVY, LIGHT
 from . import letters
-from .ascent import Ascent, Phase
+from .ascent import Phase
 from .events import (
     Action,
     CloseHop,
@@ -53,10 +54,11 @@ from .events import (
     StepRequested,
     Tick,
 )
+from .overtaking import Overtaking
 from .replays import CLIENT
 from .roster import Member, Standing
 from .suspicion import Replace
-from .watch import Await, BadLink, Hung, Odd, Stuck
+from .watch import Await, BadLink, Hung, Late, Odd, Stuck
 from .wiring import RouteHop
 
 MAX_DETOURS: Final = 8  # bad links that a session goes round; the next ones it bridges at once
@@ -81,7 +83,7 @@ class Statistics:
     prefix_lengths: tuple[int, ...] = ()
 
 
-class SessionMachine(Ascent):
+class SessionMachine(Overtaking):
     """One session of a client. Feed it events; do the actions in the order given."""
 
     # the public face
@@ -164,9 +166,6 @@ class SessionMachine(Ascent):
 
     # what a wiring gives
 
-    def _on_receipt(self, member: Member, message: Receipt) -> None:
-        self._watch.sign(self._now)
-
     def _on_result(self, member: Member, message: Result) -> None:
         oldest = self._pipeline.oldest
         if oldest is None or member is not self._roster[-1] or message.step_id < oldest.step_id:
@@ -182,8 +181,10 @@ class SessionMachine(Ascent):
         guilty = self._suspicion.committed(oldest.step_id)
         if guilty is not None:
             self._charge(guilty.hop.peer, HEAVY, "gave wrong values, or accused another of it falsely")
+        self._end_race()
+        self._watch.answered(self._now)
         answer = self._pipeline.commit(message.payload, member.place.hop)
-        self._watch.expect(Await.NOTHING if self._pipeline.oldest is None else Await.STEP, self._now)
+        self._expect_step()
         self._num_wirings = 0
         self._num_steps += 1
         self._charged.clear()
@@ -211,6 +212,7 @@ class SessionMachine(Ascent):
         member = self._roster.by_wire(event.wire)
         rule = _MESSAGES.get(type(event.message))
         if member is None:
+            self._on_said_beside(event)
             return
         if rule is None or getattr(event.message, "session", None) != self._terms.session:
             self._drop(member, f"said {event.message.KIND} out of turn", charge=HEAVY, avoid_peer=True)
@@ -223,9 +225,10 @@ class SessionMachine(Ascent):
 
     def _on_lost(self, event: HopLost) -> None:
         member = self._roster.by_wire(event.wire)
-        if member is None:
-            return
         problem = event.problem
+        if member is None:
+            self._on_lost_beside(event)
+            return
         if problem.fault is Fault.PEER:
             self._drop(member, problem.message, charge=HEAVY, avoid_peer=True)
         elif problem.code is Code.UNSUPPORTED:
@@ -370,6 +373,7 @@ class SessionMachine(Ascent):
                 }
             self._emit(Kind.REPAIRING, reason, **detail)
         self._phase = Phase.ROUTING
+        self._end_race()
         self._watch.expect(Await.NOTHING, self._now)
         self._plan = None
         self._pipeline.rewind()
@@ -380,7 +384,7 @@ class SessionMachine(Ascent):
     def _deadlines(self) -> Iterator[float]:
         for member in self._roster:
             if member.standing is Standing.OPENING:
-                yield member.deadline
+                yield min(member.deadline, member.late_at)
         search = self._search.deadline(is_ready=self._is_ready, is_idle=self._pipeline.is_idle)
         for deadline in (search, self._watch.deadline):
             if deadline is not None:
@@ -390,9 +394,13 @@ class SessionMachine(Ascent):
         deadline = self.next_deadline
         if deadline is None or self._now < deadline:
             return
-        late = [m for m in self._roster if m.standing is Standing.OPENING and m.deadline <= self._now]
-        if late:
-            self._drop(late[0], "did not open the session in time", charge=LIGHT, avoid_peer=True)
+        opening = [m for m in self._roster if m.standing is Standing.OPENING]
+        overdue = next((member for member in opening if member.deadline <= self._now), None)
+        late = next((member for member in opening if member.late_at <= self._now), None)
+        if overdue is not None:
+            self._drop(overdue, "did not open the session in time", charge=LIGHT, avoid_peer=True)
+        elif late is not None:
+            self._doubt(late, is_silent=False)
         elif self._search.hole is not None:
             idle = self._pipeline.is_idle
             self._on_search(self._search.tick(self._now, is_ready=self._is_ready, is_idle=idle), "no answer")
@@ -433,6 +441,8 @@ class SessionMachine(Ascent):
                 self._drop(member, "has a worker that is stuck", charge=LIGHT if is_sure else 0.0)
             case Odd(member, reason):
                 self._strike(member, reason)
+            case Late(member, is_silent):
+                self._doubt(member, is_silent=is_silent)
 
     def _cut_link(self, upstream: Member, downstream: Member) -> None:
         """Two live hops do not reach each other. Once may be chance; then one of them makes room, uncharged.

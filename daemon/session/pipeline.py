@@ -86,6 +86,11 @@ class Pipeline:
         return self._in_flight[0] if self._in_flight else None
 
     @property
+    def in_flight_bytes(self) -> int:
+        """Of all parts that are on their way."""
+        return sum(part.size for part in self._in_flight)
+
+    @property
     def last_sent_id(self) -> int:
         """The youngest step that is or was on its way."""
         return self._in_flight[-1].step_id if self._in_flight else self.committed

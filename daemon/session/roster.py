@@ -72,6 +72,7 @@ class Member:
     holding: Holding = field(default_factory=lambda: Holding((), (), False))
     stage: Stage | None = None  # its answer to the probe that is under way
     deadline: float = 0.0
+    late_at: float = float("inf")  # before that, while it is being opened
     resumed_at: int = -1
     struck_at: int = -1
     num_puts: int = 0
@@ -171,6 +172,15 @@ class Roster:
         member.standing = Standing.NEW
         member.linked = False
 
+    def beside(self, place: RouteHop) -> Member:
+        """Somebody with a wire who is not on the route."""
+        return Member(place, self.new_wire())
+
+    def swap(self, member: Member, others: list[Member]) -> None:
+        """Others take over a member's blocks, with the streams that they have."""
+        self._members = [one for one in self._members if one is not member] + others
+        self._members.sort(key=lambda one: one.place.start)
+
     def put_back(self, place: RouteHop) -> list[Member]:
         """A place taken by others is its own again, if they can be cleared off without cutting one.
 
@@ -264,7 +274,7 @@ class Roster:
         return self._members[index].place.hop.peer, self._members[index + 1].place.hop.peer
 
     def _insert(self, place: RouteHop) -> None:
-        self._members.append(Member(place, self.new_wire()))
+        self._members.append(self.beside(place))
         self._members.sort(key=lambda member: member.place.start)
 
     def _precision_of(self, start: int, end: int) -> Precision | None:

@@ -1,7 +1,8 @@
 """Silence, and what is behind it: when to ask every hop where a step is, and what their answers mean. Pure.
 
 A hop that does not answer hangs. A step that one hop sent and the next never saw is a failed link, of which
-neither is guilty. A step that stays with a hop is its worker's.
+neither is guilty. A step that stays with a hop is its worker's. All that is said at a deadline; earlier, when it is
+merely late (`lateness.py`), the same question tells with whom the step is, and nobody is found at fault.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from enum import Enum, auto
 
 from ...protocol.steps import At, Stage
 from .deadlines import Settings
+from .lateness import SHOWN_S, Lateness, answer_s
 from .roster import Member
 
 
@@ -54,57 +56,100 @@ class Odd:
     reason: str
 
 
-Finding = Hung | BadLink | Stuck | Odd
+@dataclass(frozen=True, slots=True)
+class Late:
+    """The step is with this hop, which shows nothing of it; is_silent: nor does it answer. Not its fault, so far."""
+
+    member: Member
+    is_silent: bool
+
+
+Finding = Hung | BadLink | Stuck | Odd | Late
 
 
 @dataclass(slots=True)
 class _Probe:
-    """A question to all hops. link: a failed link was reported. hard: the step takes too long anyway."""
+    """A question to all hops. link: a failed link was reported. hard: the step takes too long anyway.
+
+    early: no deadline has passed.
+    """
 
     question: tuple[int, int]  # epoch, step
     deadline: float
     link: tuple[Member, Member] | None
     hard: bool
+    early: bool
 
 
 class Watch:
     """How long it has been silent, and the question that is open, if any."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, lateness: Lateness) -> None:
         self._settings = settings
+        self._lateness = lateness
+        self._num_tokens = 0  # of the step that is awaited
+        self._longest_s = 0.0  # silence since it is
+        self._patience_s = float("inf")
+        self._num_looks = 0  # early ones, since the last sign
         self._awaits = Await.NOTHING
         self._last_sign = 0.0
         self._hard_deadline = float("inf")
         self._probe: _Probe | None = None
         self._slow: tuple[int, int] | None = None  # a question that found a step slow, but going
 
-    def expect(self, what: Await, now_s: float) -> None:
-        """From now on this is awaited; whatever was asked before is void."""
+    def expect(self, what: Await, now_s: float, num_tokens: int = 0, num_bytes: int = 0) -> None:
+        """From now on this is awaited; whatever was asked before is void.
+
+        num_tokens: of a step. num_bytes: that are on their way to the hops.
+        """
         self._awaits = what
         self._last_sign = now_s
         self._hard_deadline = now_s + self._settings.step_hard_timeout_s
         self._probe = None
+        self._num_tokens = num_tokens
+        self._longest_s = 0.0
+        self._num_looks = 0
+        match what:
+            case Await.STEP:
+                self._patience_s = self._lateness.patience_s(num_tokens, num_bytes, now_s)
+            case Await.LINKS:
+                self._patience_s = self._lateness.linking_s(num_bytes, now_s)
+            case _:
+                self._patience_s = float("inf")  # what a replay takes is not known from steps
 
     def sign(self, now_s: float) -> None:
         """A hop showed that what is awaited makes progress."""
+        self._longest_s = max(self._longest_s, now_s - self._last_sign)
         self._last_sign = now_s
+        self._num_looks = 0
         if self._probe is not None and self._probe.link is None and not self._probe.hard:
             self._probe = None
+
+    def answered(self, now_s: float) -> None:
+        """The step that is awaited is done."""
+        if self._awaits is Await.STEP:
+            self.sign(now_s)
+            self._lateness.note(self._num_tokens, self._longest_s)
 
     @property
     def deadline(self) -> float | None:
         """When to call `tick`."""
         if self._probe is not None:
             return self._probe.deadline
+        if self._awaits is Await.NOTHING:
+            return None
+        return min(self._deadline, self._last_sign + self._patience_s * 2.0**self._num_looks)
+
+    @property
+    def _deadline(self) -> float:
+        """When it is more than late."""
         match self._awaits:
-            case Await.NOTHING:
-                return None
-            case Await.LINKS:
-                return self._last_sign + self._settings.open_timeout_s
-            case Await.REPLAY:
-                return self._last_sign + self._settings.step_timeout_s
             case Await.STEP:
                 return min(self._last_sign + self._settings.step_timeout_s, self._hard_deadline)
+            case Await.LINKS:
+                return self._last_sign + self._settings.open_timeout_s
+            case _:
+                return self._last_sign + self._settings.step_timeout_s
 
     @property
     def is_asking(self) -> bool:
@@ -119,11 +164,16 @@ class Watch:
         link: tuple[Member, Member] | None = None,
     ) -> bool:
         """Ask where a step is (epoch, step id); False if that is being asked already."""
+        where_s = self._settings.where_timeout_s
         if self._probe is not None:
+            if link is not None and self._probe.early:
+                self._probe.early, self._probe.deadline = False, now_s + where_s
             self._probe.link = self._probe.link or link
             return False
         hard = self._awaits is Await.STEP and now_s >= self._hard_deadline
-        self._probe = _Probe(question, now_s + self._settings.where_timeout_s, link, hard)
+        early = link is None and now_s < self._deadline
+        wait_s = answer_s(self._patience_s) if early else where_s
+        self._probe = _Probe(question, now_s + wait_s, link, hard, early)
         for member in members:
             member.stage = None
         return True
@@ -140,6 +190,8 @@ class Watch:
         """
         probe, self._probe = self._probe, None
         hung = tuple(member for member in members if member.stage is None)
+        if probe is not None and probe.early:
+            return self._look(chain, hung, now_s)
         if probe is None or hung:
             return Hung(hung) if hung else None
         if probe.link is not None:
@@ -157,6 +209,16 @@ class Watch:
             if member.stage is not Stage.SENT:
                 return Stuck(member)
         return Odd(chain[-1], "sent an answer that never came")
+
+    def _look(self, chain: Sequence[Member], hung: Sequence[Member], now_s: float) -> Finding | None:
+        """What the answers tell before a deadline; None to wait on."""
+        self._num_looks += 1
+        if hung:
+            return Late(hung[0], is_silent=True)
+        has_it = next((member for member in chain if member.stage is not Stage.SENT), None)
+        if self._awaits is not Await.STEP or has_it is None or has_it.stage is Stage.UNKNOWN:
+            return None
+        return Late(has_it, is_silent=False) if now_s - self._last_sign >= SHOWN_S else None
 
 
 def _unlinked(members: Sequence[Member]) -> Finding | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 LIGHT: Final = 1.0  # a missed deadline, a broken connection: may happen to anyone
+SLOW: Final = 0.25  # no guilt: late where another was not, and for a while others are the better choice
 HEAVY: Final = 16.0  # wrong values, a broken protocol: half an hour until it weighs like a light one
 HALF_LIFE_S: Final = 450.0
 PENALTY_S: Final = 0.5  # of one light charge: more than any honest difference between two routes

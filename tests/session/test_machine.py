@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TypeVar
 
 import pytest
@@ -40,7 +41,9 @@ from corolla.protocol.tensors import DType, Encoding
 
 ID = b"0123456789abcdef"
 A, B, C, D = (RouteHop(Hop(name, 0), at, at + 1, DType.FLOAT32) for at, name in enumerate("abcd"))
-SETTINGS = Settings(replacement_wait_s=5.0)
+SETTINGS = Settings(
+    replacement_wait_s=5.0, least_late_s=inf
+)  # deadlines alone; `test_overtaking.py` has the rest
 T = TypeVar("T")
 
 

@@ -88,7 +88,7 @@ def test_replacements_get_the_parts_of_the_adapter_amid_a_session() -> None:
 
 def test_the_default_schedules_repair_replay_wait_and_charge() -> None:
     told = [line for seed in range(200) for line in play_machine(seed).lines]
-    for what in ("Replay(", "repaired", "Charge(", "Where(", "link_failed", "not_finite"):
+    for what in ("Replay(", "repaired", "Charge(", "Where(", "link_failed", "not_finite", "is late, and"):
         assert any(what.lower() in line.lower() for line in told), what
 
 
