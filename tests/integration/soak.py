@@ -1,13 +1,12 @@
 """A swarm under constant disturbance, with programs that generate all the time: what the soak test runs.
 
-Every block has two replicas. Each disturbance strikes a machine whose blocks another one serves too, and is
-undone by the next look, as volunteers come back; so no text may ever be lost, and every one must be right.
+Each disturbance strikes a machine whose blocks another one serves too, and is undone after a while, as volunteers
+come back, whatever befalls others meanwhile; so no text may ever be lost, and every one must be right.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import signal
 import threading
@@ -22,11 +21,10 @@ from typing import NamedTuple
 
 from corolla.protocol.errors import CorollaError
 
-from ..processes import DaemonProcess, LocalSwarm, wait_until
-from .fleet import is_alive
+from ..processes import DaemonFailedError, DaemonProcess, LocalSwarm, wait_until
 
-REPLICAS = 2
 RETURN_DEADLINE_S = 300.0
+SLOW_START_S = 5.0  # a first token that takes longer is told with what happened before it
 
 
 class Text(NamedTuple):
@@ -57,6 +55,7 @@ class Writer:
     num_repairs: int = 0
     gaps: list[Gap] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    slow_starts: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Write; what goes wrong is kept for the test."""
@@ -75,7 +74,8 @@ class Writer:
 
     def _write(self, text: Text) -> tuple[int, ...]:
         tokens: list[int] = []
-        last = time.monotonic()
+        events: list[str] = []
+        last = began = time.monotonic()
         with self.client.connect() as daemon:
             for piece in daemon.model(self.model).generate(
                 tokens=[list(text.prompt)],
@@ -87,8 +87,14 @@ class Writer:
             ):
                 if piece.event is not None:
                     self.num_repairs += piece.event == "repaired"
+                    if not tokens:
+                        events.append(f"{time.monotonic() - began:.1f} s {piece.event} {piece.detail}")
                     continue
                 now = time.monotonic()
+                if not tokens and now - began > SLOW_START_S:
+                    self.slow_starts.append(
+                        f"{now - began:.1f} s at {began:.1f}: {'; '.join(events) or 'no event'}"
+                    )
                 self.gaps.append(Gap(now, now - last, not tokens))
                 tokens.append(piece.token)
                 last = now
@@ -98,92 +104,138 @@ class Writer:
 
 @dataclass
 class Machine:
-    """One volunteer's daemon. undo: what brings it back after the last disturbance."""
+    """One volunteer's daemon. peer: its id, once it served. is_up: nothing has befallen it, or that is long over."""
 
     daemon: DaemonProcess
     span: tuple[int, int]
-    undo: Callable[[], None] | None = None
+    peer: str = ""
+    is_up: bool = True
 
 
 class Disturber:
-    """Strikes one machine at a time, at random, and brings it back before the next strike at its blocks."""
+    """Strikes machines at random, and brings each back after a while, as volunteers come back.
 
-    def __init__(self, swarm: LocalSwarm, client: DaemonProcess, num_blocks: int, rng: Random) -> None:
+    lasts_s: how long what befell a machine lasts before anything is done about it. A machine is struck only while
+    another one that nothing has befallen serves its blocks.
+    """
+
+    def __init__(
+        self, swarm: LocalSwarm, client: DaemonProcess, num_blocks: int, rng: Random, lasts_s: float
+    ) -> None:
         self._swarm = swarm
         self._client = client
         self._num_blocks = num_blocks
         self._rng = rng
+        self._lasts_s = lasts_s
         self._names: Iterator[int] = itertools.count()
+        self._under_way: list[threading.Thread] = []
         self.machines: list[Machine] = []
         self.done: Counter[str] = Counter()
+        self.returns_s: list[float] = []  # from being brought back to serving again
+        self.problems: list[str] = []
 
-    def serve(self, start: int, end: int) -> None:
+    def serve(self, start: int, end: int) -> Machine:
         """One more machine."""
-        name = f"m{next(self._names)}"
-        self.machines.append(Machine(self._swarm.serve(name, start, end), (start, end)))
+        daemon = self._swarm.serve(f"m{next(self._names)}", start, end)
+        self.machines.append(Machine(daemon, (start, end)))
+        return self.machines[-1]
 
     def wait_whole(self) -> None:
-        """Bring back what was struck, and wait until every block is served as often as it should be."""
+        """Wait until every machine serves its blocks again."""
+        for thread in self._under_way:
+            thread.join()
         for machine in self.machines:
-            if machine.undo is not None:
-                machine.undo()
-                machine.undo = None
-        wait_until(lambda: min(self._replicas()) >= REPLICAS, "every block twice", RETURN_DEADLINE_S)
+            self._wait_seen(machine)
 
     def strike(self) -> str:
-        """One disturbance; what was done to whom."""
-        actions = [self._kill, self._stop, self._pause, self._drain, self._join, self._rebalance]
-        action = self._rng.choice(actions)
-        machine = self._rng.choice(self.machines)
-        action(machine)
+        """One disturbance; what is done to whom. Waits for a machine that may be struck."""
+        wait_until(lambda: bool(self._candidates()), "a machine that another one replaces", RETURN_DEADLINE_S)
+        action = self._rng.choice(
+            [self._kill, self._stop, self._pause, self._drain, self._join, self._rebalance]
+        )
+        machine = self._rng.choice(self._candidates())
+        machine.is_up = False
         name = action.__name__.lstrip("_")
         self.done[name] += 1
+        self._under_way.append(threading.Thread(target=self._befall, args=(machine, action)))
+        self._under_way[-1].start()
         return f"{name} {machine.daemon.name} of {machine.span}"
 
-    def _replicas(self) -> tuple[int, ...]:
-        with self._client.connect() as daemon:
-            models = daemon.swarm().models
-        return models[0].replicas if models else (0,)
+    @property
+    def num_up(self) -> int:
+        """Machines that nothing has befallen."""
+        return sum(machine.is_up for machine in self.machines)
 
-    def _kill(self, machine: Machine) -> None:
+    def _candidates(self) -> list[Machine]:
+        up = [machine for machine in self.machines if machine.is_up]
+        return [machine for machine in up if sum(other.span == machine.span for other in up) > 1]
+
+    def _befall(self, machine: Machine, action: Callable[[Machine], Callable[[], None]]) -> None:
+        """A disturbance from its beginning until it is over; what goes wrong is kept for the test."""
+        try:
+            undo = action(machine)
+            # It lasts; that is the pace of the test, and nothing is concluded from it.
+            threading.Event().wait(self._lasts_s)
+            began = time.monotonic()
+            undo()
+            if machine in self.machines:
+                self._wait_seen(machine)
+                self.returns_s.append(time.monotonic() - began)
+                machine.is_up = True
+        except (CorollaError, DaemonFailedError, TimeoutError) as problem:
+            self.problems.append(f"{machine.daemon.name} did not come back: {problem}")
+
+    def _wait_seen(self, machine: Machine) -> None:
+        """Wait until the client's daemon knows that a machine serves its blocks."""
+        machine.daemon.wait_online()
+        machine.peer = machine.peer or machine.daemon.status().peer
+
+        def seen() -> bool:
+            with self._client.connect() as daemon:
+                spans = daemon.swarm().spans
+            mine = [span for span in spans if span.peer == machine.peer and span.state == "online"]
+            return any((span.start, span.end) == machine.span for span in mine)
+
+        wait_until(seen, f"{machine.daemon.name} is seen with {machine.span}", RETURN_DEADLINE_S)
+
+    # what may befall a machine: each gives what undoes it
+
+    def _kill(self, machine: Machine) -> Callable[[], None]:
         machine.daemon.kill()
+        return machine.daemon.start
 
-        def undo() -> None:
-            machine.daemon.start()
-            machine.daemon.wait_online()
-
-        machine.undo = undo
-
-    def _stop(self, machine: Machine) -> None:
+    def _stop(self, machine: Machine) -> Callable[[], None]:
         pids = [machine.daemon.pid, *machine.daemon.worker_pids()]
         for pid in pids:
-            _signal(pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
 
         def undo() -> None:
             for pid in pids:
-                _signal(pid, signal.SIGCONT)
+                os.kill(pid, signal.SIGCONT)
 
-        machine.undo = undo
+        return undo
 
-    def _pause(self, machine: Machine) -> None:
+    def _pause(self, machine: Machine) -> Callable[[], None]:
         with machine.daemon.connect() as daemon:
             daemon.pause()
-        machine.undo = lambda: _resume(machine.daemon)
+        return lambda: _resume(machine.daemon)
 
-    def _drain(self, machine: Machine) -> None:
+    def _drain(self, machine: Machine) -> Callable[[], None]:
         with machine.daemon.connect() as daemon:
             daemon.drain()
-        machine.undo = lambda: _resume(machine.daemon)
+        return lambda: _resume(machine.daemon)
 
-    def _join(self, machine: Machine) -> None:
-        """A newcomer with these blocks; the machine that had them says goodbye."""
-        self.serve(*machine.span)
-        newcomer = self.machines[-1].daemon
-        newcomer.wait_online()
-        machine.daemon.signal(signal.SIGTERM)
+    def _join(self, machine: Machine) -> Callable[[], None]:
+        """A newcomer takes its place; it says goodbye."""
+        newcomer = self.serve(*machine.span)
+        newcomer.is_up = False
+        self._wait_seen(newcomer)
         self.machines.remove(machine)
+        newcomer.is_up = True
+        machine.daemon.signal(signal.SIGTERM)
+        return lambda: None
 
-    def _rebalance(self, machine: Machine) -> None:
+    def _rebalance(self, machine: Machine) -> Callable[[], None]:
         """Move to the first blocks and back; a machine of the first blocks moves to the last."""
         width = machine.span[1] - machine.span[0]
         to = (0, width) if machine.span[0] else (self._num_blocks - width, self._num_blocks)
@@ -194,9 +246,8 @@ class Disturber:
             machine.daemon.wait_online()
             with machine.daemon.connect() as daemon:
                 daemon.rebalance(to=machine.span)
-            machine.daemon.wait_online()
 
-        machine.undo = undo
+        return undo
 
 
 class Strike(NamedTuple):
@@ -211,7 +262,8 @@ class Figures:
     """What a soak run showed. growth: resident bytes of each lasting process at the end over those before.
 
     median_gap_s: between two tokens; longest_gap_s: likewise, by the last strike before its end; longest_start_s:
-    from a question to its first token.
+    from a question to its first token. spacing_s: between two strikes, the median and the longest. return_s: of
+    machines from being brought back to serving, likewise.
     """
 
     num_texts: int
@@ -219,8 +271,12 @@ class Figures:
     num_repairs: int
     median_gap_s: float
     longest_gap_s: dict[str, float]
+    median_start_s: float
     longest_start_s: float
+    slow_starts: tuple[str, ...]
     strikes: dict[str, int]
+    spacing_s: tuple[float, float]
+    return_s: tuple[float, float]
     growth: dict[str, float]
     problems: tuple[str, ...]
 
@@ -239,52 +295,74 @@ def soak(
         thread.start()
     client = writers[0].client
     before: dict[str, int] = {}
-    begin_s = time.monotonic()
-    strikes = [Strike(-math.inf, "none")]
+    strikes: list[Strike] = []
 
     def begun() -> bool:
         return all(writer.num_right or writer.problems for writer in writers)
 
     try:
         wait_until(begun, "a first text of each", RETURN_DEADLINE_S)
+        begin_s = time.monotonic()
         # Beyond the number too, until one has struck where a text was written.
         for number in itertools.count():
             if number >= num_strikes and any(writer.num_repairs for writer in writers):
                 break
             if number == num_strikes // 3:
                 before = resident(disturber, client)
-            at_s = time.monotonic()
+            num_up = disturber.num_up
             struck = disturber.strike()
-            strikes.append(Strike(at_s, struck.partition(" ")[0]))
-            # The strike lasts; it is the pace of the test, and nothing is concluded from it.
-            stopping.wait(interval_s)
-            undone_s = time.monotonic()
-            disturber.wait_whole()
-            tell(f"{at_s - begin_s:6.1f} s: {struck}; {_since(at_s, undone_s, writers)}")
+            strikes.append(Strike(time.monotonic(), struck.partition(" ")[0]))
+            stopping.wait(max(0.0, begin_s + (number + 1) * interval_s - time.monotonic()))
+            tell(
+                f"{strikes[-1].at_s - begin_s:6.1f} s: {struck}, {num_up} of {len(disturber.machines)} up; "
+                + _since(strikes[-1].at_s, writers)
+            )
+        disturber.wait_whole()
         after = resident(disturber, client)
     finally:
         stopping.set()
         for thread in threads:
             thread.join()
+    return _figures(disturber, writers, strikes, {n: after[n] / before[n] for n in after if n in before})
+
+
+def _figures(
+    disturber: Disturber, writers: list[Writer], strikes: list[Strike], growth: dict[str, float]
+) -> Figures:
     gaps = [gap for writer in writers for gap in writer.gaps if not gap.first]
+    starts = [gap.length_s for writer in writers for gap in writer.gaps if gap.first]
+    spacing = [later.at_s - earlier.at_s for earlier, later in itertools.pairwise(strikes)]
     return Figures(
         num_texts=sum(writer.num_right for writer in writers),
         num_tokens=sum(writer.num_tokens for writer in writers),
         num_repairs=sum(writer.num_repairs for writer in writers),
         median_gap_s=round(median(gap.length_s for gap in gaps), 3),
         longest_gap_s=longest_by_strike(gaps, strikes),
-        longest_start_s=round(max(g.length_s for writer in writers for g in writer.gaps if g.first), 1),
+        median_start_s=round(median(starts), 1),
+        longest_start_s=round(max(starts), 1),
+        slow_starts=tuple(told for writer in writers for told in writer.slow_starts),
         strikes=dict(disturber.done),
-        growth={name: round(after[name] / before[name], 3) for name in after if name in before},
-        problems=tuple(problem for writer in writers for problem in writer.problems),
+        spacing_s=_spread(spacing),
+        return_s=_spread(disturber.returns_s),
+        growth={name: round(share, 3) for name, share in growth.items()},
+        problems=(
+            *(problem for writer in writers for problem in writer.problems),
+            *disturber.problems,
+        ),
     )
 
 
-def _since(at_s: float, undone_s: float, writers: list[Writer]) -> str:
+def _spread(values: list[float]) -> tuple[float, float]:
+    """The median and the greatest."""
+    return (round(median(values), 1), round(max(values), 1)) if values else (0.0, 0.0)
+
+
+def _since(at_s: float, writers: list[Writer]) -> str:
     """What has come of a strike."""
     gaps = [gap.length_s for writer in writers for gap in writer.gaps if gap.at_s > at_s and not gap.first]
+    starts = [gap.length_s for writer in writers for gap in writer.gaps if gap.at_s > at_s and gap.first]
     parts = (
-        f"longest gap {max(gaps, default=0.0):.1f} s, whole again in {time.monotonic() - undone_s:.1f} s",
+        f"longest gap {max(gaps, default=0.0):.1f} s, longest start {max(starts, default=0.0):.1f} s",
         f"texts {[writer.num_right for writer in writers]}",
         f"repairs {[writer.num_repairs for writer in writers]}",
         *(f"PROBLEM {problem}" for writer in writers for problem in writer.problems),
@@ -296,7 +374,7 @@ def longest_by_strike(gaps: list[Gap], strikes: list[Strike]) -> dict[str, float
     """The longest gap that ended after a strike of each kind and before the next strike."""
     longest: dict[str, float] = {}
     for gap in gaps:
-        kind = next(strike.kind for strike in reversed(strikes) if strike.at_s <= gap.at_s)
+        kind = next((strike.kind for strike in reversed(strikes) if strike.at_s <= gap.at_s), "none")
         longest[kind] = max(longest.get(kind, 0.0), round(gap.length_s, 1))
     return longest
 
@@ -318,15 +396,5 @@ def resident_bytes(pid: int) -> int:
 
 
 def _resume(process: DaemonProcess) -> None:
-    if not is_alive(process):
-        return
     with process.connect() as daemon:
         daemon.resume()
-    process.wait_online()
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return  # it was killed by a later strike

@@ -25,6 +25,9 @@ from .soak import Disturber, Figures, Text, Writer, soak  # noqa: E402
 REAL = os.environ.get("COROLLA_TEST_MODEL", "")
 INTERVAL_S = 20.0
 SOAK_S = 600.0
+REPLICAS = (
+    3  # so that there is always one to strike, though it takes longer to come back than the next strike
+)
 MAX_GROWTH = 1.25  # of a client's daemon: what it knows of the swarm may vary, texts leave nothing behind
 
 
@@ -49,6 +52,7 @@ def run(
     whole: Any,
     texts: list[Text],
     cache: Path | None,
+    replicas: int,
     num_strikes: int,
     interval_s: float,
     tell: Callable[[str], None],
@@ -57,10 +61,10 @@ def run(
     options = (*OPTIONS, "--cache-dir", str(cache)) if cache is not None else OPTIONS
     with local_swarm(model, *options) as swarm:
         client = swarm.found()
-        disturber = Disturber(swarm, client, num_blocks, Random(7))
+        disturber = Disturber(swarm, client, num_blocks, Random(7), interval_s)
         third = num_blocks // 3
         for start in range(0, num_blocks, third):
-            for _ in range(2):
+            for _ in range(replicas):
                 disturber.serve(start, min(start + third, num_blocks))
         disturber.wait_whole()
         with client.connect() as daemon:
@@ -100,7 +104,7 @@ def test_texts_stay_right_while_a_tiny_swarm_is_struck(tmp_path: Path, tell: Cal
         max_position_embeddings=1024,
     )
     texts = texts_of(whole, [prompt_of(n) for n in (5, 9, 14, 23)], 200)
-    check(run(tmp_path / "tiny", whole, texts, tmp_path / "cache", 3, 1.0, tell), tell)
+    check(run(tmp_path / "tiny", whole, texts, tmp_path / "cache", 2, 3, 1.0, tell), tell)
 
 
 @pytest.mark.long
@@ -120,4 +124,5 @@ def test_texts_stay_right_while_a_real_swarm_is_struck_for_ten_minutes(
         [1, *range(start, start + length)] for start, length in ((300, 5), (900, 17), (2000, 40), (50, 9))
     ]
     texts = texts_of(whole, prompts, 48)
-    check(run(folder, whole, texts, None, round(SOAK_S / INTERVAL_S), INTERVAL_S, tell), tell)
+    num_strikes = round(SOAK_S / INTERVAL_S)
+    check(run(folder, whole, texts, None, REPLICAS, num_strikes, INTERVAL_S, tell), tell)
