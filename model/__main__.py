@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ..protocol.errors import CorollaError
@@ -42,6 +43,8 @@ BEAT_S: Final = 1.0
 _IDLE_ROUND_S: Final = 0.5  # an idle worker's progress grows too, faster than it is told
 _LOADING_EVERY_S: Final = 0.1  # progress of loading is for people to look at
 _READ_BYTES: Final = 1 << 20
+
+_COMPILED: Final = Path(__file__).parent / "compiled"
 
 # Set before torch is imported; whoever started us with other values is obeyed. GOMP_SPINCOUNT: how many turns
 # an idle thread of torch's libgomp makes before it sleeps, on a core that other workers may need.
@@ -106,6 +109,8 @@ def load(configure: Configure, connection: Connection) -> Engine:
     """The engine, with its parts loaded and reported as `Ready`; or `Failed`, and the process ends."""
     connection.report("loading", 0, 0)  # a first sign of life: the imports take seconds
     gc.disable()  # they leave no garbage, and looking for it takes a sixth of their time
+    if not os.access(_COMPILED, os.W_OK):  # numba keeps what it has compiled beside the source, where it can
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(configure.cache_folder) / "compiled"))
     import torch  # here, because it reads the environment
 
     from .batch import Policy

@@ -132,6 +132,16 @@ class Placement:
         placement._layouts = [_Layout((), group.slots, group.table) for group in groups]
         return placement
 
+    @property
+    def layouts(self) -> list[_Layout]:
+        """Where the batch lies, in each group of blocks."""
+        return self._layouts
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether every row has pages."""
+        return all(reach.runs for reach in self.reaches)
+
     def at(self, block: int, window: int | None) -> _Layout:
         """Where the batch lies in a block that attends so far back. Raises `INTERNAL` if not all of that is kept."""
         group = self._places[block][0] if self.cache is not None else 0

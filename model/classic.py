@@ -49,6 +49,22 @@ class Turns:
 
 
 @dataclass(frozen=True, slots=True)
+class Gated:
+    """A gated unit in three calls. both: gate and up, `size` outputs each. Source: Shazeer 2020, GLU variants."""
+
+    both: Callable[[Tensor], Tensor]
+    down: nn.Module
+    size: int
+    activation: nn.Module
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """(num_tokens, hidden_size) in and out."""
+        together = self.both(states)
+        gated: Tensor = self.activation(together[:, : self.size]).mul_(together[:, self.size :])
+        return self.down(gated)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
 class Classic:
     """One block; its layers belong to the module that it was made of."""
 
@@ -140,21 +156,13 @@ def _form(module: nn.Module, block: int, window: int | None) -> Classic | None:
     )
 
 
-def _gated(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A gated unit in three calls, if that is what the rest of the block is made of."""
+def _gated(mlp: nn.Module) -> Gated | None:
+    """`mlp` read as a gated unit, if that is what the rest of the block is made of."""
     parts: dict[str, Any] = dict(mlp.named_children())
     if parts.keys() != _GATED or parts["gate_proj"].out_features != parts["up_proj"].out_features:
         return None
     both = whole_of([parts["gate_proj"], parts["up_proj"]])
-    down, size, activation = parts["down_proj"], parts["up_proj"].out_features, parts["act_fn"]
-
-    def rest(states: Tensor) -> Tensor:
-        """(num_tokens, hidden_size) in and out. Source: Shazeer 2020, GLU variants."""
-        together = both(states)
-        gated: Tensor = activation(together[:, :size]).mul_(together[:, size:])
-        return down(gated)  # type: ignore[no-any-return]
-
-    return rest
+    return Gated(both, parts["down_proj"], parts["up_proj"].out_features, parts["act_fn"])
 
 
 def _as_it_is(mlp: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from .graphs import CudaRecorder, Recorder
+from .linear import PackedLinear
+
+HAS_COMPILER: Final = find_spec("numba") is not None
 
 
 class Ways(NamedTuple):
     """is_paged: pages are named by tensors, and the heads of a slot lie together; else each head's slots do, and are
-    read in place. recorder: for passes that are played again, or None."""
+    read in place. is_compiled: a few tokens go by kernels of our own, see `compiled`. recorder: for passes that are
+    played again, or None."""
 
     is_paged: bool
+    is_compiled: bool = False
     recorder: Recorder | None = None
 
 
 def ways_of(device: torch.device) -> Ways:
     """A CPU reads pages where they are. A GPU is slow to be asked, so it is asked seldom and never waited for."""
     if device.type == "cpu":
-        return Ways(is_paged=False)
+        return Ways(is_paged=False, is_compiled=HAS_COMPILER)
     return Ways(is_paged=True, recorder=CudaRecorder())
+
+
+def quick_product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`layer` itself, or what multiplies a few rows (num_rows, in_features) faster."""
+    if not HAS_COMPILER or not isinstance(layer, PackedLinear) or layer.strips is None:
+        return layer
+    from .compiled.decoder import Head
+
+    return Head(layer).multiply

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..protocol.errors import Code, error
 from .checkpoint import Checkpoint
+from .device import quick_product
 from .families import Skeleton
 from .linear import packed, shrunk
 from .quantization import Shelf
@@ -31,6 +32,7 @@ class Ends:
         self._embeddings_norm = parts.get("embeddings_norm")
         self._norm = parts["norm"]
         self._head = parts["head"]
+        self._product = quick_product(parts["head"])
         self._tokenizer = tokenizer
         self._softcap: float | None = getattr(skeleton.config, "final_logit_softcapping", None)
         self.hidden_size = skeleton.hidden_size
@@ -147,7 +149,7 @@ class Ends:
         if not hidden.shape[0]:
             return hidden.new_zeros((0, self.vocab_size), dtype=torch.float32)
         with torch.inference_mode():
-            logits: Tensor = self._head(self._norm(hidden[None]))[0].float()
+            logits: Tensor = self._product(self._norm(hidden[None])[0]).float()
             if self._softcap is not None:
                 logits = torch.tanh(logits / self._softcap) * self._softcap
             return logits

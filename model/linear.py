@@ -11,6 +11,7 @@ layers stay as they are.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -26,6 +27,8 @@ from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
 _FEWEST_ROWS: Final = 4
+
+STRIP: Final = 64  # outputs that oneDNN packs together on a CPU with AVX-512
 
 # Weights of 8 and 4 bits, 1024 → 2816, µs on two shared cores. int8: 86 for one row, 164 for 4, 514 for 8: the
 # kernel's tiles end at 4 rows, so more are cut into fours. Dequantized: 510 for 8, 640 for 16, 930 for 32 (1230
@@ -91,6 +94,8 @@ class _Product(torch.autograd.Function):
 class PackedLinear(FrozenLinear):
     """Weights as oneDNN packs them, on a CPU. `packed` is an opaque oneDNN tensor.
 
+    strips: its address, if it lies in strips of `STRIP` outputs, in each of them input after input; else None.
+
     Backward unpacks them for a moment: 2 ms for 1024 → 2816, a few percent of a micro-batch, against keeping
     a second copy of all weights.
     """
@@ -99,6 +104,7 @@ class PackedLinear(FrozenLinear):
         """weight: (out_features, in_features), contiguous, on the CPU."""
         super().__init__(weight.shape[1], weight.shape[0], bias, weight.nbytes)
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.strips = _strips(self.packed, weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
         num_rows = rows.numel() // rows.shape[-1]
@@ -119,6 +125,19 @@ class PackedLinear(FrozenLinear):
     def _product(self, rows: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return product
+
+
+def _strips(packed: Tensor, weight: Tensor) -> int | None:
+    """Whether `weight` (out, in) lies packed as (out / STRIP, in, STRIP) is found by looking at both its ends."""
+    num_strips, is_odd = divmod(weight.shape[0], STRIP)
+    is_whole = num_strips and not is_odd and weight.dtype is torch.float32
+    if not is_whole or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        return None
+    address = int(torch.ops.mkldnn.data_ptr(packed))
+    numbers = (ctypes.c_float * weight.numel()).from_address(address)
+    strips = torch.frombuffer(numbers, dtype=torch.float32).view(num_strips, weight.shape[1], STRIP)
+    ends = ((strips[0], weight[:STRIP]), (strips[-1], weight[-STRIP:]))
+    return address if all(torch.equal(strip.T, rows) for strip, rows in ends) else None
 
 
 class _Joint:
@@ -206,7 +225,7 @@ def whole_of(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     if isinstance(first, PartLinear):
         whole = first.whole_with(layers)
         if whole is not None:
-            return whole.multiply
+            return whole
     return lambda rows: torch.cat([layer(rows) for layer in layers], dim=-1)
 
 

@@ -7,7 +7,7 @@ in the thread that calls it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from .groups import Grouping
 from .pool import PAGE_TOKENS, PageCopy, PageMove
 from .quantization import Shelf
 from .weights import fetch_parts, load_part
+
+if TYPE_CHECKING:
+    from .compiled.decoder import Decoder
 
 
 class Span:
@@ -52,6 +55,7 @@ class Span:
         self._rotary = rotary
         self._graphs: Graphs | None = None
         self._classics: dict[int, Classic] = {}
+        self._decoder: Decoder | None = None
 
     @classmethod
     def load(
@@ -118,6 +122,11 @@ class Span:
         return self._rotary is not None and self._rotary.is_length_dependent
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether a few tokens go through it by kernels of our own."""
+        return self._decoder is not None
+
+    @property
     def modules(self) -> Mapping[int, nn.Module]:
         """Block → its module, to look at."""
         return self._blocks
@@ -147,6 +156,8 @@ class Span:
             grouping=grouping,
             is_paged=ways.is_paged,
         )
+        if ways.is_compiled:
+            self._decoder = self._decoder_with(self.cache)
         if ways.recorder is not None and not self.depends_on_length:
             self._graphs = Graphs(ways.recorder, self.cache, self._compute)
         return self.cache
@@ -202,6 +213,12 @@ class Span:
         if self._rotary is not None:
             embeddings = self._rotary(states[None], placement, blocks)
         classics = self._classics if not overlays and torch.is_inference_mode_enabled() else {}
+        if classics and self._decoder is not None and self._decoder.takes(placement):
+            embedded = embeddings[blocks.start]
+            if all(embeddings[block] is embedded for block in blocks):
+                states = self._decoder.forward(states, Turns.of(embedded), placement, blocks)
+                self.num_blocks_computed += len(blocks)
+                return states
         turns: dict[int, Turns] = {}
         for block in blocks:
             form = classics.get(block)
@@ -223,6 +240,15 @@ class Span:
                 )[0]
             self.num_blocks_computed += 1
         return states
+
+    def _decoder_with(self, cache: Cache) -> Decoder | None:
+        """All blocks as compiled code, where they are of the form for which there is some."""
+        from .compiled.decoder import Decoder, are_walkable  # here, because numba may be missing
+
+        forms = list(self._classics.values())
+        if len(forms) < len(self._blocks) or self.dtype is not torch.float32 or not are_walkable(forms):
+            return None
+        return Decoder(self._classics, cache)
 
     def _check(self, hidden: Tensor, batch: Batch, blocks: tuple[int, int] | None) -> tuple[int, int]:
         first, last = blocks or (self.start, self.end)

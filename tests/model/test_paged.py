@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corolla.model.attention import Batch
 from corolla.model.cache import Cache, CacheShape
-from corolla.model.device import Ways, ways_of
+from corolla.model.device import HAS_COMPILER, Ways, ways_of
 from corolla.model.graphs import Graphs, Repeater, is_recordable
 from corolla.model.groups import grouped
 from corolla.model.paged import Shape, filled, groups_of, numbers_of, shape_of
@@ -158,5 +158,5 @@ def test_long_stateless_and_large_passes_are_not_recorded() -> None:
 
 
 def test_a_cpu_reads_pages_in_place_and_everything_else_by_tables() -> None:
-    assert ways_of(CPU) == Ways(is_paged=False)
+    assert ways_of(CPU) == Ways(is_paged=False, is_compiled=HAS_COMPILER)
     assert ways_of(torch.device("cuda")).is_paged

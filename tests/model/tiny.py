@@ -54,7 +54,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": NUM_BLOCKS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,

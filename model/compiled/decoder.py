@@ -1,0 +1,219 @@
+"""What a span's blocks are to the compiled walk: which of them it can take, their tables, and the room it needs.
+
+Owns that room; the weights belong to the blocks' layers, keys and values to the cache. Not every batch is its
+business: many tokens are faster by oneDNN's products, and adapters and gradients run through the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
+from torch import Tensor, nn
+
+from ..attention import Placement
+from ..cache import Cache
+from ..classic import Classic, Gated, Turns
+from ..linear import STRIP, PackedLinear
+from ..norms import RootMeanSquareNorm
+from . import walk as way
+from .intrinsics import LANES
+from .kernels import KEYS
+from .team import Team
+
+MOST_TOKENS: Final = (
+    32  # of a pass; from there on oneDNN's products are as fast, and calls are few beside them
+)
+
+_FEWEST_KEYS: Final = 256  # in a part of a row's keys that is attended by itself
+_PIECES_EACH: Final = 4  # of attention for each member, so that all end at about the same time
+_EVERYTHING: Final = 1 << 40  # tokens: the window of a block without one
+
+
+class Decoder:
+    """The blocks of one span with its cache, as the walk takes them."""
+
+    def __init__(self, forms: Mapping[int, Classic], cache: Cache) -> None:
+        """forms: all `are_walkable`; cache: not paged, float32."""
+        self._team = Team(torch.get_num_threads())
+        self._start = min(forms)
+        self._forms = [forms[block] for block in sorted(forms)]
+        first = self._forms[0]
+        layers = [_layers(form) for form in self._forms]
+        keys = cache.keys(self._start)
+        self._blocks = way.Blocks(
+            parts=np.array(
+                [_parts(form, *own, cache) for form, own in zip(self._forms, layers, strict=True)],
+                dtype=np.int64,
+            ),
+            eps=np.array([_eps(form) for form in self._forms], dtype=np.float32),
+            scalings=np.array([form.scaling for form in self._forms], dtype=np.float32),
+            windows=np.array([form.window or _EVERYTHING for form in self._forms], dtype=np.int64),
+            groups=np.array([cache.grouping.places[form.block][0] for form in self._forms], dtype=np.int64),
+            num_heads=first.num_heads,
+            num_kv_heads=first.num_kv_heads,
+            head_dim=first.head_dim,
+            inner_size=layers[0][3].in_features,
+            num_slots=keys.shape[1],
+        )
+        self._cache = cache
+        self._room = self._make_room(layers[0][1].out_features)
+
+    def takes(self, placement: Placement) -> bool:
+        """Whether this is a batch for it."""
+        num_tokens = placement.positions.shape[0]
+        return 0 < num_tokens <= MOST_TOKENS and placement.cache is self._cache and placement.is_cached
+
+    def forward(self, hidden: Tensor, turns: Turns, placement: Placement, blocks: range) -> Tensor:
+        """(num_tokens, hidden_size) after `blocks`, of a batch that it `takes`."""
+        states = hidden.detach().clone(memory_format=torch.contiguous_format)
+        tokens = self._tokens(states, turns, placement)
+        self._room.counters.fill(0)
+        first = blocks.start - self._start
+        self._team.run(way.walk, first, first + len(blocks), self._blocks, tokens, self._room)
+        return states
+
+    def _tokens(self, states: Tensor, turns: Turns, placement: Placement) -> way.Tokens:
+        runs: list[tuple[int, int, int]] = []
+        reaches: list[list[tuple[int, int]]] = []
+        longest = 0
+        for layout in placement.layouts:
+            own: list[tuple[int, int]] = []
+            for reach in layout.reaches:
+                first = len(runs)
+                runs.extend(reach.runs)
+                own.extend([(first, len(runs))] * reach.n)
+                longest = max(longest, reach.start + reach.n)
+            reaches.append(own)
+        num_tokens = states.shape[0]
+        pieces = num_tokens * self._blocks.num_kv_heads
+        wanted = -(-_PIECES_EACH * self._team.num_members // pieces)
+        return way.Tokens(
+            states=states.numpy(),
+            cosines=_lines(turns.cosines),
+            sines=_lines(turns.sines),
+            positions=placement.positions.numpy(),
+            slots=np.stack([layout.slots.numpy() for layout in placement.layouts]),
+            reaches=np.array(reaches, dtype=np.int64),
+            runs=np.array(runs, dtype=np.int64),
+            num_splits=max(1, min(wanted, longest // _FEWEST_KEYS, self._room.parts.shape[1])),
+        )
+
+    def _make_room(self, hidden_size: int) -> way.Room:
+        blocks, members = self._blocks, self._team.num_members
+        num_heads, dim = blocks.num_heads, blocks.head_dim
+        most_splits = _PIECES_EACH * members
+        largest = max(hidden_size, num_heads * dim)
+
+        def zeros(*shape: int) -> Any:
+            return np.zeros(shape, dtype=np.float32)
+
+        return way.Room(
+            heads=zeros(MOST_TOKENS, num_heads + 2 * blocks.num_kv_heads, dim),
+            gated=zeros(MOST_TOKENS, blocks.inner_size),
+            parts=zeros(MOST_TOKENS, most_splits, num_heads, dim),
+            marks=zeros(MOST_TOKENS, most_splits, num_heads, 2),
+            normed=zeros(members, MOST_TOKENS, largest),
+            sums=zeros(members, 2, MOST_TOKENS, STRIP),
+            scores=zeros(members, num_heads // blocks.num_kv_heads, KEYS),
+            counters=np.zeros((len(self._forms), way.NUM_STAGES, way.LINE), dtype=np.int64),
+            meeting=np.zeros((2, way.LINE), dtype=np.int64),
+        )
+
+
+class Head:
+    """One packed layer, for a few rows at a time."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        """layer: with `strips`."""
+        self._layer = layer
+        self._team = team = Team(torch.get_num_threads())
+        self._sums = np.zeros((team.num_members, MOST_TOKENS, STRIP), dtype=np.float32)
+        self._counter = np.zeros(way.LINE, dtype=np.int64)
+        self._meeting = np.zeros((2, way.LINE), dtype=np.int64)
+        self.multiply(torch.zeros(1, layer.in_features))  # it is compiled now, not amid a text
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """(num_rows, in_features) → (num_rows, out_features)."""
+        if rows.shape[0] > MOST_TOKENS:
+            return self._layer.multiply(rows)
+        product = rows.new_empty((rows.shape[0], self._layer.out_features))
+        self._counter.fill(0)
+        self._team.run(
+            way.multiply,
+            rows.contiguous().numpy(),
+            self._layer.strips or 0,
+            _address(self._layer.bias),
+            product.numpy(),
+            self._sums,
+            self._counter,
+            self._meeting,
+        )
+        return product
+
+
+def are_walkable(forms: Sequence[Classic]) -> bool:
+    """Whether the walk computes what these blocks compute, all of one shape."""
+    shapes = {
+        (
+            form.num_heads,
+            form.num_kv_heads,
+            form.head_dim,
+            *(layer.out_features for layer in _layers(form)),
+        )
+        for form in forms
+        if _is_walkable(form)
+    }
+    return len(shapes) == 1 and all(_is_walkable(form) for form in forms)
+
+
+def _is_walkable(form: Classic) -> bool:
+    rest = form.rest
+    if not isinstance(rest, Gated) or not _is_silu(rest.activation):
+        return False
+    norms = [form.first_norm, form.second_norm, form.query_norm, form.key_norm]
+    if any(norm is not None and not isinstance(norm, RootMeanSquareNorm) for norm in norms):
+        return False
+    layers = (form.queries_keys_values, form.output, rest.both, rest.down)
+    if not all(isinstance(layer, PackedLinear) and layer.strips is not None for layer in layers):
+        return False
+    return form.head_dim % LANES == 0 and rest.size % STRIP == 0
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    tried = torch.linspace(-8, 8, 33)
+    return torch.allclose(activation(tried), F.silu(tried), rtol=1e-6, atol=1e-7)
+
+
+def _layers(form: Classic) -> tuple[Any, Any, Any, Any]:
+    rest: Any = form.rest
+    return form.queries_keys_values, form.output, rest.both, rest.down
+
+
+def _parts(form: Classic, heads: Any, output: Any, both: Any, down: Any, cache: Cache) -> list[int]:
+    """In the order of `walk`'s names for them."""
+    norms = (form.first_norm, form.second_norm, form.query_norm, form.key_norm)
+    layers = (heads, output, both, down)
+    return [
+        *(0 if norm is None else _address(norm.weight) for norm in norms),
+        *(number for layer in layers for number in (layer.strips, _address(layer.bias))),
+        _address(cache.keys(form.block)),
+        _address(cache.values(form.block)),
+    ]
+
+
+def _eps(form: Classic) -> list[float]:
+    norms: list[Any] = [form.first_norm, form.second_norm, form.query_norm, form.key_norm]
+    return [0.0 if norm is None else norm.eps for norm in norms]
+
+
+def _lines(turned: Tensor) -> Any:
+    """(num_tokens, 1, head_dim) as (num_tokens, head_dim)."""
+    return turned.reshape(turned.shape[0], -1).contiguous().numpy()
+
+
+def _address(tensor: Any) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())

@@ -1,0 +1,219 @@
+"""The compiled walk equals torch: its kernels by themselves, and a span with it beside one without.
+
+That it computes what whole models compute is `test_span`'s business, whose tiny models go through it too.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
+from torch import Tensor, nn
+
+from corolla.model.attention import Batch, Segment
+from corolla.model.checkpoint import open_checkpoint
+from corolla.model.compiled import kernels
+from corolla.model.compiled import walk as way
+from corolla.model.compiled.decoder import MOST_TOKENS, Head
+from corolla.model.compiled.team import Team
+from corolla.model.device import Ways, quick_product
+from corolla.model.linear import STRIP, PackedLinear
+from corolla.model.span import Span
+from corolla.protocol.work import ModelSource, SourceKind
+
+from .tiny import save_tiny
+
+CPU = torch.device("cpu")
+TOLERANCE = 2e-6  # of the largest number; sums are taken in another order
+PAGE_TOKENS = 4
+CLASSIC = ["llama", "qwen2", "qwen3", "mistral"]
+
+
+def is_packed_in_strips() -> bool:
+    return PackedLinear(torch.randn(STRIP, 16), None).strips is not None
+
+
+needs_strips = pytest.mark.skipif(
+    not is_packed_in_strips(), reason="oneDNN packs float32 otherwise on this processor"
+)
+
+
+def numbers(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def span_of(folder: Path, *, is_compiled: bool, num_pages: int = 200) -> Span:
+    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(folder)), folder)
+    span = Span.load(checkpoint, 0, 4, torch.float32, CPU)
+    span.allocate(num_pages, PAGE_TOKENS, ways=Ways(is_paged=False, is_compiled=is_compiled))
+    assert span.is_compiled == is_compiled
+    return span
+
+
+def pages_of(row: int, num_tokens: int) -> tuple[int, ...]:
+    """Every third page, so that no two are neighbours."""
+    return tuple(range(row, row + 3 * -(-num_tokens // PAGE_TOKENS), 3))
+
+
+def hidden(num_tokens: int, seed: int) -> Tensor:
+    return torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_exp_is_exact_to_two_units_in_the_last_place_and_ends_in_nothing() -> None:
+    arguments = np.concatenate([-np.logspace(-8, np.log10(87), 4000), [0.0]]).astype(np.float32)
+    ours = np.array([kernels.exp_negative(number) for number in arguments])
+    exact = np.exp(arguments.astype(np.float64))
+    assert np.max(np.abs(ours - exact) / exact) < 3 * np.finfo(np.float32).eps
+    assert kernels.exp_negative(np.float32(0)) == 1
+    assert 0 <= kernels.exp_negative(np.float32(-1e30)) < 2e-38
+    assert 0 <= kernels.exp_negative(np.float32(-np.inf)) < 2e-38
+    assert np.isnan(kernels.exp_negative(np.float32(np.nan)))
+
+
+@pytest.mark.parametrize("num_rows", range(1, 10))
+@pytest.mark.parametrize("num_inputs", [16, 200])
+def test_a_strip_is_multiplied_for_any_number_of_rows(num_rows: int, num_inputs: int) -> None:
+    rows, strip = numbers(num_rows, num_inputs), numbers(num_inputs, STRIP, seed=1)
+    sums = np.full((num_rows, STRIP), np.nan, dtype=np.float32)
+    kernels.multiply_strip(rows, num_inputs, strip.ctypes.data, sums)
+    np.testing.assert_allclose(sums, rows.astype(np.float64) @ strip, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+def test_values_are_gathered_for_any_head(dim: int, group: int) -> None:
+    weights, values = numbers(group, kernels.KEYS), numbers(37, dim, seed=1)
+    parts = numbers(group, dim, seed=2)
+    expected = parts + weights[:, :37].astype(np.float64) @ values
+    kernels.gather(weights, 37, values.ctypes.data, parts)
+    np.testing.assert_allclose(parts, expected, atol=1e-4)
+
+
+@needs_strips
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_members", [1, 2, 3])
+def test_a_head_equals_the_layer_whoever_computes_it(num_members: int, has_bias: bool) -> None:
+    weight, bias = torch.randn(5 * STRIP, 96), torch.randn(5 * STRIP) if has_bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_members)
+    head = Head(PackedLinear(weight, bias))
+    torch.set_num_threads(before)
+    for num_rows in (1, 3, MOST_TOKENS, MOST_TOKENS + 1):
+        rows = torch.randn(num_rows, 96)
+        assert difference(head.multiply(rows), F.linear(rows, weight, bias)) < TOLERANCE
+
+
+def test_only_layers_that_lie_in_strips_get_a_product_of_their_own() -> None:
+    plain = nn.Linear(16, STRIP)
+    assert quick_product(plain) is plain
+    odd = PackedLinear(torch.randn(STRIP + 8, 16), None)
+    assert odd.strips is None
+    assert quick_product(odd) is odd
+
+
+@needs_strips
+@pytest.mark.parametrize("family", CLASSIC)
+def test_a_batch_of_rows_of_all_kinds_equals_torch(tmp_path: Path, family: str) -> None:
+    """Short and long rows, in pages far from each other, some of them with several new tokens."""
+    save_tiny(tmp_path, family)
+    ours, theirs = (span_of(tmp_path, is_compiled=is_compiled) for is_compiled in (True, False))
+    lengths, news = (3, 90, 0), (1, 1, 5)
+    starts = Batch(
+        tuple(Segment(pages_of(row, 100), 0, length) for row, length in enumerate(lengths) if length)
+    )
+    for span in (ours, theirs):
+        span.forward(hidden(starts.num_tokens, 1), starts)
+    batch = Batch(tuple(Segment(pages_of(row, 100), lengths[row], new) for row, new in enumerate(news)))
+    states = hidden(batch.num_tokens, 2)
+    before = states.clone()
+    assert difference(ours.forward(states, batch), theirs.forward(states, batch)) < TOLERANCE
+    assert torch.equal(states, before)
+    part = (1, 3)
+    following = Batch((Segment(pages_of(1, 100), 91, 1),))
+    step = hidden(1, 3)
+    assert difference(ours.forward(step, following, part), theirs.forward(step, following, part)) < TOLERANCE
+
+
+@needs_strips
+def test_a_token_gets_the_same_bits_whoever_is_beside_it(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    together, alone = (span_of(tmp_path, is_compiled=True) for _ in range(2))
+    rows = [pages_of(row, 40) for row in range(3)]
+    news = [hidden(1, seed) for seed in range(3)]
+    for span in (together, alone):
+        for row, pages in enumerate(rows):
+            span.forward(hidden(20, 10 + row), Batch((Segment(pages, 0, 20),)))
+    batched = together.forward(torch.cat(news), Batch(tuple(Segment(pages, 20, 1) for pages in rows)))
+    for row, pages in enumerate(rows):
+        assert torch.equal(alone.forward(news[row], Batch((Segment(pages, 20, 1),)))[0], batched[row])
+
+
+@needs_strips
+def test_keys_attended_in_several_parts_equal_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corolla.model.compiled.decoder._FEWEST_KEYS", 8)
+    monkeypatch.setattr("corolla.model.compiled.decoder._PIECES_EACH", 16)
+    save_tiny(tmp_path, "llama")
+    ours, theirs = (span_of(tmp_path, is_compiled=is_compiled) for is_compiled in (True, False))
+    for span in (ours, theirs):
+        span.forward(hidden(150, 1), Batch((Segment(pages_of(0, 160), 0, 150),)))
+    batch = Batch((Segment(pages_of(0, 160), 150, 1),))
+    assert difference(ours.forward(hidden(1, 2), batch), theirs.forward(hidden(1, 2), batch)) < TOLERANCE
+
+
+@needs_strips
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_in_their_row(tmp_path: Path, wrong: float) -> None:
+    save_tiny(tmp_path, "llama")
+    span = span_of(tmp_path, is_compiled=True)
+    states = hidden(2, 1)
+    states[0, 5] = wrong
+    after = span.forward(states, Batch(tuple(Segment(pages_of(row, 4), 0, 1) for row in range(2))))
+    assert not torch.isfinite(after[0]).any()
+    assert torch.isfinite(after[1]).all()
+
+
+@needs_strips
+@pytest.mark.parametrize("family", ["mixtral", "gemma2", "phi3"])
+def test_blocks_of_other_forms_are_left_to_torch(tmp_path: Path, family: str) -> None:
+    save_tiny(tmp_path, family)
+    checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(tmp_path)), tmp_path)
+    span = Span.load(checkpoint, 0, 4, torch.float32, CPU)
+    span.allocate(8, PAGE_TOKENS)
+    assert not span.is_compiled
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 5])
+def test_a_team_meets_until_all_are_there(num_members: int) -> None:
+    team = Team(num_members)
+    meeting = np.zeros((2, way.LINE), dtype=np.int64)
+    turns = np.zeros((num_members, way.LINE), dtype=np.int64)
+    seen: list[list[int]] = []
+
+    def work(member: int, size: int) -> None:
+        for turn in range(1, 20):
+            turns[member, 0] = turn
+            way.meet(meeting, size)
+            if member == 0:
+                seen.append([int(each) for each in turns[:, 0]])
+            way.meet(meeting, size)
+
+    team.run(work)
+    assert seen == [[turn] * num_members for turn in range(1, 20)]
+
+
+def test_the_threads_of_a_team_end_with_it() -> None:
+    team = Team(3)
+    members = [thread for thread in threading.enumerate() if thread.name in ("member 1", "member 2")]
+    del team
+    for thread in members:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
