@@ -105,7 +105,7 @@ def run(plan: Plan, view: View, *, keep: Callable[[DemoSwarm], object] | None = 
     with DemoSwarm(plan.model) as swarm:
         view.stage(f"starting {plan.hops + 2} daemons, which load {facts['name']} between them")
         _start(swarm, spans, num_blocks, view)
-        story = _Story(swarm, num_blocks, view, plan.max_new_tokens)
+        story = Story(swarm, num_blocks, view, plan.max_new_tokens)
         story.write(str(facts["name"]), plan.prompt, chat)
         if keep is not None:
             keep(swarm)
@@ -168,7 +168,7 @@ def _names(hops: int) -> list[str]:
     return [FOUNDER, *between, "last"]
 
 
-class _Story:
+class Story:
     """The text while it comes, with times, and the kill in the middle of it."""
 
     def __init__(self, swarm: DemoSwarm, num_blocks: int, view: View, max_new_tokens: int) -> None:
@@ -186,7 +186,7 @@ class _Story:
         self.victim: Member | None = None
 
     def write(self, name: str, prompt: str, chat: bool) -> None:
-        """Generate on the client, and kill a hop on the way."""
+        """Generate on the client, and kill a hop on the way. Raises `BAD_REQUEST` if the text was too short for it."""
         options: GenerateOptions = {
             "max_new_tokens": self._max_new_tokens,
             "encoding": "float32",
@@ -203,6 +203,12 @@ class _Story:
                     self._take(piece)
                 answer = pieces.result()
         self.tokens, self.text = list(answer.tokens[0]), answer.text
+        if self._repaired_by is None:
+            raise error(
+                Code.BAD_REQUEST,
+                f"the text had ended, after {len(self.tokens)} tokens, before it missed a daemon that was killed",
+                "ask for a longer one, by --prompt or -n",
+            )
 
     def tokens_per_s(self) -> float:
         """Of decoding, without the gap that the kill made."""
@@ -212,7 +218,7 @@ class _Story:
         return len(gaps) / sum(gaps) if gaps and sum(gaps) else 0.0
 
     def repair_s(self) -> float:
-        """From SIGKILL to the next token that needed the repair."""
+        """From SIGKILL to the next token that needed the repair; 0 if there was none."""
         if self._killed_at_s is None or self._repaired_by is None:
             return 0.0
         return self._times_s[self._repaired_by] - self._killed_at_s
@@ -227,22 +233,23 @@ class _Story:
             self._swarm.note_use()
             self._show()
         if num_tokens == 1:
-            self._swarm.note_use()
+            self._choose_victim()
             self._show()
             self._view.stage("writing")
-        if num_tokens == self._kill_after:
-            self._kill()
+        if num_tokens == self._kill_after and self.victim is not None:
+            self._kill(self.victim)
 
-    def _kill(self) -> None:
+    def _choose_victim(self) -> None:
+        """As soon as the route is known: to ask again at the kill would take time in which the text goes on."""
         self._swarm.note_use()
         serving = [member for member in self._swarm.members if member.in_use]
-        if not serving:
-            raise error(Code.INTERNAL, "no daemon says that a session runs on its blocks")
         middle = next(member for member in self._swarm.members if member.name == SPARE).blocks
-        self.victim = next((member for member in serving if member.blocks == middle), serving[0])
-        self._swarm.kill(self.victim)
+        self.victim = next((member for member in serving if member.blocks == middle), None)
+
+    def _kill(self, victim: Member) -> None:
+        self._swarm.kill(victim)
         self._killed_at_s = time.monotonic()
-        self._view.stage(f"killed {self.victim.name!r} with SIGKILL in mid-sentence")
+        self._view.stage(f"killed {victim.name!r} with SIGKILL in mid-sentence")
         self._show()
 
     def _event(self, piece: Piece) -> None:

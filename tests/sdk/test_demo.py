@@ -12,10 +12,12 @@ import pytest
 from corolla.protocol.errors import Code, CorollaError
 from corolla.sdk.cli import main
 from corolla.sdk.cli.demo import LiveView, PlainView, drawing
-from corolla.sdk.demo import Outcome, split
+from corolla.sdk.demo import Outcome, Story, split
 from corolla.sdk.demo_swarm import DemoSwarm, Member
 from corolla.sdk.output import Output
 from corolla.sdk.picture import gaps
+
+from .fake import FakeDaemon
 
 OUTCOME = Outcome("tiny", "why", " so", " so", (1, 2), (1, 2), 10.0, 5.0, 1.5, "middle")
 
@@ -88,14 +90,26 @@ def test_the_demo_kills_a_daemon_and_writes_the_same_tokens(
     save_tokenizer(folder, TEMPLATE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(SystemExit) as ended:
-        main(["demo", "--model", str(folder), "--prompt", "hello world", "-n", "30", "--json"])
+        main(
+            ["demo", "--model", str(folder), "--prompt", "hello world", "-n", "200", "--hops", "2", "--json"]
+        )
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
     assert ended.value.code == 0, captured.err
     assert answer["equal"] is True
-    assert answer["killed"] in ("middle", "spare")  # whichever of the two the route went through
+    assert answer["killed"] in ("last", "spare")  # whichever of the two the route went through
     assert answer["repair_s"] > 0
     assert "nobody" in captured.err  # the picture had the gap
+
+
+def test_a_text_that_ends_before_a_daemon_is_missed_proves_nothing() -> None:
+    with DemoSwarm("fake") as swarm:
+        client = Member("client", None, swarm.folder / "client")
+        swarm.members = [Member("spare", (0, 1), swarm.folder / "spare"), client]
+        client.folder.mkdir()
+        with FakeDaemon(client.socket), pytest.raises(CorollaError, match="ask for a longer one") as caught:
+            Story(swarm, 1, PlainView(Output()), 30).write("fake", "why?", chat=False)
+    assert caught.value.code is Code.BAD_REQUEST
 
 
 def test_the_verdict_is_about_tokens() -> None:
