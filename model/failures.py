@@ -19,7 +19,8 @@ _DEVICE_LOST: Final = (
     "unspecified launch failure", "illegal memory access", "device-side assert", "launch timed out",
     "hardware stack error", "illegal instruction", "misaligned address", "invalid program counter",
     "uncorrectable ECC error", "uncorrectable NVLink error", "context is destroyed", "unknown error",
-    "busy or unavailable", "no CUDA-capable device", "No CUDA GPUs are available",
+    "busy or unavailable", "no CUDA-capable device", "No CUDA GPUs are available", "invalid device ordinal",
+    "global/shared address space", "external device", "MPS client has been terminated", "STATUS_EXECUTION_FAILED",
 )  # fmt: skip
 _OF_A_GPU: Final = ("CUDA", "HIP", "cuDNN", "CUBLAS")
 

@@ -160,7 +160,7 @@ def choose_device(name: str) -> torch.device:
         raise error(
             Code.DEVICE_LOST,
             f"device {name}, but torch sees {num_gpus} GPUs here",
-            "choose cpu, or install a torch built for your GPU",
+            "see whether its driver finds it (nvidia-smi), and whether torch is built for it; or choose cpu",
         )
     if device.type not in ("cpu", "cuda"):
         raise error(Code.BAD_CONFIG, f"device {name} is not supported", "choose auto, cpu, cuda or cuda:N")

@@ -181,10 +181,10 @@ class Lending:
         ready = [worker.ready for worker in workers if worker.ready is not None]
         return tuple(name for r in ready for name in (f"{r.folder}/", r.facts.fingerprint[:32]))
 
-    def gpu_processes(self) -> tuple[int, ...]:
-        """Our processes that hold a GPU now."""
+    def processes(self) -> tuple[int, ...]:
+        """Of our workers, also those that load: they use their device long before they are ready."""
         workers = (*self._spans, *self.ends.workers)
-        return tuple(w.process for w in workers if w.process and w.ready and _is_gpu(w.ready))
+        return tuple(worker.process for worker in workers if worker.process is not None)
 
     def serving(self) -> tuple[tuple[Worker, Ready], ...]:
         """The spans that serve now, and are neither moving nor ending."""
@@ -468,7 +468,7 @@ class Lending:
         if worker.ready is not None:
             self._served[worker.number] = worker.ready
         ready = self._served.get(worker.number)
-        if ready is None or worker.state in (WorkerState.FAILED, WorkerState.STOPPED):
+        if ready is None or not worker.is_back_soon:  # others then fill the gap
             belonging.registry.withdraw(worker.number)
             return
         if self.is_auto and worker.number not in self._placed:

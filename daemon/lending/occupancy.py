@@ -2,44 +2,51 @@
 
 It looks and remembers; what follows from it, `schedule.py` decides. Where something cannot be told, nobody
 is in the way.
-Sources: logind's IdleHint (org.freedesktop.login1(5)); proc(5); `nvidia-smi pmon`.
+Sources: logind's IdleHint (org.freedesktop.login1(5)); proc(5); `nvidia-smi pmon` (nvidia-smi(1)).
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-import structlog
-import trio
+from .tool import Tool
 
-LOOK_TIMEOUT_S: Final = 10.0  # a driver that hangs must not hang us
 BUSY_SHARE: Final = 0.2  # of all cores, used by other programs between two looks: somebody works here
 BUSY_GPU_PERCENT: Final = 5  # a desktop that draws its clock uses less
 _LOGIND: Final = ("loginctl", "show-session", "--property=IdleHint", "--property=IdleSinceHintMonotonic")
 _PMON: Final = ("nvidia-smi", "pmon", "--count", "1", "--select", "u")
 
-_log = structlog.get_logger("corolla.occupancy")
-
 
 class Occupancy:
-    """What is known of one machine. clock: monotonic seconds, as the kernel counts them for logind."""
+    """What is known of one machine. clock: monotonic seconds, as the kernel counts them for logind.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    logind, pmon: who is asked.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        logind: Tool | None = None,
+        pmon: Tool | None = None,
+    ) -> None:
         self._clock = clock
+        self._logind = logind or Tool(*_LOGIND)
+        self._pmon = pmon or Tool(*_PMON)
         self._used_at = clock()  # by people; until we know better, just now
         self._cpu_before: tuple[float, float] | None = None
         self._gpu_used_at = -math.inf
+        self._our_gpus: frozenset[str] = frozenset()  # those on which a process of ours was seen last
+        self._ours_before: frozenset[int] = frozenset()
 
     async def idle_s(self) -> float:
         """Seconds since somebody used this machine: logind's word, else the processors' load without ours."""
-        hint = parse_idle_hint(await run_tool(_LOGIND) or "", self._clock())
+        hint = parse_idle_hint(await self._logind.ask() or "", self._clock())
         if hint is not None:
             return hint
         total, others = cpu_seconds()
@@ -53,11 +60,46 @@ class Occupancy:
         return self._clock() - self._used_at
 
     async def gpu_free_s(self, ours: Collection[int]) -> float:
-        """Seconds since another program used a GPU; inf if none did. ours: the processes of our workers."""
-        listing = await run_tool(_PMON)
-        if listing is not None and is_gpu_wanted(listing, ours):
-            self._gpu_used_at = self._clock()
+        """Seconds since another program used a GPU of ours; inf if none did. ours: the processes of our workers.
+
+        Which GPUs are ours, is learnt from where our processes were seen: numbers of devices are not the driver's
+        everywhere. If they never were, it speaks of another namespace's processes, and nothing can be told. What was
+        ours at the look before may be about to end.
+        """
+        listing = await self._pmon.ask()
+        ours_now, ours_ever = frozenset(ours), self._ours_before.union(ours)
+        self._ours_before = ours_now
+        if listing is not None:
+            uses = parse_pmon(listing)
+            self._our_gpus = frozenset(use.gpu for use in uses if use.process in ours_ever) or self._our_gpus
+            if is_gpu_wanted(uses, self._our_gpus, ours_ever):
+                self._gpu_used_at = self._clock()
         return self._clock() - self._gpu_used_at
+
+
+class GpuUse(NamedTuple):
+    """What a process does to one GPU. percent: of the time in which anything was computed there, for this process."""
+
+    gpu: str
+    process: int
+    percent: int
+
+
+def parse_pmon(listing: str) -> tuple[GpuUse, ...]:
+    """The processes that `nvidia-smi pmon` shows; one that rests has `-` for a percentage."""
+    rows = [line.split() for line in listing.splitlines() if not line.startswith("#")]
+    return tuple(
+        GpuUse(row[0], int(row[1]), int(row[3]) if row[3].isdecimal() else 0)
+        for row in rows
+        if len(row) > 3 and row[1].isdecimal()
+    )
+
+
+def is_gpu_wanted(uses: Iterable[GpuUse], our_gpus: Collection[str], ours: Collection[int]) -> bool:
+    """Whether a process that is not ours is at work on one of our GPUs."""
+    return any(
+        use.gpu in our_gpus and use.process not in ours and use.percent >= BUSY_GPU_PERCENT for use in uses
+    )
 
 
 def parse_idle_hint(text: str, now_s: float) -> float | None:
@@ -70,22 +112,6 @@ def parse_idle_hint(text: str, now_s: float) -> float | None:
         case "no":
             return 0.0
     return None
-
-
-def is_gpu_wanted(listing: str, ours: Collection[int]) -> bool:
-    """Whether `nvidia-smi pmon` shows a process that is not ours at work.
-
-    If it lists none of ours that run, it speaks of another namespace's numbers, and nothing can be told.
-    """
-    rows = [line.split() for line in listing.splitlines() if line.strip() and not line.startswith("#")]
-    used = {int(row[1]): row[3] for row in rows if len(row) > 3 and row[1].isdecimal()}
-    if ours and not set(ours) & set(used):
-        return False
-    return any(
-        percent.isdecimal() and int(percent) >= BUSY_GPU_PERCENT
-        for process, percent in used.items()
-        if process not in ours
-    )
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -107,23 +133,3 @@ def _own_ticks(process: Path) -> int:
     except OSError:  # it has just ended; its parent counts it now
         return 0
     return sum(int(field) for field in fields[11:15])
-
-
-async def run_tool(command: Sequence[str]) -> str | None:
-    """What a program of this machine says; None if it is not there, fails, or takes too long."""
-    if shutil.which(command[0]) is None:
-        return None
-    with trio.move_on_after(LOOK_TIMEOUT_S):
-        try:
-            done = await trio.run_process(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-            )
-        except OSError as problem:
-            _log.debug("tool_failed", command=command[0], problem=str(problem))
-            return None
-        return done.stdout.decode(errors="replace") if done.returncode == 0 else None
-    return None

@@ -173,7 +173,7 @@ class Looking:
         if rules.idle_s:
             idle_s = await self._occupancy.idle_s()
         if rules.yields_gpu and self._lending.uses_gpu:
-            gpu_free_s = await self._occupancy.gpu_free_s(self._lending.gpu_processes())
+            gpu_free_s = await self._occupancy.gpu_free_s(self._lending.processes())
         return Seen(minute, idle_s, gpu_free_s)
 
 

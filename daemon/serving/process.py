@@ -24,6 +24,7 @@ from ...protocol.messages import Message, encode
 from ...protocol.work import FROM_WORKER
 
 GOODBYE_S: Final = 3.0  # between closing the socket and killing the process
+KILLED_S: Final = 5.0  # between killing it and its end; what a driver holds (proc(5), state D) may never end
 _READ_BYTES: Final = 1 << 18
 _SOCKET_BYTES: Final = 1 << 20  # asked of the kernel, which may give less: a step of many tokens in one go
 _MAX_LINE: Final = 2000
@@ -43,6 +44,8 @@ class WorkerProcess:
         self._outbox: deque[memoryview] = deque()
         self._has_mail = trio.lowlevel.ParkingLot()
         self._is_broken = False
+        self._why_killed: CorollaError | None = None
+        self._killed = trio.CancelScope()
 
     @classmethod
     async def start(cls, name: str, command: Callable[[int], Sequence[str]]) -> WorkerProcess:
@@ -87,19 +90,31 @@ class WorkerProcess:
             self._outbox.append(rest)
             self._has_mail.unpark_all()
 
-    def kill(self) -> None:
-        """End it now; `run` then ends too."""
+    @property
+    def is_stuck(self) -> bool:
+        """After `run`: has it not ended, though it was killed?"""
+        return self._process.returncode is None
+
+    async def wait_ended(self) -> None:
+        """Wait for the end of one that is stuck."""
+        await self._process.wait()
+
+    def kill(self, why: CorollaError) -> None:
+        """End it now; `run` then gives this reason."""
+        self._why_killed = why
         self._process.kill()
+        self._killed.cancel()
 
     async def run(self, hear: Callable[[Message], CorollaError | None]) -> CorollaError:
         """Hear it until it ends, or until `hear` gives a reason to end it; gives the reason."""
         problem = error(Code.WORKER_LOST, f"{self._name} was stopped")
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._log_lines)
-                nursery.start_soon(self._write)
-                problem = await self._read(hear)
-                nursery.cancel_scope.cancel()
+            with self._killed:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._log_lines)
+                    nursery.start_soon(self._write)
+                    problem = await self._read(hear)
+                    nursery.cancel_scope.cancel()
         finally:
             self._is_broken = True
             self._outbox.clear()
@@ -107,6 +122,14 @@ class WorkerProcess:
                 trio.lowlevel.notify_closing(self._socket.fileno())
                 self._socket.close()
                 await self._end()
+        if self.is_stuck:
+            return error(
+                Code.DEVICE_LOST,
+                f"process {self.pid} of {self._name} does not end, though it was killed: its device's driver hangs",
+                "see what the driver says (dmesg); this machine may have to be started again",
+            )
+        if self._why_killed is not None:
+            return self._why_killed
         if problem.code is Code.WORKER_LOST and self._process.returncode:
             return self._explained(problem)
         return problem
@@ -179,12 +202,13 @@ class WorkerProcess:
     # its end
 
     async def _end(self) -> None:
-        """Wait for the process, whose socket is closed, and kill it when it stays."""
+        """Wait for the process, whose socket is closed, and kill it when it stays; not longer than makes sense."""
         with trio.move_on_after(GOODBYE_S):
             await self._process.wait()
         if self._process.returncode is None:
             self._process.kill()
-            await self._process.wait()
+            with trio.move_on_after(KILLED_S):
+                await self._process.wait()
         if self._process.stderr is not None:
             await self._process.stderr.aclose()
 

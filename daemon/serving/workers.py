@@ -105,7 +105,7 @@ class Worker:
         self._silence_s = silence_s
         self._backoff_s = backoff_s
         self._ready: Ready | None = None
-        self._has_served = False
+        self._device = ""  # on which it served last
         self._loading: Loading | None = None
         self._beat: Beat | None = None
         self._heard_at = 0.0  # the last beat, and the last one that told of progress
@@ -113,6 +113,8 @@ class Worker:
         self._pending: dict[int, Pending] = {}
         self._next_request = 0
         self._process: WorkerProcess | None = None
+        self._stuck: WorkerProcess | None = None  # one that is still there, though killed
+        self._failures = 0  # in a row
         self._changed = trio.Event()
         self._lost: list[Callable[[], None]] = []
         self._change: list[Callable[[], None]] = []
@@ -165,6 +167,13 @@ class Worker:
         return self._process.pid if self._process is not None else None
 
     @property
+    def is_back_soon(self) -> bool:
+        """May one count on its serving before long? Not when it fails again and again, or its device is lost."""
+        if self.state is WorkerState.LOADING and self.problem is not None:
+            return self._failures <= 1 and self.problem.code is not Code.DEVICE_LOST
+        return self.state in (WorkerState.LOADING, WorkerState.ONLINE)
+
+    @property
     def loading(self) -> Loading | None:
         """How far it is with loading."""
         return self._loading
@@ -215,7 +224,6 @@ class Worker:
 
     async def run(self) -> None:
         """Keep a process running until `stop` or a permanent failure."""
-        failures = 0
         with self._scope:
             while True:
                 began = trio.current_time()
@@ -224,19 +232,28 @@ class Worker:
                     _log.error("worker_failed", worker=self.number, problem=str(problem))
                     self._enter(WorkerState.FAILED, problem)
                     return
-                failures = 1 if trio.current_time() - began > STEADY_S else failures + 1
-                pause_s = self._backoff_s[min(failures, len(self._backoff_s)) - 1]
+                self._failures = 1 if trio.current_time() - began > STEADY_S else self._failures + 1
+                pause_s = self._backoff_s[min(self._failures, len(self._backoff_s)) - 1]
                 _log.warning("worker_lost", worker=self.number, problem=str(problem), restart_in_s=pause_s)
                 self._enter(WorkerState.LOADING, problem)
                 await trio.sleep(pause_s)
+                if self._stuck is not None:  # another one would only hang on the same driver
+                    await self._stuck.wait_ended()
+                    self._stuck = None
                 self.restarts += 1
         self._enter(WorkerState.FAILED if self._refusal else WorkerState.STOPPED, self._refusal)
 
     def _is_permanent(self, problem: CorollaError) -> bool:
         """Would another attempt be in vain? A device that was there may come back, with another driver say."""
         if problem.code is Code.DEVICE_LOST:
-            return not self._has_served
+            return not self._device
         return problem.code in _PERMANENT
+
+    def _asked(self) -> Configure:
+        """What the process is to be. One that served on a GPU waits for that, rather than to be a slow one."""
+        if self.configure.device == "auto" and self._device.startswith("cuda"):
+            return replace(self.configure, device=self._device)
+        return self.configure
 
     def stop(self) -> None:
         """End the process and `run`."""
@@ -255,7 +272,7 @@ class Worker:
             self._process = await WorkerProcess.start(f"worker {self.number}", self._command)
             if self.is_polite:
                 lower(self._process.pid)
-            self._process.send(self.configure)
+            self._process.send(self._asked())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, self._process)
                 problem = await self._process.run(self._hear)
@@ -263,6 +280,8 @@ class Worker:
         except CorollaError as reason:
             problem = reason
         finally:
+            if self._process is not None and self._process.is_stuck:
+                self._stuck = self._process
             self._process = None
             self._lose(problem)
         return problem
@@ -292,7 +311,7 @@ class Worker:
                 self._heard_at = self._progressed_at = now
             case Ready():
                 self._ready = message
-                self._has_served = True
+                self._device = message.device
                 self._heard_at = self._progressed_at = now
                 self._enter(WorkerState.ONLINE, None)
                 _log.info(
@@ -305,7 +324,7 @@ class Worker:
         return None
 
     async def _watch(self, process: WorkerProcess) -> None:
-        """Kill a process that hangs; the reader then sees its end.
+        """Kill a process that hangs.
 
         An idle worker's progress grows too, so that one that hangs on what nobody waits for any more shows.
         """
@@ -313,7 +332,8 @@ class Worker:
             silent_s = trio.current_time() - min(self._heard_at, self._progressed_at)
             if silent_s > (self._silence_s if self.state is WorkerState.ONLINE else LOADING_SILENCE_S):
                 _log.error("worker_hangs", worker=self.number, silent_s=round(silent_s))
-                process.kill()
+                words = f"worker {self.number} hung for {silent_s:.0f} s and was killed"
+                process.kill(error(Code.WORKER_LOST, words))
                 return
             await trio.sleep(min(1.0, self._silence_s))
 

@@ -25,7 +25,8 @@ from corolla.daemon.serving.workers import Worker
 from corolla.protocol.control import PullProgress
 from corolla.protocol.errors import Code, CorollaError
 from corolla.protocol.records import SpanState
-from corolla.protocol.work import ModelSource, SourceKind
+from corolla.protocol.steps import NEW_ROW, Row
+from corolla.protocol.work import Compute, ModelSource, SourceKind
 
 from ..serving.fake_worker import FACTS
 from .members import Member, meadow, until
@@ -188,12 +189,35 @@ async def test_a_worker_that_was_lost_is_announced_as_loading_until_it_is_back(
         async with lending(model="faithful", blocks="0:4") as (lends, told):
             lends.enter(ours.belonging)
             await until(become(other, (SpanState.ONLINE, 0, 4)))
-            (worker,) = lends._spans
-            assert worker._process is not None
-            worker._process.kill()
+            (process,) = lends.processes()
+            os.kill(process, signal.SIGKILL)
             await until(become(other, (SpanState.LOADING, 0, 4)))
             await until(become(other, (SpanState.ONLINE, 0, 4)))
             assert told == ["worker_online", "worker_loading", "worker_online"]
+
+
+async def test_a_span_whose_device_is_lost_is_left_to_others_until_it_is_back(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    async with meadow() as swarm:
+        ours, other = await swarm.client(), await swarm.client()
+        async with lending(model=str(gone), blocks="0:4") as (lends, told):
+            lends.enter(ours.belonging)
+            await until(become(other, (SpanState.ONLINE, 0, 4)))
+            assert lends.uses_gpu
+            ((worker, _),) = lends.serving()
+            worker.submit(Compute(0, b"s" * 16, 1, 0, (Row(NEW_ROW, 0, 1),)))
+            await until(become(other))
+            await until(lambda: worker.restarts >= 2)
+            assert states(other) == []
+            assert told == ["worker_online", "worker_loading"]  # not once more with each attempt
+            gone.unlink()
+            await until(become(other, (SpanState.ONLINE, 0, 4)))
+
+
+async def test_a_worker_that_loads_is_no_other_program_on_our_gpu() -> None:
+    async with lending(model="installs", blocks="0:4") as (lends, _):
+        await until(lambda: len(lends.processes()) == 1)
+        assert lends.serving() == ()
 
 
 async def test_a_worker_that_cannot_load_is_told_and_never_announced() -> None:

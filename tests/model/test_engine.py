@@ -696,6 +696,8 @@ def test_a_cut_of_segments_is_counted_over_all_of_them() -> None:
         (RuntimeError("std::bad_alloc"), Code.OUT_OF_MEMORY),
         (RuntimeError("No CUDA GPUs are available"), Code.DEVICE_LOST),
         (RuntimeError("HIP error: an illegal memory access was encountered"), Code.DEVICE_LOST),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for"), Code.DEVICE_LOST),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling"), Code.DEVICE_LOST),
         (RuntimeError("CUDA error: invalid configuration argument"), Code.INTERNAL),
         (torch.OutOfMemoryError("CUDA out of memory"), Code.OUT_OF_MEMORY),
         (RuntimeError("CUDA error: out of memory"), Code.OUT_OF_MEMORY),

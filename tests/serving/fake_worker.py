@@ -43,15 +43,16 @@ def main() -> None:
             message = TO_WORKER.decode(frame)
             if isinstance(message, Configure):
                 habit = message.source.location
-                begin(connection, habit)
+                begin(connection, habit, message.device)
             else:
                 answer(connection, message, habit, waiting)
-    if habit == "stays":
+    if habit in ("stays", "is stuck"):
         time.sleep(60)
 
 
-def begin(connection: socket.socket, habit: str) -> None:
-    if habit.startswith("gone") or (Path(habit).is_absolute() and Path(habit).exists()):
+def begin(connection: socket.socket, habit: str, device: str) -> None:
+    has_gpu = Path(habit).is_absolute() and not Path(habit).exists()
+    if habit.startswith("gone") or (device.startswith("cuda") and not has_gpu):
         say(connection, Failed.of(0, error(Code.DEVICE_LOST, "torch sees 0 GPUs here")))
         sys.exit(1)
     if habit == "unknown":
@@ -65,7 +66,7 @@ def begin(connection: socket.socket, habit: str) -> None:
         say(connection, Loading("installing torch", 5, 20))
         return
     say(connection, Loading("loading", 1, 2))
-    say(connection, Ready(FACTS, 0, 4, DType.FLOAT32, None, "cpu", 100, 1000))
+    say(connection, Ready(FACTS, 0, 4, DType.FLOAT32, None, "cuda:0" if has_gpu else "cpu", 100, 1000))
     if habit != "silent":
         threading.Thread(target=beat, args=(connection, habit), daemon=True).start()
 
@@ -73,7 +74,7 @@ def begin(connection: socket.socket, habit: str) -> None:
 def beat(connection: socket.socket, habit: str) -> None:
     progress = 0
     while True:
-        progress += habit != "stuck"
+        progress += habit not in ("stuck", "is stuck")
         say(connection, Beat(progress, 0, 900))
         time.sleep(0.02)
 

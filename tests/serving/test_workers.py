@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -129,6 +131,44 @@ async def test_a_worker_that_hangs_is_killed_and_restarted(habit: str) -> None:
         assert worker.restarts >= 1
 
 
+async def test_a_process_that_its_driver_holds_is_waited_for_by_nobody_but_its_successor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "GOODBYE_S", 0.05)
+    monkeypatch.setattr(process, "KILLED_S", 0.05)
+    with monkeypatch.context() as driver:
+        driver.setattr(trio.Process, "kill", lambda process: None)  # as SIGKILL is to a process in state D
+        async with a_worker("is stuck", silence_s=0.3) as worker:
+            await worker.wait_ready()
+            stuck = worker.process
+            assert stuck is not None
+            assert (await problem_of(worker.submit(compute(1)))).code is Code.WORKER_LOST
+            await until(worker, lambda: worker.state is WorkerState.LOADING)
+            assert worker.status().error["code"] == "device_lost"
+            assert f"process {stuck} of worker 3 does not end" in worker.status().error["message"]
+            assert (worker.process, worker.restarts) == (None, 0)
+            os.kill(stuck, signal.SIGKILL)
+            assert (await worker.wait_ready()).facts.name == "fake"
+            assert worker.restarts == 1
+            driver.undo()
+
+
+async def test_stop_waits_for_no_process_that_its_driver_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GOODBYE_S", 0.05)
+    monkeypatch.setattr(process, "KILLED_S", 0.05)
+    with monkeypatch.context() as driver:
+        driver.setattr(trio.Process, "kill", lambda process: None)
+        async with a_worker("stays") as worker:
+            await worker.wait_ready()
+            stuck = worker.process
+            worker.stop()
+            await until(worker, lambda: worker.state is WorkerState.STOPPED)
+    assert stuck is not None
+    os.kill(stuck, signal.SIGKILL)
+    assert worker._stuck is not None
+    await worker._stuck.wait_ended()
+
+
 async def test_a_worker_that_cannot_load_fails_for_good() -> None:
     async with a_worker("unknown") as worker:
         for _ in range(2):
@@ -149,9 +189,13 @@ async def test_a_device_that_vanishes_is_told_and_served_again_when_it_is_back(t
         await until(worker, lambda: worker.restarts >= 2)
         assert worker.state is WorkerState.LOADING
         assert worker.status().error["code"] == "device_lost"
+        assert not worker.is_back_soon
         gone.unlink()
-        await worker.wait_ready()
+        assert (
+            await worker.wait_ready()
+        ).device == "cuda:0"  # it waited for that, and took no slow CPU meanwhile
         assert worker.status().error is None
+        assert worker.is_back_soon
 
 
 async def test_a_device_that_was_never_there_fails_for_good() -> None:
