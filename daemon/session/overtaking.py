@@ -9,15 +9,19 @@ next routes go round it for a while.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from ...protocol.errors import Code
 from ...protocol.steps import Failure, Linked, Opened, Receipt
 from ...protocol.training import missing_parts
 from ..swarm.blame import SLOW
 from .ascent import Ascent
+from .deadlines import Settings
 from .events import CloseHop, FindRoute, HopLost, HopSaid, RouteFound, RouteMissing
-from .roster import Member, Standing
+from .roster import Member, Standing, Terms
 from .wiring import RouteRequest, covers
+
+AWAY_S: Final = 120.0  # so long the session asks others before one that was late: it may have been busy
 
 
 @dataclass(slots=True)
@@ -34,8 +38,13 @@ class Race:
 class Overtaking(Ascent):
     """At most one race at a time. It ends with any change of the wiring, and whenever the late hop shows life."""
 
-    _race: Race | None = None
-    _num_races = 0
+    def __init__(self, terms: Terms, settings: Settings) -> None:
+        super().__init__(terms, settings)
+        self._race: Race | None = None
+        self._num_races = 0
+        self._away: list[
+            tuple[float, Race]
+        ] = []  # lost by who was late, and until when it is not asked again
 
     # from being late to a race
 
@@ -44,6 +53,7 @@ class Overtaking(Ascent):
         late.late_at = float("inf")
         if self._race is not None or self._search.hole is not None:
             return
+        self._let_back()
         place, peers = late.place, frozenset((late.place.hop.peer,) if is_silent else ())
         request = self._roster.request(
             (place.start, place.end), self._suspicion.banned, whole=False, bridging=False
@@ -110,6 +120,7 @@ class Overtaking(Ascent):
         late, hop = race.late, race.late.place.hop
         self._roster.swap(late, race.others)
         self._suspicion.left(late.place)
+        self._away.append((self._now + AWAY_S, race))
         self._roster.avoided.add(hop)
         if race.is_silent:
             self._roster.avoided_peers.add(hop.peer)
@@ -117,6 +128,18 @@ class Overtaking(Ascent):
         self._charge(hop.peer, SLOW, reason)
         self._do(CloseHop(late.wire, self._farewell()))
         self._disturb(f"{late.name} {reason}", late)
+
+    def _find_missing(self) -> bool:
+        self._let_back()
+        return super()._find_missing()
+
+    def _let_back(self) -> None:
+        """Who was late long ago may be asked again."""
+        while self._away and self._away[0][0] <= self._now:
+            _, race = self._away.pop(0)
+            self._roster.avoided.discard(race.late.place.hop)
+            if race.is_silent:
+                self._roster.avoided_peers.discard(race.late.place.hop.peer)
 
     # who comes first: the late one
 

@@ -191,7 +191,7 @@ class Watch:
         probe, self._probe = self._probe, None
         hung = tuple(member for member in members if member.stage is None)
         if probe is not None and probe.early:
-            return self._look(chain, hung, now_s)
+            return self._look(chain, hung, now_s, all_hung=len(hung) == len(members))
         if probe is None or hung:
             return Hung(hung) if hung else None
         if probe.link is not None:
@@ -210,9 +210,13 @@ class Watch:
                 return Stuck(member)
         return Odd(chain[-1], "sent an answer that never came")
 
-    def _look(self, chain: Sequence[Member], hung: Sequence[Member], now_s: float) -> Finding | None:
+    def _look(
+        self, chain: Sequence[Member], hung: Sequence[Member], now_s: float, *, all_hung: bool
+    ) -> Finding | None:
         """What the answers tell before a deadline; None to wait on."""
         self._num_looks += 1
+        if all_hung and len(hung) > 1:
+            return None  # rather it is we who hear nothing
         if hung:
             return Late(hung[0], is_silent=True)
         has_it = next((member for member in chain if member.stage is not Stage.SENT), None)

@@ -91,7 +91,7 @@ class Writer:
                         events.append(f"{time.monotonic() - began:.1f} s {piece.event} {piece.detail}")
                     continue
                 now = time.monotonic()
-                if not tokens and now - began > SLOW_START_S:
+                if not tokens and self.gaps and now - began > SLOW_START_S:
                     self.slow_starts.append(
                         f"{now - began:.1f} s at {began:.1f}: {'; '.join(events) or 'no event'}"
                     )
@@ -134,10 +134,10 @@ class Disturber:
         self.returns_s: list[float] = []  # from being brought back to serving again
         self.problems: list[str] = []
 
-    def serve(self, start: int, end: int) -> Machine:
+    def serve(self, start: int, end: int, *, is_up: bool = True) -> Machine:
         """One more machine."""
         daemon = self._swarm.serve(f"m{next(self._names)}", start, end)
-        self.machines.append(Machine(daemon, (start, end)))
+        self.machines.append(Machine(daemon, (start, end), is_up=is_up))
         return self.machines[-1]
 
     def wait_whole(self) -> None:
@@ -227,8 +227,7 @@ class Disturber:
 
     def _join(self, machine: Machine) -> Callable[[], None]:
         """A newcomer takes its place; it says goodbye."""
-        newcomer = self.serve(*machine.span)
-        newcomer.is_up = False
+        newcomer = self.serve(*machine.span, is_up=False)
         self._wait_seen(newcomer)
         self.machines.remove(machine)
         newcomer.is_up = True
@@ -261,8 +260,9 @@ class Strike(NamedTuple):
 class Figures:
     """What a soak run showed. growth: resident bytes of each lasting process at the end over those before.
 
-    median_gap_s: between two tokens; longest_gap_s: likewise, by the last strike before its end; longest_start_s:
-    from a question to its first token. spacing_s: between two strikes, the median and the longest. return_s: of
+    median_gap_s: between two tokens; longest_gap_s: likewise, by the last strike before its end. first_start_s: from
+    a writer's first question to its first token, which is waiting for the client's own worker to start; median_start_s,
+    longest_start_s: likewise of all others. spacing_s: between two strikes, the median and the longest. return_s: of
     machines from being brought back to serving, likewise.
     """
 
@@ -271,6 +271,7 @@ class Figures:
     num_repairs: int
     median_gap_s: float
     longest_gap_s: dict[str, float]
+    first_start_s: float
     median_start_s: float
     longest_start_s: float
     slow_starts: tuple[str, ...]
@@ -315,7 +316,7 @@ def soak(
             stopping.wait(max(0.0, begin_s + (number + 1) * interval_s - time.monotonic()))
             tell(
                 f"{strikes[-1].at_s - begin_s:6.1f} s: {struck}, {num_up} of {len(disturber.machines)} up; "
-                + _since(strikes[-1].at_s, writers)
+                + _since(strikes[-1].at_s, writers, _problems(disturber, writers))
             )
         disturber.wait_whole()
         after = resident(disturber, client)
@@ -330,7 +331,8 @@ def _figures(
     disturber: Disturber, writers: list[Writer], strikes: list[Strike], growth: dict[str, float]
 ) -> Figures:
     gaps = [gap for writer in writers for gap in writer.gaps if not gap.first]
-    starts = [gap.length_s for writer in writers for gap in writer.gaps if gap.first]
+    starts = [[gap.length_s for gap in writer.gaps if gap.first] for writer in writers]
+    later_starts = [length_s for lengths in starts for length_s in lengths[1:]]
     spacing = [later.at_s - earlier.at_s for earlier, later in itertools.pairwise(strikes)]
     return Figures(
         num_texts=sum(writer.num_right for writer in writers),
@@ -338,17 +340,15 @@ def _figures(
         num_repairs=sum(writer.num_repairs for writer in writers),
         median_gap_s=round(median(gap.length_s for gap in gaps), 3),
         longest_gap_s=longest_by_strike(gaps, strikes),
-        median_start_s=round(median(starts), 1),
-        longest_start_s=round(max(starts), 1),
+        first_start_s=round(max(lengths[0] for lengths in starts), 1),
+        median_start_s=round(median(later_starts), 1),
+        longest_start_s=round(max(later_starts), 1),
         slow_starts=tuple(told for writer in writers for told in writer.slow_starts),
         strikes=dict(disturber.done),
         spacing_s=_spread(spacing),
         return_s=_spread(disturber.returns_s),
         growth={name: round(share, 3) for name, share in growth.items()},
-        problems=(
-            *(problem for writer in writers for problem in writer.problems),
-            *disturber.problems,
-        ),
+        problems=_problems(disturber, writers),
     )
 
 
@@ -357,7 +357,11 @@ def _spread(values: list[float]) -> tuple[float, float]:
     return (round(median(values), 1), round(max(values), 1)) if values else (0.0, 0.0)
 
 
-def _since(at_s: float, writers: list[Writer]) -> str:
+def _problems(disturber: Disturber, writers: list[Writer]) -> tuple[str, ...]:
+    return (*(problem for writer in writers for problem in writer.problems), *disturber.problems)
+
+
+def _since(at_s: float, writers: list[Writer], problems: tuple[str, ...]) -> str:
     """What has come of a strike."""
     gaps = [gap.length_s for writer in writers for gap in writer.gaps if gap.at_s > at_s and not gap.first]
     starts = [gap.length_s for writer in writers for gap in writer.gaps if gap.at_s > at_s and gap.first]
@@ -365,7 +369,7 @@ def _since(at_s: float, writers: list[Writer]) -> str:
         f"longest gap {max(gaps, default=0.0):.1f} s, longest start {max(starts, default=0.0):.1f} s",
         f"texts {[writer.num_right for writer in writers]}",
         f"repairs {[writer.num_repairs for writer in writers]}",
-        *(f"PROBLEM {problem}" for writer in writers for problem in writer.problems),
+        *(f"PROBLEM {problem}" for problem in problems),
     )
     return ", ".join(parts)
 

@@ -19,6 +19,7 @@ from corolla.daemon.session.lateness import (
     answer_s,
 )
 from corolla.daemon.session.machine import SessionMachine
+from corolla.daemon.session.overtaking import AWAY_S
 from corolla.daemon.session.roster import Terms
 from corolla.daemon.swarm.blame import LIGHT, SLOW
 from corolla.protocol.errors import Code, error
@@ -130,6 +131,23 @@ def test_a_hop_that_answers_nothing_is_overtaken_and_charged_little() -> None:
     assert bench.of(ev.Deliver) == [ev.Deliver(9, b"d")]
 
 
+def test_a_hop_that_was_late_may_come_back_later() -> None:
+    bench = running()
+    silent(bench)
+    bench.found(at(B, "new"))
+    bench.hear("new", Opened(ID))
+    bench.link(2, a=(4,), new=(4,), c=(4,))
+    bench.hear("c", Result(ID, 2, STEP, b"d"))
+    for after_s, is_avoided in ((AWAY_S - 10, True), (AWAY_S + 10, False)):
+        bench.now = LEAST_S + answer_s(LEAST_S) + after_s
+        bench.feed(ev.LeaveRequested(C.hop if is_avoided else at(C, "other").hop, "is slow"))
+        (question,) = bench.of(ev.FindRoute)
+        assert (B.hop in question.request.avoid, "b" in question.request.avoid_peers) == (is_avoided,) * 2
+        bench.found(at(C, "other"))
+        bench.hear("other", Opened(ID))
+        bench.link(3, a=(5,), new=(5,), other=(5,))
+
+
 def test_a_result_in_time_ends_the_race_and_nothing_has_changed() -> None:
     bench = running()
     silent(bench)
@@ -192,6 +210,13 @@ def test_a_step_between_two_hops_makes_neither_of_them_late() -> None:
         bench.hear("a", At(ID, 1, STEP, Stage.SENT))
         bench.hear("b", At(ID, 1, STEP, Stage.UNKNOWN))
         bench.hear("c", At(ID, 1, STEP, Stage.UNKNOWN))
+        assert not bench.of(ev.FindRoute)
+
+
+def test_where_nobody_answers_nobody_is_late() -> None:
+    bench = running()
+    for _ in range(4):
+        bench.tick()
         assert not bench.of(ev.FindRoute)
 
 
