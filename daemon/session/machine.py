@@ -419,6 +419,7 @@ class SessionMachine(Overtaking):
                 self._send(member, Where(self._terms.session, self._epoch, step_id))
 
     def _on_at(self, member: Member, message: At) -> None:
+        self._answers(member)
         self._watch.hear(member, message)
         if self._watch.is_asking and all(other.stage is not None for other in self._roster):
             self._conclude()

@@ -44,7 +44,7 @@ class Overtaking(Ascent):
         self._num_races = 0
         self._away: list[
             tuple[float, Race]
-        ] = []  # lost by who was late, and until when it is not asked again
+        ] = []  # races lost, and until when the late hop is not asked again
 
     # from being late to a race
 
@@ -146,6 +146,11 @@ class Overtaking(Ascent):
     def _shows_life(self, member: Member) -> None:
         if self._race is not None and self._race.late is member:
             self._end_race()
+
+    def _answers(self, member: Member) -> None:
+        """A daemon that was silent is not; of a worker that is late that says nothing."""
+        if self._race is not None and self._race.is_silent:
+            self._shows_life(member)
 
     def _end_race(self) -> None:
         """The others are not needed, or cannot come."""

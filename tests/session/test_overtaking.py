@@ -169,6 +169,21 @@ def test_a_hop_that_shows_that_it_computes_is_not_overtaken() -> None:
     assert not bench.of(ev.Charge)
 
 
+def test_a_daemon_that_answers_after_all_is_not_overtaken_and_a_worker_is() -> None:
+    bench = running()
+    silent(bench)
+    bench.found(at(B, "new"))
+    bench.hear("b", At(ID, 1, STEP, Stage.RECEIVED))
+    assert ev.CloseHop(bench.wires["new"], CloseSession(ID)) in bench.done
+    bench.tick()
+    for name, stage in (("a", Stage.SENT), ("b", Stage.RECEIVED), ("c", Stage.UNKNOWN)):
+        bench.hear(name, At(ID, 1, STEP, stage))
+    bench.found(at(B, "other"))
+    bench.hear("b", At(ID, 1, STEP, Stage.RECEIVED))
+    bench.hear("other", Opened(ID))
+    assert bench.machine.phase is Phase.LINKING
+
+
 def test_a_hop_that_nobody_can_replace_is_waited_for_until_the_deadline() -> None:
     bench = running()
     silent(bench)
