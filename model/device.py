@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import CudaRecorder, Recorder
-from .linear import PackedLinear
+from .linear import FrozenLinear
 
 HAS_COMPILER: Final = find_spec("numba") is not None
 
@@ -34,7 +34,7 @@ def ways_of(device: torch.device) -> Ways:
 
 def quick_product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """`layer` itself, or what multiplies a few rows (num_rows, in_features) faster."""
-    if not HAS_COMPILER or not isinstance(layer, PackedLinear) or layer.strips is None:
+    if not HAS_COMPILER or not isinstance(layer, FrozenLinear) or layer.strips is None:
         return layer
     from .compiled.decoder import Head
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from enum import IntEnum
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
+from .quantization import INT4_GROUP, Stored, can_hold, from_nf4, multiply_nf4, quantize
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
 _FEWEST_ROWS: Final = 4
 
-STRIP: Final = 64  # outputs that oneDNN packs together on a CPU with AVX-512
+STRIP: Final = 64  # outputs that oneDNN and torch's int4 pack together on a CPU with AVX-512
+_STRIP_INPUTS: Final = 16  # what our kernels read at a time
 
 # Weights of 8 and 4 bits, 1024 → 2816, µs on two shared cores. int8: 86 for one row, 164 for 4, 514 for 8: the
 # kernel's tiles end at 4 rows, so more are cut into fours. Dequantized: 510 for 8, 640 for 16, 930 for 32 (1230
@@ -41,11 +43,34 @@ _INT4_ROWS: Final = 96
 _TILE_FEATURES: Final = 512  # of output, dequantized at a time: a few MB, which stay in the cache
 
 
+class Form(IntEnum):
+    """What weights look like to `compiled.layers`. Outputs come in strips of `STRIP`, one strip after the other.
+
+    FLOAT32: in a strip input after input. BFLOAT16: in pairs of inputs, the two of an output together. INT8: output
+    after output. INT4: input after input, in a byte two outputs half a strip apart.
+    """
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+
+
+class Strips(NamedTuple):
+    """weights: their address. scales: as the form has them, or None; they belong to num_scaled outputs."""
+
+    form: Form
+    weights: int
+    scales: Tensor | None = None
+    num_scaled: int = 0
+
+
 class FrozenLinear(nn.Module, ABC):
     """A linear layer with weights in a form of its own: neither parameters nor buffers, since `state_dict`
     and `to` could not handle most of them.
 
-    bytes: of weight and bias. A low-rank term is added around a layer: `layer(rows) + b(a(rows))`.
+    strips: where the weights are, for kernels of our own, if those know their form. bytes: of weight and bias.
+    A low-rank term is added around a layer: `layer(rows) + b(a(rows))`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, weight_bytes: int) -> None:
@@ -53,6 +78,7 @@ class FrozenLinear(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.bias: Tensor | None = bias
+        self.strips: Strips | None = None
         self.bytes = weight_bytes + (bias.nbytes if bias is not None else 0)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -94,8 +120,6 @@ class _Product(torch.autograd.Function):
 class PackedLinear(FrozenLinear):
     """Weights as oneDNN packs them, on a CPU. `packed` is an opaque oneDNN tensor.
 
-    strips: its address, if it lies in strips of `STRIP` outputs, in each of them input after input; else None.
-
     Backward unpacks them for a moment: 2 ms for 1024 → 2816, a few percent of a micro-batch, against keeping
     a second copy of all weights.
     """
@@ -104,7 +128,7 @@ class PackedLinear(FrozenLinear):
         """weight: (out_features, in_features), contiguous, on the CPU."""
         super().__init__(weight.shape[1], weight.shape[0], bias, weight.nbytes)
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.strips = _strips(self.packed, weight)
+        self.strips = _strips_of(self.packed, weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
         num_rows = rows.numel() // rows.shape[-1]
@@ -127,17 +151,21 @@ class PackedLinear(FrozenLinear):
         return product
 
 
-def _strips(packed: Tensor, weight: Tensor) -> int | None:
-    """Whether `weight` (out, in) lies packed as (out / STRIP, in, STRIP) is found by looking at both its ends."""
+def _strips_of(packed: Tensor, weight: Tensor) -> Strips | None:
+    """How oneDNN lays out its weights is found by looking at both ends of them."""
+    forms = {torch.float32: (Form.FLOAT32, 1), torch.bfloat16: (Form.BFLOAT16, 2)}
     num_strips, is_odd = divmod(weight.shape[0], STRIP)
-    is_whole = num_strips and not is_odd and weight.dtype is torch.float32
-    if not is_whole or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+    if not num_strips or is_odd or weight.dtype not in forms or weight.shape[1] % _STRIP_INPUTS:
         return None
+    if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        return None
+    form, together = forms[weight.dtype]
     address = int(torch.ops.mkldnn.data_ptr(packed))
-    numbers = (ctypes.c_float * weight.numel()).from_address(address)
-    strips = torch.frombuffer(numbers, dtype=torch.float32).view(num_strips, weight.shape[1], STRIP)
+    numbers = (ctypes.c_byte * weight.nbytes).from_address(address)
+    lying = torch.frombuffer(numbers, dtype=weight.dtype)
+    strips = lying.view(num_strips, weight.shape[1] // together, STRIP, together).transpose(1, 2).flatten(2)
     ends = ((strips[0], weight[:STRIP]), (strips[-1], weight[-STRIP:]))
-    return address if all(torch.equal(strip.T, rows) for strip, rows in ends) else None
+    return Strips(form, address) if all(torch.equal(*end) for end in ends) else None
 
 
 class _Joint:
@@ -290,6 +318,8 @@ class Int8Linear(_Rounded):
         codes, scales = stored.tensors["codes"], stored.tensors["scales"]
         super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
         self._codes, self._scales = codes, scales
+        if self.out_features % STRIP == 0 and self.in_features % _STRIP_INPUTS == 0:
+            self.strips = Strips(Form.INT8, codes.data_ptr(), scales.float(), self.out_features)
 
     def _multiply_few(self, rows: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(rows, self._codes, self._scales)
@@ -327,6 +357,8 @@ class Int4Linear(_Rounded):
         self._packed: Tensor = packed  # (filled outputs, in_features / 2) uint8, by name
         self._scales = F.pad(scales, (0, 0, 0, missing)).contiguous()  # (in / group, filled outputs, 2)
         self._group = in_features // scales.shape[0]
+        if self._block == STRIP and not missing and self._group == INT4_GROUP:
+            self.strips = Strips(Form.INT4, packed.data_ptr(), self._scales, out_features)
 
     def _multiply_few(self, rows: Tensor) -> Tensor:
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

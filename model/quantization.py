@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Changed whenever the same weights would be stored otherwise, so that older shelves are not read.
 VERSION: Final = 1
-_GROUP: Final = 32  # weights that share a step and a middle in int4: 5 bits a weight; 64 are clearly worse
+INT4_GROUP: Final = (
+    32  # weights that share a step and a middle in int4: 5 bits a weight; 64 are clearly worse
+)
 _NF4_GROUP: Final = 64  # bitsandbytes' own choice: 4.5 bits a weight
 _INT8_MULTIPLE: Final = 32  # torch's int8 kernel reads beyond rows that are no multiple of 16
 _ALIGNMENT: Final = 16  # bytes; torch's int8 kernel crashes on codes that begin between
@@ -82,9 +84,11 @@ def scheme_of(name: str | None) -> Quantization | None:
 
 def can_hold(scheme: Quantization, out_features: int, in_features: int) -> bool:
     """Whether weights of this shape can be kept so; others stay as they are."""
-    multiple = {Quantization.INT8: _INT8_MULTIPLE, Quantization.INT4: _GROUP, Quantization.NF4: _NF4_GROUP}[
-        scheme
-    ]
+    multiple = {
+        Quantization.INT8: _INT8_MULTIPLE,
+        Quantization.INT4: INT4_GROUP,
+        Quantization.NF4: _NF4_GROUP,
+    }[scheme]
     return out_features > 0 and in_features > 0 and in_features % multiple == 0
 
 
@@ -93,7 +97,7 @@ def weight_bytes(scheme: Quantization, out_features: int, in_features: int) -> i
     count = out_features * in_features
     if scheme is Quantization.INT8:
         return count + 2 * out_features
-    return count // 2 + count // (_GROUP if scheme is Quantization.INT4 else _NF4_GROUP) * 4
+    return count // 2 + count // (INT4_GROUP if scheme is Quantization.INT4 else _NF4_GROUP) * 4
 
 
 def quantize(weight: Tensor, scheme: Quantization) -> Stored:
@@ -118,7 +122,7 @@ def dequantize(stored: Stored) -> Tensor:
         case Quantization.INT4:
             steps, middles = scales.float().permute(2, 1, 0)[..., None]  # (out, in / group, 1) each
             pairs = torch.stack([codes & 15, codes >> 4], dim=-1).view(stored.shape)
-            grouped = pairs.view(stored.shape[0], -1, _GROUP).float() - 8
+            grouped = pairs.view(stored.shape[0], -1, INT4_GROUP).float() - 8
             weights: Tensor = (grouped * steps).add_(middles)
             return weights.view(stored.shape)
         case Quantization.NF4:
@@ -158,7 +162,7 @@ def _int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Codes over a group's whole range, then the line through weights over codes with the least squared error,
     and codes for that: a twentieth less error than the range alone.
     """
-    groups = weight.view(weight.shape[0], -1, _GROUP)
+    groups = weight.view(weight.shape[0], -1, INT4_GROUP)
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     step = _rounded((high - low).div_(15).clamp_min_(1e-30))
     middle = _rounded(low + 8 * step)

@@ -246,7 +246,8 @@ class Span:
         from .compiled.decoder import Decoder, are_walkable  # here, because numba may be missing
 
         forms = list(self._classics.values())
-        if len(forms) < len(self._blocks) or self.dtype is not torch.float32 or not are_walkable(forms):
+        is_known = self.dtype in (torch.float32, torch.bfloat16)
+        if not is_known or len(forms) < len(self._blocks) or not are_walkable(forms):
             return None
         return Decoder(self._classics, cache)
 

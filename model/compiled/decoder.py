@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..attention import Placement
 from ..cache import Cache
 from ..classic import Classic, Gated, Turns
-from ..linear import STRIP, PackedLinear
+from ..linear import STRIP, Form, FrozenLinear, Strips
 from ..norms import RootMeanSquareNorm
 from . import walk as way
-from .intrinsics import LANES
 from .kernels import KEYS
 from .team import Team
+from .tiles import LANES
 
 MOST_TOKENS: Final = (
     32  # of a pass; from there on oneDNN's products are as fast, and calls are few beside them
@@ -37,18 +37,16 @@ class Decoder:
     """The blocks of one span with its cache, as the walk takes them."""
 
     def __init__(self, forms: Mapping[int, Classic], cache: Cache) -> None:
-        """forms: all `are_walkable`; cache: not paged, float32."""
+        """forms: all `are_walkable`; cache: not paged, in float32 or bfloat16."""
         self._team = Team(torch.get_num_threads())
         self._start = min(forms)
         self._forms = [forms[block] for block in sorted(forms)]
         first = self._forms[0]
-        layers = [_layers(form) for form in self._forms]
+        _, output, _, down = _layers(first)
         keys = cache.keys(self._start)
+        self._addresses = _Addresses()
         self._blocks = way.Blocks(
-            parts=np.array(
-                [_parts(form, *own, cache) for form, own in zip(self._forms, layers, strict=True)],
-                dtype=np.int64,
-            ),
+            parts=np.array([self._addresses.block(form, cache) for form in self._forms], dtype=np.int64),
             eps=np.array([_eps(form) for form in self._forms], dtype=np.float32),
             scalings=np.array([form.scaling for form in self._forms], dtype=np.float32),
             windows=np.array([form.window or _EVERYTHING for form in self._forms], dtype=np.int64),
@@ -56,11 +54,12 @@ class Decoder:
             num_heads=first.num_heads,
             num_kv_heads=first.num_kv_heads,
             head_dim=first.head_dim,
-            inner_size=layers[0][3].in_features,
+            inner_size=down.in_features,
             num_slots=keys.shape[1],
+            number_bytes=keys.element_size(),
         )
         self._cache = cache
-        self._room = self._make_room(layers[0][1].out_features)
+        self._room = self._make_room(output.out_features)
 
     def takes(self, placement: Placement) -> bool:
         """Whether this is a batch for it."""
@@ -69,12 +68,12 @@ class Decoder:
 
     def forward(self, hidden: Tensor, turns: Turns, placement: Placement, blocks: range) -> Tensor:
         """(num_tokens, hidden_size) after `blocks`, of a batch that it `takes`."""
-        states = hidden.detach().clone(memory_format=torch.contiguous_format)
+        states = hidden.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         tokens = self._tokens(states, turns, placement)
         self._room.counters.fill(0)
         first = blocks.start - self._start
         self._team.run(way.walk, first, first + len(blocks), self._blocks, tokens, self._room)
-        return states
+        return states.to(hidden.dtype)
 
     def _tokens(self, states: Tensor, turns: Turns, placement: Placement) -> way.Tokens:
         runs: list[tuple[int, int, int]] = []
@@ -117,68 +116,59 @@ class Decoder:
             parts=zeros(MOST_TOKENS, most_splits, num_heads, dim),
             marks=zeros(MOST_TOKENS, most_splits, num_heads, 2),
             normed=zeros(members, MOST_TOKENS, largest),
-            sums=zeros(members, 2, MOST_TOKENS, STRIP),
+            sums=zeros(members, 3, MOST_TOKENS, STRIP),
             scores=zeros(members, num_heads // blocks.num_kv_heads, KEYS),
+            wide=zeros(members, KEYS, dim),
             counters=np.zeros((len(self._forms), way.NUM_STAGES, way.LINE), dtype=np.int64),
             meeting=np.zeros((2, way.LINE), dtype=np.int64),
         )
 
 
 class Head:
-    """One packed layer, for a few rows at a time."""
+    """One layer with `strips`, for a few rows at a time."""
 
-    def __init__(self, layer: PackedLinear) -> None:
-        """layer: with `strips`."""
+    def __init__(self, layer: FrozenLinear) -> None:
         self._layer = layer
+        self._addresses = _Addresses()
+        self._words = np.array(self._addresses.layer(layer), dtype=np.int64)
         self._team = team = Team(torch.get_num_threads())
-        self._sums = np.zeros((team.num_members, MOST_TOKENS, STRIP), dtype=np.float32)
+        self._sums = np.zeros((team.num_members, 3, MOST_TOKENS, STRIP), dtype=np.float32)
         self._counter = np.zeros(way.LINE, dtype=np.int64)
         self._meeting = np.zeros((2, way.LINE), dtype=np.int64)
         self.multiply(torch.zeros(1, layer.in_features))  # it is compiled now, not amid a text
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """(num_rows, in_features) → (num_rows, out_features)."""
+        """(num_rows, in_features) → (num_rows, out_features), of a few rows in float32."""
         if rows.shape[0] > MOST_TOKENS:
-            return self._layer.multiply(rows)
-        product = rows.new_empty((rows.shape[0], self._layer.out_features))
+            return self._layer(rows)  # type: ignore[no-any-return]
+        product = torch.empty((rows.shape[0], self._layer.out_features))
         self._counter.fill(0)
+        numbers = rows.float().contiguous().numpy()
         self._team.run(
-            way.multiply,
-            rows.contiguous().numpy(),
-            self._layer.strips or 0,
-            _address(self._layer.bias),
-            product.numpy(),
-            self._sums,
-            self._counter,
-            self._meeting,
+            way.multiply, numbers, self._words, product.numpy(), self._sums, self._counter, self._meeting
         )
         return product
 
 
 def are_walkable(forms: Sequence[Classic]) -> bool:
     """Whether the walk computes what these blocks compute, all of one shape."""
+    if not all(_is_walkable(form) for form in forms):
+        return False
     shapes = {
-        (
-            form.num_heads,
-            form.num_kv_heads,
-            form.head_dim,
-            *(layer.out_features for layer in _layers(form)),
-        )
+        (form.num_heads, form.num_kv_heads, form.head_dim, *(layer.out_features for layer in _layers(form)))
         for form in forms
-        if _is_walkable(form)
     }
-    return len(shapes) == 1 and all(_is_walkable(form) for form in forms)
+    return len(shapes) == 1
 
 
 def _is_walkable(form: Classic) -> bool:
     rest = form.rest
     if not isinstance(rest, Gated) or not _is_silu(rest.activation):
         return False
-    norms = [form.first_norm, form.second_norm, form.query_norm, form.key_norm]
+    norms = (form.first_norm, form.second_norm, form.query_norm, form.key_norm)
     if any(norm is not None and not isinstance(norm, RootMeanSquareNorm) for norm in norms):
         return False
-    layers = (form.queries_keys_values, form.output, rest.both, rest.down)
-    if not all(isinstance(layer, PackedLinear) and layer.strips is not None for layer in layers):
+    if any(getattr(layer, "strips", None) is None for layer in _layers(form)):
         return False
     return form.head_dim % LANES == 0 and rest.size % STRIP == 0
 
@@ -193,16 +183,41 @@ def _layers(form: Classic) -> tuple[Any, Any, Any, Any]:
     return form.queries_keys_values, form.output, rest.both, rest.down
 
 
-def _parts(form: Classic, heads: Any, output: Any, both: Any, down: Any, cache: Cache) -> list[int]:
-    """In the order of `walk`'s names for them."""
-    norms = (form.first_norm, form.second_norm, form.query_norm, form.key_norm)
-    layers = (heads, output, both, down)
-    return [
-        *(0 if norm is None else _address(norm.weight) for norm in norms),
-        *(number for layer in layers for number in (layer.strips, _address(layer.bias))),
-        _address(cache.keys(form.block)),
-        _address(cache.values(form.block)),
-    ]
+class _Addresses:
+    """Of tensors, which it keeps; float32 copies of those that are something else."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def of(self, tensor: Tensor | None) -> int:
+        """0 for what is not there."""
+        return 0 if tensor is None else self.as_it_is(tensor.detach().float().contiguous())
+
+    def as_it_is(self, tensor: Tensor) -> int:
+        """Of `tensor` itself, whatever it is made of."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def layer(self, layer: FrozenLinear) -> list[int]:
+        """The words of a layer with `strips`, in the order of `layers`."""
+        form, weights, scales, num_scaled = layer.strips or Strips(Form.FLOAT32, 0)
+        return [
+            weights,
+            self.of(layer.bias),
+            0 if scales is None else self.as_it_is(scales),
+            form,
+            num_scaled,
+        ]
+
+    def block(self, form: Classic, cache: Cache) -> list[int]:
+        """In the order of `walk`'s names for them."""
+        norms: list[Any] = [form.first_norm, form.second_norm, form.query_norm, form.key_norm]
+        return [
+            *(0 if norm is None else self.of(norm.weight) for norm in norms),
+            *(word for layer in _layers(form) for word in self.layer(layer)),
+            self.as_it_is(cache.keys(form.block)),
+            self.as_it_is(cache.values(form.block)),
+        ]
 
 
 def _eps(form: Classic) -> list[float]:
@@ -211,9 +226,5 @@ def _eps(form: Classic) -> list[float]:
 
 
 def _lines(turned: Tensor) -> Any:
-    """(num_tokens, 1, head_dim) as (num_tokens, head_dim)."""
-    return turned.reshape(turned.shape[0], -1).contiguous().numpy()
-
-
-def _address(tensor: Any) -> int:
-    return 0 if tensor is None else int(tensor.data_ptr())
+    """(num_tokens, 1, head_dim) as (num_tokens, head_dim) float32."""
+    return turned.reshape(turned.shape[0], -1).float().contiguous().numpy()

@@ -1,6 +1,6 @@
 """The arithmetic of a classic block for a few tokens, in float32: compiled, without Python, on one thread each.
 
-All arrays are C-contiguous. Weights, keys and values stand by their addresses. Each token is computed by itself:
+All arrays are C-contiguous. Keys and values stand by their addresses. Each token is computed by itself:
 what it gets does not depend on those beside it. NaN and infinity come out as they go in.
 
 Source: Milakov and Gimelshein 2018, Online normalizer calculation for softmax; Muller et al. 2018, Handbook of
@@ -10,49 +10,23 @@ Floating-Point Arithmetic, for exp; Dao et al. 2023, Flash-Decoding, for keys in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import numpy as np
-from numba import carray, njit  # type: ignore[attr-defined]
-from numpy.typing import NDArray
+from numba import carray  # type: ignore[attr-defined]
 
 from ..linear import STRIP
-from .intrinsics import (
-    add_product_1x1,
-    add_product_1x4,
-    add_product_2x4,
-    add_product_4x1,
-    add_product_4x4,
-    numbers_at,
-    of_bits,
-)
+from .compilation import Number, Numbers, compiled, summing
+from .intrinsics import bits_of, halves_at, numbers_at, of_bits
+from .tiles import LANES, MOST_ROWS, add_float32, add_narrow_float32
 
 KEYS: Final = 128  # that are scored at a time: with 64 numbers each 32 KB
 
-Numbers = NDArray[np.float32]
-Number = Any  # a float32; Python has no such arithmetic
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-_INPUTS: Final = 128  # of a strip that several rows share while it is in the processor's first cache: 32 KB
 _LOG2_E: Final = np.float32(1.4426950408889634)
 # ln 2 in two parts: multiples of the first up to 126 are exact.
 _LN_2_FIRST: Final = np.float32(0.693359375)
 _LN_2_REST: Final = np.float32(math.log(2) - 0.693359375)
 _LEAST: Final = np.float32(-87.3)  # whose power of e is a normal float32
-
-
-def compiled(function: Function) -> Function:
-    """Machine code that lets go of Python's lock; kept on disk, beside its source where that can be written."""
-    made: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
-    return made  # type: ignore[no-any-return]
-
-
-def summing(function: Function) -> Function:
-    """As `compiled`, with sums in any order, so that they are taken in vectors."""
-    loose = {"contract", "reassoc", "nsz"}
-    made: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=loose)(function)
-    return made  # type: ignore[no-any-return]
 
 
 @compiled
@@ -71,7 +45,7 @@ def exp_negative(number: Number) -> Number:
     power = np.float32(1 / 2) + rest * power
     power = np.float32(1) + rest * power
     power = np.float32(1) + rest * power
-    return power * of_bits(np.int32((whole + np.int32(127)) << np.int32(23)))
+    return power * of_bits(np.uint32((whole + np.int32(127)) << np.int32(23)))
 
 
 @summing
@@ -88,100 +62,14 @@ def normalize(rows: Numbers, weight: Numbers, eps: Number, normed: Numbers) -> N
 
 
 @compiled
-def multiply_strip(rows: Numbers, num_inputs: int, strip: int, sums: Numbers) -> None:
-    """sums = rows @ strip. rows: (num_rows, ≥ num_inputs). strip: address of (num_inputs, STRIP).
-
-    sums: (num_rows, STRIP).
-    """
-    num_rows, row_bytes, sums_bytes = rows.shape[0], rows.strides[0], sums.strides[0]
-    sums[:num_rows] = 0
-    step = num_inputs if num_rows <= 4 else _INPUTS
-    for first in range(0, num_inputs, step):
-        num = min(step, num_inputs - first)
-        part = strip + first * STRIP * 4
-        row = 0
-        while row < num_rows:
-            inputs = rows.ctypes.data + row * row_bytes + first * 4
-            place = sums.ctypes.data + row * sums_bytes
-            left = num_rows - row
-            if left >= 4:
-                add_product_4x4(inputs, row_bytes, part, STRIP * 4, num, place, sums_bytes)
-                row += 4
-            elif left >= 2:
-                add_product_2x4(inputs, row_bytes, part, STRIP * 4, num, place, sums_bytes)
-                row += 2
-            else:
-                add_product_1x4(inputs, row_bytes, part, STRIP * 4, num, place, sums_bytes)
-                row += 1
-
-
-@compiled
-def project(
-    rows: Numbers, num_inputs: int, layer: int, bias: int, unit: int, sums: Numbers, output: Numbers
-) -> None:
-    """One strip of `rows @ weight.T + bias` into output[:, unit * STRIP :].
-
-    layer, bias: addresses; a bias of 0 is none.
-    """
-    multiply_strip(rows, num_inputs, layer + unit * num_inputs * STRIP * 4, sums)
-    first = unit * STRIP
-    if bias:
-        offsets = carray(numbers_at(bias + first * 4), (STRIP,))
-        for row in range(rows.shape[0]):
-            for i in range(STRIP):
-                output[row, first + i] = sums[row, i] + offsets[i]
-    else:
-        for row in range(rows.shape[0]):
-            for i in range(STRIP):
-                output[row, first + i] = sums[row, i]
-
-
-@compiled
-def project_onto(
-    rows: Numbers, num_inputs: int, layer: int, bias: int, unit: int, sums: Numbers, states: Numbers
-) -> None:
-    """As `project`, added to `states`."""
-    multiply_strip(rows, num_inputs, layer + unit * num_inputs * STRIP * 4, sums)
-    first = unit * STRIP
-    if bias:
-        offsets = carray(numbers_at(bias + first * 4), (STRIP,))
-        for row in range(rows.shape[0]):
-            for i in range(STRIP):
-                sums[row, i] += offsets[i]
-    for row in range(rows.shape[0]):
-        for i in range(STRIP):
-            states[row, first + i] += sums[row, i]
-
-
-@compiled
-def gate(
-    rows: Numbers,
-    num_inputs: int,
-    layer: int,
-    bias: int,
-    size: int,
-    unit: int,
-    sums: Numbers,
-    others: Numbers,
-    gated: Numbers,
-) -> None:
-    """One strip of silu(gate) * up. The layer's first `size` outputs are the gate's, the others those of up."""
-    strip_bytes, first = num_inputs * STRIP * 4, unit * STRIP
-    multiply_strip(rows, num_inputs, layer + unit * strip_bytes, sums)
-    multiply_strip(rows, num_inputs, layer + (unit + size // STRIP) * strip_bytes, others)
-    if bias:
-        offsets = carray(numbers_at(bias + first * 4), (STRIP,))
-        more = carray(numbers_at(bias + (size + first) * 4), (STRIP,))
-        for row in range(rows.shape[0]):
-            for i in range(STRIP):
-                sums[row, i] += offsets[i]
-                others[row, i] += more[i]
-    for row in range(rows.shape[0]):
-        for i in range(STRIP):
+def gate(sums: Numbers, others: Numbers, gated: Numbers) -> None:
+    """gated = silu(sums) * others; (num_rows, size) each."""
+    for row in range(sums.shape[0]):
+        for i in range(sums.shape[1]):
             number = sums[row, i]
             small = exp_negative(-abs(number))  # silu(x) = x / (1 + e^-x), without an overflow
             share = np.float32(1.0) if number >= 0 else small
-            gated[row, first + i] = number * share / (np.float32(1.0) + small) * others[row, i]
+            gated[row, i] = number * share / (np.float32(1.0) + small) * others[row, i]
 
 
 @compiled
@@ -261,24 +149,36 @@ def gather(weights: Numbers, num: int, values: int, parts: Numbers) -> None:
     """
     group, dim = parts.shape
     weight_bytes, part_bytes = weights.strides[0], parts.strides[0]
-    head = 0
-    while head < group:
-        is_four = group - head >= 4
+    for head in range(0, group, MOST_ROWS):
+        many = min(MOST_ROWS, group - head)
         inputs = weights.ctypes.data + head * weight_bytes
         place = parts.ctypes.data + head * part_bytes
-        first = 0
-        while first < dim:
-            strip, sums = values + first * 4, place + first * 4
-            if dim - first >= 64:
-                if is_four:
-                    add_product_4x4(inputs, weight_bytes, strip, dim * 4, num, sums, part_bytes)
-                else:
-                    add_product_1x4(inputs, weight_bytes, strip, dim * 4, num, sums, part_bytes)
-                first += 64
-            else:
-                if is_four:
-                    add_product_4x1(inputs, weight_bytes, strip, dim * 4, num, sums, part_bytes)
-                else:
-                    add_product_1x1(inputs, weight_bytes, strip, dim * 4, num, sums, part_bytes)
-                first += 16
-        head += 4 if is_four else 1
+        wide = dim - dim % STRIP
+        for first in range(0, wide, STRIP):
+            piece, sums = values + first * 4, place + first * 4
+            add_float32(many, inputs, weight_bytes, piece, dim * 4, num, sums, part_bytes)
+        for first in range(wide, dim, LANES):
+            piece, sums = values + first * 4, place + first * 4
+            add_narrow_float32(many, inputs, weight_bytes, piece, dim * 4, num, sums, part_bytes)
+
+
+@compiled
+def widen(source: int, numbers: Numbers) -> None:
+    """numbers = the bfloat16 numbers at the address `source`, as many."""
+    flat = numbers.reshape(numbers.size)
+    halves = carray(halves_at(source), (numbers.size,))
+    for i in range(numbers.size):
+        flat[i] = of_bits(np.uint32(halves[i]) << np.uint32(16))
+
+
+@compiled
+def narrow(numbers: Numbers, target: int) -> None:
+    """Put `numbers` (size,) as bfloat16, rounded to the nearest, at the address `target`."""
+    halves = carray(halves_at(target), (numbers.size,))
+    for i in range(numbers.size):
+        bits = bits_of(numbers[i])
+        if numbers[i] != numbers[i]:
+            halves[i] = np.uint16(0x7FC0)
+        else:
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            halves[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))

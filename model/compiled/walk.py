@@ -10,34 +10,18 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
-from numpy.typing import NDArray
 
 from ..linear import STRIP
+from .compilation import Numbers, Words, compiled
 from .intrinsics import claim, clear, give_way, numbers_at, peek
-from .kernels import (
-    KEYS,
-    Numbers,
-    compiled,
-    exp_negative,
-    gate,
-    gather,
-    normalize,
-    project,
-    project_onto,
-    score,
-    soften,
-    sum_of,
-    turn,
-)
+from .kernels import KEYS, exp_negative, gate, gather, narrow, normalize, score, soften, sum_of, turn, widen
+from .layers import NUM_WORDS, multiply_strip
 
-Words = NDArray[np.int64]
-
-# What `Blocks.parts` holds of a block, in this order: addresses, 0 for what it has not.
+# What `Blocks.parts` holds of a block: addresses of norms, 0 for what it has not; layers; addresses in the cache.
 FIRST_NORM, SECOND_NORM, QUERY_NORM, KEY_NORM = range(4)
-ALL_HEADS, ALL_HEADS_BIAS, OUTPUT, OUTPUT_BIAS = range(4, 8)
-GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS = range(8, 12)
-CACHED_KEYS, CACHED_VALUES = range(12, 14)
-NUM_PARTS: Final = 14
+ALL_HEADS, OUTPUT, GATE_UP, DOWN = range(4, 4 + 4 * NUM_WORDS, NUM_WORDS)
+CACHED_KEYS, CACHED_VALUES = range(DOWN + NUM_WORDS, DOWN + NUM_WORDS + 2)
+NUM_PARTS: Final = CACHED_VALUES + 1
 
 NUM_STAGES: Final = 5  # of a block, each with a counter
 LINE: Final = 8  # 64-bit words in a line of the processor's caches, which no two counters share
@@ -47,7 +31,7 @@ _PATIENCE: Final = 4000  # looks at a counter before the processor is offered to
 class Blocks(NamedTuple):
     """What stays from pass to pass. parts: (num_blocks, NUM_PARTS) int64. eps: (num_blocks, 4), of the norms in
     their order there. scalings: (num_blocks,). windows, groups: (num_blocks,) int64; how many tokens are attended,
-    and by which table."""
+    and by which table. number_bytes: of a key's numbers, 4 for float32 and 2 for bfloat16."""
 
     parts: Words
     eps: Numbers
@@ -59,6 +43,7 @@ class Blocks(NamedTuple):
     head_dim: int
     inner_size: int
     num_slots: int
+    number_bytes: int
 
 
 class Tokens(NamedTuple):
@@ -85,8 +70,8 @@ class Room(NamedTuple):
 
     heads: (tokens, heads + 2 * kv_heads, dim). gated: (tokens, inner_size). parts: (tokens, splits, heads, dim), and
     marks: (tokens, splits, heads, 2), maximum and sum of each. normed: (members, tokens, largest size). sums:
-    (members, 2, tokens, STRIP). scores: (members, group, KEYS). counters: (num_blocks, NUM_STAGES, LINE) int64, all
-    0. meeting: (2, LINE) int64.
+    (members, 3, tokens, STRIP). scores: (members, group, KEYS). wide: (members, KEYS, dim), keys or values as
+    float32. counters: (num_blocks, NUM_STAGES, LINE) int64, all 0. meeting: (2, LINE) int64.
     """
 
     heads: Numbers
@@ -96,6 +81,7 @@ class Room(NamedTuple):
     normed: Numbers
     sums: Numbers
     scores: Numbers
+    wide: Numbers
     counters: Words
     meeting: Words
 
@@ -124,8 +110,7 @@ def walk(
     """Blocks [first, last), counted from the span's first."""
     num_tokens, hidden_size = tokens.states.shape
     dim, num_heads = blocks.head_dim, blocks.num_heads
-    normed = room.normed[member, :num_tokens]
-    sums, others = room.sums[member, 0, :num_tokens], room.sums[member, 1, :num_tokens]
+    normed, sums = room.normed[member, :num_tokens], room.sums[member]
     heads = room.heads[:num_tokens]
     flat = heads.reshape(num_tokens, heads.shape[1] * dim)
     gated = room.gated[:num_tokens]
@@ -134,84 +119,66 @@ def walk(
 
         weight = carray(numbers_at(parts[FIRST_NORM]), (hidden_size,))
         normalize(tokens.states, weight, eps[FIRST_NORM], normed)
-        share_project(normed, hidden_size, parts[ALL_HEADS], parts[ALL_HEADS_BIAS], counters[0], sums, flat)
+        project(normed, hidden_size, parts[ALL_HEADS:OUTPUT], counters[0], sums, flat)
         meet(room.meeting, num_members)
 
         place(member, num_members, block, blocks, tokens, heads)
         meet(room.meeting, num_members)
 
-        share_attend(block, blocks, tokens, room, counters[1], room.scores[member])
+        attend(member, block, blocks, tokens, room, counters[1])
         meet(room.meeting, num_members)
 
         merge(room.parts, room.marks, num_tokens, tokens.num_splits, normed)
-        share_project_onto(
-            normed, num_heads * dim, parts[OUTPUT], parts[OUTPUT_BIAS], counters[2], sums, tokens.states
-        )
+        project_onto(normed, num_heads * dim, parts[OUTPUT:GATE_UP], counters[2], sums, tokens.states)
         meet(room.meeting, num_members)
 
         weight = carray(numbers_at(parts[SECOND_NORM]), (hidden_size,))
         normalize(tokens.states, weight, eps[SECOND_NORM], normed)
-        share_gate(normed, hidden_size, parts[GATE_UP], parts[GATE_UP_BIAS], counters[3], sums, others, gated)
+        project_gated(normed, hidden_size, parts[GATE_UP:DOWN], counters[3], sums, gated)
         meet(room.meeting, num_members)
 
-        share_project_onto(
-            gated, blocks.inner_size, parts[DOWN], parts[DOWN_BIAS], counters[4], sums, tokens.states
-        )
+        project_onto(gated, blocks.inner_size, parts[DOWN:CACHED_KEYS], counters[4], sums, tokens.states)
         meet(room.meeting, num_members)
 
 
 @compiled
-def share_project(
-    rows: Numbers, num_inputs: int, layer: int, bias: int, counter: Words, sums: Numbers, output: Numbers
+def project(
+    rows: Numbers, num_inputs: int, layer: Words, counter: Words, sums: Numbers, output: Numbers
 ) -> None:
-    """`project`, strip by strip."""
-    num_units = output.shape[1] // STRIP
+    """output = the layer's for these rows: the strips that this member claims. sums: as in `Room`, its own."""
+    mine, spare = sums[0, : rows.shape[0]], sums[2, : rows.shape[0]]
     unit = claim(counter.ctypes.data)
-    while unit < num_units:
-        project(rows, num_inputs, layer, bias, unit, sums, output)
+    while unit < output.shape[1] // STRIP:
+        multiply_strip(rows, num_inputs, layer, unit, mine, spare)
+        output[:, unit * STRIP : (unit + 1) * STRIP] = mine
         unit = claim(counter.ctypes.data)
 
 
 @compiled
-def share_project_onto(
-    rows: Numbers, num_inputs: int, layer: int, bias: int, counter: Words, sums: Numbers, states: Numbers
+def project_onto(
+    rows: Numbers, num_inputs: int, layer: Words, counter: Words, sums: Numbers, states: Numbers
 ) -> None:
-    """`project_onto`, strip by strip."""
-    num_units = states.shape[1] // STRIP
+    """As `project`, added to `states`."""
+    mine, spare = sums[0, : rows.shape[0]], sums[2, : rows.shape[0]]
     unit = claim(counter.ctypes.data)
-    while unit < num_units:
-        project_onto(rows, num_inputs, layer, bias, unit, sums, states)
+    while unit < states.shape[1] // STRIP:
+        multiply_strip(rows, num_inputs, layer, unit, mine, spare)
+        states[:, unit * STRIP : (unit + 1) * STRIP] += mine
         unit = claim(counter.ctypes.data)
 
 
 @compiled
-def share_gate(
-    rows: Numbers,
-    num_inputs: int,
-    layer: int,
-    bias: int,
-    counter: Words,
-    sums: Numbers,
-    others: Numbers,
-    gated: Numbers,
+def project_gated(
+    rows: Numbers, num_inputs: int, layer: Words, counter: Words, sums: Numbers, gated: Numbers
 ) -> None:
-    """`gate`, strip by strip."""
-    inner_size = gated.shape[1]
+    """As `project`, for a layer whose first outputs are gates of the others, as many: gated = silu(gate) * up."""
+    num_rows, num_strips = rows.shape[0], gated.shape[1] // STRIP
+    gates, others, spare = sums[0, :num_rows], sums[1, :num_rows], sums[2, :num_rows]
     unit = claim(counter.ctypes.data)
-    while unit < inner_size // STRIP:
-        gate(rows, num_inputs, layer, bias, inner_size, unit, sums, others, gated)
-        unit = claim(counter.ctypes.data)
-
-
-@compiled
-def share_attend(
-    block: int, blocks: Blocks, tokens: Tokens, room: Room, counter: Words, scores: Numbers
-) -> None:
-    """`attend`, piece by piece."""
-    num_units = tokens.states.shape[0] * blocks.num_kv_heads * tokens.num_splits
-    unit = claim(counter.ctypes.data)
-    while unit < num_units:
-        attend(unit, block, blocks, tokens, room, scores)
+    while unit < num_strips:
+        multiply_strip(rows, num_inputs, layer, unit, gates, spare)
+        multiply_strip(rows, num_inputs, layer, unit + num_strips, others, spare)
+        gate(gates, others, gated[:, unit * STRIP : (unit + 1) * STRIP])
         unit = claim(counter.ctypes.data)
 
 
@@ -242,44 +209,79 @@ def place(member: int, num_members: int, block: int, blocks: Blocks, tokens: Tok
             if kv_head >= num_kv_heads:
                 kv_head -= num_kv_heads
                 cached = parts[CACHED_VALUES]
-            line = carray(numbers_at(cached + (kv_head * blocks.num_slots + slot) * dim * 4), (dim,))
-            for i in range(dim):
-                line[i] = numbers[i]
+            target = cached + (kv_head * blocks.num_slots + slot) * dim * blocks.number_bytes
+            if blocks.number_bytes == 2:
+                narrow(numbers, target)
+            else:
+                carray(numbers_at(target), (dim,))[:] = numbers
 
 
 @compiled
-def attend(unit: int, block: int, blocks: Blocks, tokens: Tokens, room: Room, scores: Numbers) -> None:
-    """One token's queries of one key head over a part of its row's keys."""
-    num_splits, dim = tokens.num_splits, blocks.head_dim
-    split, rest = unit % num_splits, unit // num_splits
-    kv_head, token = rest % blocks.num_kv_heads, rest // blocks.num_kv_heads
-    num_queries = blocks.num_heads // blocks.num_kv_heads
-    head = kv_head * num_queries
-    queries = room.heads[token, head : head + num_queries]
+def attend(member: int, block: int, blocks: Blocks, tokens: Tokens, room: Room, counter: Words) -> None:
+    """Attention of all tokens: the pieces that this member claims, a token's queries of one key head over some keys."""
+    num_splits, num_kv_heads = tokens.num_splits, blocks.num_kv_heads
+    num_queries = blocks.num_heads // num_kv_heads
     group = blocks.groups[block]
-    end = tokens.positions[token] + 1
-    oldest = max(0, end - blocks.windows[block])
-    begin = oldest + (end - oldest) * split // num_splits
-    end = oldest + (end - oldest) * (split + 1) // num_splits
-    parts = room.parts[token, split, head : head + num_queries]
-    marks = room.marks[token, split, head : head + num_queries]
+    unit = claim(counter.ctypes.data)
+    while unit < tokens.states.shape[0] * num_kv_heads * num_splits:
+        split, kv_head, token = (
+            unit % num_splits,
+            unit // num_splits % num_kv_heads,
+            unit // num_splits // num_kv_heads,
+        )
+        first, last = kv_head * num_queries, (kv_head + 1) * num_queries
+        newest = tokens.positions[token] + 1
+        oldest = max(0, newest - blocks.windows[block])
+        begin = oldest + (newest - oldest) * split // num_splits
+        end = oldest + (newest - oldest) * (split + 1) // num_splits
+        runs = tokens.runs[tokens.reaches[group, token, 0] : tokens.reaches[group, token, 1]]
+        queries = room.heads[token, first:last]
+        parts, marks = room.parts[token, split, first:last], room.marks[token, split, first:last]
+        attend_part(member, block, kv_head, blocks, room, queries, runs, begin, end, parts, marks)
+        unit = claim(counter.ctypes.data)
+
+
+@compiled
+def attend_part(
+    member: int,
+    block: int,
+    kv_head: int,
+    blocks: Blocks,
+    room: Room,
+    queries: Numbers,
+    runs: Words,
+    begin: int,
+    end: int,
+    parts: Numbers,
+    marks: Numbers,
+) -> None:
+    """Queries (group, dim) of one token over the keys at positions [begin, end) of its row, some at a time."""
+    scores, wide, dim = room.scores[member], room.wide[member], blocks.head_dim
+    head_bytes = blocks.num_slots * dim * blocks.number_bytes
+    cached_keys = blocks.parts[block, CACHED_KEYS] + kv_head * head_bytes
+    cached_values = blocks.parts[block, CACHED_VALUES] + kv_head * head_bytes
     parts[:] = 0
-    for query in range(num_queries):
+    for query in range(queries.shape[0]):
         marks[query, 0] = -np.inf
         marks[query, 1] = 0
-    keys = blocks.parts[block, CACHED_KEYS] + kv_head * blocks.num_slots * dim * 4
-    values = blocks.parts[block, CACHED_VALUES] + kv_head * blocks.num_slots * dim * 4
-    for run in range(tokens.reaches[group, token, 0], tokens.reaches[group, token, 1]):
-        slot, first, num = tokens.runs[run]
+    for run in range(runs.shape[0]):
+        slot, first, num = runs[run]
         position, last = max(begin, first), min(end, first + num)
         while position < last:
             num_keys = min(KEYS, last - position)
-            offset = (slot + position - first) * dim * 4
-            score(queries, keys + offset, num_keys, blocks.scalings[block], scores)
-            for query in range(num_queries):
+            offset = (slot + position - first) * dim * blocks.number_bytes
+            keys, values = cached_keys + offset, cached_values + offset
+            if blocks.number_bytes == 2:
+                widen(keys, wide[:num_keys])
+                keys = wide.ctypes.data
+            score(queries, keys, num_keys, blocks.scalings[block], scores)
+            for query in range(queries.shape[0]):
                 top, total = soften(scores[query], num_keys, marks[query, 0], marks[query, 1], parts[query])
                 marks[query, 0], marks[query, 1] = top, total + sum_of(scores[query], num_keys)
-            gather(scores, num_keys, values + offset, parts)
+            if blocks.number_bytes == 2:
+                widen(values, wide[:num_keys])
+                values = wide.ctypes.data
+            gather(scores, num_keys, values, parts)
             position += num_keys
 
 
@@ -312,14 +314,12 @@ def multiply(
     member: int,
     num_members: int,
     rows: Numbers,
-    layer: int,
-    bias: int,
+    layer: Words,
     output: Numbers,
     sums: Numbers,
     counter: Words,
     meeting: Words,
 ) -> None:
-    """`rows @ weight.T + bias`. output: (num_rows, out_features). sums: (members, ≥ num_rows, STRIP). counter: 0."""
-    mine = sums[member, : rows.shape[0]]
-    share_project(rows, rows.shape[1], layer, bias, counter, mine, output)
+    """output = the layer's for these rows, (num_rows, out_features). sums: as in `Room`. counter: 0."""
+    project(rows, rows.shape[1], layer, counter, sums[member], output)
     meet(meeting, num_members)

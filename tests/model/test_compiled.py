@@ -22,8 +22,10 @@ from corolla.model.compiled import walk as way
 from corolla.model.compiled.decoder import MOST_TOKENS, Head
 from corolla.model.compiled.team import Team
 from corolla.model.device import Ways, quick_product
-from corolla.model.linear import STRIP, PackedLinear
+from corolla.model.linear import STRIP, FrozenLinear, PackedLinear, quantized
+from corolla.model.quantization import Shelf, quantize
 from corolla.model.span import Span
+from corolla.protocol.tensors import Quantization
 from corolla.protocol.work import ModelSource, SourceKind
 
 from .tiny import save_tiny
@@ -47,10 +49,17 @@ def numbers(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def span_of(folder: Path, *, is_compiled: bool, num_pages: int = 200) -> Span:
+def span_of(
+    folder: Path,
+    *,
+    is_compiled: bool,
+    dtype: torch.dtype = torch.float32,
+    scheme: Quantization | None = None,
+) -> Span:
     checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(folder)), folder)
-    span = Span.load(checkpoint, 0, 4, torch.float32, CPU)
-    span.allocate(num_pages, PAGE_TOKENS, ways=Ways(is_paged=False, is_compiled=is_compiled))
+    shelf = Shelf.of(folder / "shelf", "f" * 32, scheme) if scheme is not None else None
+    span = Span.load(checkpoint, 0, 4, dtype, CPU, shelf=shelf)
+    span.allocate(200, PAGE_TOKENS, ways=Ways(is_paged=False, is_compiled=is_compiled))
     assert span.is_compiled == is_compiled
     return span
 
@@ -79,13 +88,42 @@ def test_exp_is_exact_to_two_units_in_the_last_place_and_ends_in_nothing() -> No
     assert np.isnan(kernels.exp_negative(np.float32(np.nan)))
 
 
-@pytest.mark.parametrize("num_rows", range(1, 10))
-@pytest.mark.parametrize("num_inputs", [16, 200])
-def test_a_strip_is_multiplied_for_any_number_of_rows(num_rows: int, num_inputs: int) -> None:
-    rows, strip = numbers(num_rows, num_inputs), numbers(num_inputs, STRIP, seed=1)
-    sums = np.full((num_rows, STRIP), np.nan, dtype=np.float32)
-    kernels.multiply_strip(rows, num_inputs, strip.ctypes.data, sums)
-    np.testing.assert_allclose(sums, rows.astype(np.float64) @ strip, atol=1e-4)
+FORMS = ["float32", "bfloat16", "int8", "int4"]
+
+
+def layer_of(form: str, num_outputs: int, num_inputs: int, *, has_bias: bool = True) -> FrozenLinear:
+    generator = torch.Generator().manual_seed(num_outputs)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator)
+    bias = torch.randn(num_outputs, generator=generator) if has_bias else None
+    if form in ("int8", "int4"):
+        return quantized(quantize(weight, Quantization(form)), bias, CPU)
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    return PackedLinear(weight.to(dtype), bias.to(dtype) if bias is not None else None)
+
+
+@needs_strips
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_inputs", [32, 224])
+def test_few_rows_are_multiplied_as_exactly_as_by_whole_weights(form: str, num_inputs: int) -> None:
+    """Whatever the form, rows are not rounded."""
+    layer = layer_of(form, 3 * STRIP, num_inputs)
+    head = Head(layer)
+    weight, bias = layer.dense_weight().float(), layer.bias.float() if layer.bias is not None else None
+    for num_rows in range(1, 10):
+        rows = torch.randn(num_rows, num_inputs)
+        assert difference(head.multiply(rows), F.linear(rows, weight, bias)) < 2 * TOLERANCE
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_widened_back() -> None:
+    numbers_ = torch.cat(
+        [torch.randn(200), torch.tensor([0.0, -0.0, 1e-40, 3e38, float("inf"), float("nan")])]
+    )
+    halves = torch.zeros(len(numbers_), dtype=torch.bfloat16)
+    kernels.narrow(numbers_.numpy(), halves.data_ptr())
+    assert torch.equal(halves.nan_to_num(7), numbers_.to(torch.bfloat16).nan_to_num(7))
+    back = np.zeros(len(numbers_), dtype=np.float32)
+    kernels.widen(halves.data_ptr(), back)
+    assert torch.equal(torch.from_numpy(back).nan_to_num(7), halves.float().nan_to_num(7))
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 128])
@@ -99,17 +137,16 @@ def test_values_are_gathered_for_any_head(dim: int, group: int) -> None:
 
 
 @needs_strips
-@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_members", [1, 2, 3])
-def test_a_head_equals_the_layer_whoever_computes_it(num_members: int, has_bias: bool) -> None:
-    weight, bias = torch.randn(5 * STRIP, 96), torch.randn(5 * STRIP) if has_bias else None
+def test_a_head_equals_the_layer_whoever_computes_it(num_members: int) -> None:
+    layer = layer_of("float32", 5 * STRIP, 96, has_bias=False)
     before = torch.get_num_threads()
     torch.set_num_threads(num_members)
-    head = Head(PackedLinear(weight, bias))
+    head = Head(layer)
     torch.set_num_threads(before)
     for num_rows in (1, 3, MOST_TOKENS, MOST_TOKENS + 1):
         rows = torch.randn(num_rows, 96)
-        assert difference(head.multiply(rows), F.linear(rows, weight, bias)) < TOLERANCE
+        assert difference(head.multiply(rows), layer(rows)) < TOLERANCE
 
 
 def test_only_layers_that_lie_in_strips_get_a_product_of_their_own() -> None:
@@ -141,6 +178,31 @@ def test_a_batch_of_rows_of_all_kinds_equals_torch(tmp_path: Path, family: str) 
     following = Batch((Segment(pages_of(1, 100), 91, 1),))
     step = hidden(1, 3)
     assert difference(ours.forward(step, following, part), theirs.forward(step, following, part)) < TOLERANCE
+
+
+@needs_strips
+@pytest.mark.parametrize(
+    ("dtype", "scheme"),
+    [
+        (torch.bfloat16, None),
+        (torch.float32, Quantization.INT8),
+        (torch.bfloat16, Quantization.INT8),
+        (torch.float32, Quantization.INT4),
+    ],
+)
+def test_lower_precision_differs_from_torch_by_a_few_roundings(
+    tmp_path: Path, dtype: torch.dtype, scheme: Quantization | None
+) -> None:
+    """torch rounds to bfloat16 between any two operations; here only weights, the cache and the output are."""
+    save_tiny(tmp_path, "llama")
+    outputs = []
+    for is_compiled in (True, False):
+        span = span_of(tmp_path, is_compiled=is_compiled, dtype=dtype, scheme=scheme)
+        span.forward(hidden(40, 1).to(dtype), Batch((Segment(pages_of(0, 60), 0, 40),)))
+        output = span.forward(hidden(2, 2).to(dtype), Batch((Segment(pages_of(0, 60), 40, 2),)))
+        assert output.dtype is dtype
+        outputs.append(output.float())
+    assert difference(*outputs) < 4 * 2**-8
 
 
 @needs_strips
