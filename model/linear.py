@@ -14,8 +14,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
@@ -23,14 +22,12 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .quantization import INT4_GROUP, Stored, can_hold, from_nf4, multiply_nf4, quantize
+from .compiled.forms import INT4_GROUP, LINE_INPUTS, STRIP, STRIP_INPUTS, Form, Strips
+from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.
 _FEWEST_ROWS: Final = 4
-
-STRIP: Final = 64  # outputs that oneDNN and torch's int4 pack together on a CPU with AVX-512
-_STRIP_INPUTS: Final = 16  # what our kernels read at a time
 
 # Weights of 8 and 4 bits, 1024 → 2816, µs on two shared cores. int8: 86 for one row, 164 for 4, 514 for 8: the
 # kernel's tiles end at 4 rows, so more are cut into fours. Dequantized: 510 for 8, 640 for 16, 930 for 32 (1230
@@ -41,28 +38,6 @@ _INT8_ROWS: Final = 15
 _INT4_AT_ONCE: Final = 8
 _INT4_ROWS: Final = 96
 _TILE_FEATURES: Final = 512  # of output, dequantized at a time: a few MB, which stay in the cache
-
-
-class Form(IntEnum):
-    """What weights look like to `compiled.layers`. Outputs come in strips of `STRIP`, one strip after the other.
-
-    FLOAT32: in a strip input after input. BFLOAT16: in pairs of inputs, the two of an output together. INT8: output
-    after output. INT4: input after input, in a byte two outputs half a strip apart.
-    """
-
-    FLOAT32 = 0
-    BFLOAT16 = 1
-    INT8 = 2
-    INT4 = 3
-
-
-class Strips(NamedTuple):
-    """weights: their address. scales: as the form has them, or None; they belong to num_scaled outputs."""
-
-    form: Form
-    weights: int
-    scales: Tensor | None = None
-    num_scaled: int = 0
 
 
 class FrozenLinear(nn.Module, ABC):
@@ -155,7 +130,7 @@ def _strips_of(packed: Tensor, weight: Tensor) -> Strips | None:
     """How oneDNN lays out its weights is found by looking at both ends of them."""
     forms = {torch.float32: (Form.FLOAT32, 1), torch.bfloat16: (Form.BFLOAT16, 2)}
     num_strips, is_odd = divmod(weight.shape[0], STRIP)
-    if not num_strips or is_odd or weight.dtype not in forms or weight.shape[1] % _STRIP_INPUTS:
+    if not num_strips or is_odd or weight.dtype not in forms or weight.shape[1] % STRIP_INPUTS:
         return None
     if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
         return None
@@ -318,7 +293,7 @@ class Int8Linear(_Rounded):
         codes, scales = stored.tensors["codes"], stored.tensors["scales"]
         super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
         self._codes, self._scales = codes, scales
-        if self.out_features % STRIP == 0 and self.in_features % _STRIP_INPUTS == 0:
+        if self.out_features % STRIP == 0 and self.in_features % LINE_INPUTS == 0:
             self.strips = Strips(Form.INT8, codes.data_ptr(), scales.float(), self.out_features)
 
     def _multiply_few(self, rows: Tensor) -> Tensor:

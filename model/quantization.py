@@ -6,8 +6,9 @@ head, always in eight bits: norms, routers and embeddings stay in the worker's d
 
 Weights are quantized by themselves, without looking at any activation, and nothing that is computed for a row
 depends on the values of other rows. How many there are chooses the kernel, and so may change, as without
-quantization, the order of a sum; with int8 and int4 on a CPU also the last bit of a bfloat16, to which
-inputs and outputs of these layers are rounded, and with int4 that of each weight.
+quantization, the order of a sum; with int8 and int4 on a CPU also the last bit of a bfloat16, to which torch's
+kernels round inputs and outputs of these layers, and with int4 each weight. Those of `compiled`, for a few
+tokens, round nothing.
 
 Source: Dettmers et al. 2022, LLM.int8(), for one scale a row; Dettmers et al. 2023, QLoRA, for NF4.
 """
@@ -29,14 +30,12 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
+from .compiled.forms import INT4_GROUP
 
 logger = logging.getLogger(__name__)
 
 # Changed whenever the same weights would be stored otherwise, so that older shelves are not read.
 VERSION: Final = 1
-INT4_GROUP: Final = (
-    32  # weights that share a step and a middle in int4: 5 bits a weight; 64 are clearly worse
-)
 _NF4_GROUP: Final = 64  # bitsandbytes' own choice: 4.5 bits a weight
 _INT8_MULTIPLE: Final = 32  # torch's int8 kernel reads beyond rows that are no multiple of 16
 _ALIGNMENT: Final = 16  # bytes; torch's int8 kernel crashes on codes that begin between

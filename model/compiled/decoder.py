@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..attention import Placement
 from ..cache import Cache
 from ..classic import Classic, Gated, Turns
-from ..linear import STRIP, Form, FrozenLinear, Strips
+from ..linear import FrozenLinear
 from ..norms import RootMeanSquareNorm
 from . import walk as way
+from .forms import STRIP, Form, Strips
 from .kernels import KEYS
 from .team import Team
 from .tiles import LANES

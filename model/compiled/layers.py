@@ -11,17 +11,15 @@ from typing import Final
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
-from ..linear import STRIP, Form
-from ..quantization import INT4_GROUP
 from .compilation import Number, Numbers, Words, compiled
+from .forms import INT4_GROUP, LINE_INPUTS, STRIP, Form
 from .intrinsics import numbers_at, of_bits, pairs_at
-from .tiles import LANES, MOST_ROWS, add_bfloat16, add_codes4, add_codes8, add_float32
+from .tiles import MOST_ROWS, add_bfloat16, add_codes4, add_codes8, add_float32
 
 WEIGHTS, BIAS, SCALES, FORM, NUM_SCALED = range(5)
 NUM_WORDS: Final = 5
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = (int(form) for form in Form)
-_DOTS: Final = 4  # lines of int8 codes at a time
 _INPUTS: Final = (
     128  # of a strip that several rows share while it is in the processor's first cache: 32 KB of float32
 )
@@ -90,13 +88,13 @@ def _add_pairs(rows: Numbers, num_inputs: int, strip: int, sums: Numbers) -> Non
 def _add_lines(rows: Numbers, num_inputs: int, lines: int, sums: Numbers) -> None:
     """lines: (STRIP, num_inputs) int8."""
     num_rows, row_bytes, sums_bytes = rows.shape[0], rows.strides[0], sums.strides[0]
-    for dot in range(0, STRIP, _DOTS):
+    for output in range(STRIP):
+        piece = lines + output * num_inputs
         for row in range(0, num_rows, MOST_ROWS):
             inputs = rows.ctypes.data + row * row_bytes
-            place = sums.ctypes.data + row * sums_bytes + dot * 4
+            place = sums.ctypes.data + row * sums_bytes + output * 4
             many = min(MOST_ROWS, num_rows - row)
-            piece = lines + dot * num_inputs
-            add_codes8(many, inputs, row_bytes, piece, num_inputs, num_inputs // LANES, place, sums_bytes)
+            add_codes8(many, inputs, row_bytes, piece, num_inputs // LINE_INPUTS, place, sums_bytes)
 
 
 @compiled

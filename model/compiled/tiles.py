@@ -16,6 +16,7 @@ from typing import Any, Final
 from llvmlite import ir
 from numba import types
 
+from .forms import LINE_INPUTS
 from .intrinsics import instruction
 
 LANES: Final = 16  # float32 numbers in a vector
@@ -30,7 +31,6 @@ _BITS: Final = ir.VectorType(_INDEX, LANES)
 _NUMBER_BYTES: Final = 4
 _VECTOR_BYTES: Final = LANES * _NUMBER_BYTES
 _NUM_VECTORS: Final = 4  # of a strip
-_NUM_DOTS: Final = 4  # outputs whose codes are read side by side
 
 # What a turn reads at an address: for each input that it covers, one vector for each column of vectors.
 Fetch = Callable[[Any, Any], list[list[Any]]]
@@ -181,9 +181,11 @@ def _codes4(builder: Any, line: Any) -> list[list[Any]]:
     return [vectors]
 
 
-def _dots() -> Callable[..., Any]:
-    """Weights that lie output after output, as signed codes of 8 bits: (4, num_inputs), `line_bytes` from one to the
-    next; sums: four neighbours in each row. A turn is of `LANES` inputs."""
+def _lines() -> Callable[..., Any]:
+    """Weights that lie output after output: one output's, as signed codes of 8 bits, read from end to end.
+
+    A turn is of `LINE_INPUTS` inputs. Four outputs side by side, a line of each, took twice as long out of memory.
+    """
 
     @instruction
     def add(
@@ -192,16 +194,15 @@ def _dots() -> Callable[..., Any]:
         rows: Any,
         row_bytes: Any,
         piece: Any,
-        line_bytes: Any,
         num_turns: Any,
         sums: Any,
         sums_bytes: Any,
     ) -> Any:
-        signature = types.void(*[types.intp] * 8)
+        signature = types.void(*[types.intp] * 7)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             def tile(count: int) -> None:
-                _dot_tile(builder, values[1:], count)
+                _line_tile(builder, values[1:], count)
 
             _for_each_count(builder, values[0], tile)
             return context.get_dummy_value()
@@ -211,30 +212,31 @@ def _dots() -> Callable[..., Any]:
     return add
 
 
-def _dot_tile(builder: Any, values: Any, num_rows: int) -> None:
-    rows, row_bytes, piece, line_bytes, num_turns, sums, sums_bytes = values
+def _line_tile(builder: Any, values: Any, num_rows: int) -> None:
+    rows, row_bytes, piece, num_turns, sums, sums_bytes = values
     kind = ir.VectorType(_BYTE, LANES)
-    tile = [(row, dot) for row in range(num_rows) for dot in range(_NUM_DOTS)]
+    tile = [(row, vector) for row in range(num_rows) for vector in range(_NUM_VECTORS)]
 
     def turn(k: Any, totals: dict[Any, Any]) -> dict[Any, Any]:
-        codes = builder.add(piece, builder.mul(k, _WORD(LANES)))
-        inputs = builder.add(rows, builder.mul(k, _WORD(_VECTOR_BYTES)))
-        weights = []
-        for dot in range(_NUM_DOTS):
-            some = builder.load(_pointer(builder, codes, line_bytes, dot, 0, kind), align=1)
-            weights.append(builder.sitofp(builder.sext(some, _BITS), _VECTOR))
-        for row in range(num_rows):
-            place = _pointer(builder, inputs, row_bytes, row, 0, _VECTOR)
-            numbers = builder.load(place, align=_NUMBER_BYTES)
-            for dot in range(_NUM_DOTS):
-                totals[row, dot] = _add_product(builder, numbers, weights[dot], totals[row, dot])
+        codes = builder.add(piece, builder.mul(k, _WORD(LINE_INPUTS)))
+        inputs = builder.add(rows, builder.mul(k, _WORD(LINE_INPUTS * _NUMBER_BYTES)))
+        for vector in range(_NUM_VECTORS):
+            some = builder.sext(_load(builder, codes, vector * LANES, kind, 1), _BITS)
+            weights = builder.sitofp(some, _VECTOR)
+            for row in range(num_rows):
+                place = _pointer(builder, inputs, row_bytes, row, vector * _VECTOR_BYTES, _VECTOR)
+                numbers = builder.load(place, align=_NUMBER_BYTES)
+                totals[row, vector] = _add_product(builder, numbers, weights, totals[row, vector])
         return totals
 
     nothing = {at: ir.Constant(_VECTOR, [0.0] * LANES) for at in tile}
-    for (row, dot), total in _turns(builder, num_turns, nothing, turn).items():
-        place = _pointer(builder, sums, sums_bytes, row, dot * _NUMBER_BYTES, _FLOAT)
+    totals = _turns(builder, num_turns, nothing, turn)
+    for row in range(num_rows):
+        low, high = (builder.fadd(totals[row, v], totals[row, v + 1]) for v in (0, 2))
+        place = _pointer(builder, sums, sums_bytes, row, 0, _FLOAT)
         before = builder.load(place, align=_NUMBER_BYTES)
-        builder.store(builder.fadd(before, _lane_sum(builder, total)), place, align=_NUMBER_BYTES)
+        total = _lane_sum(builder, builder.fadd(low, high))
+        builder.store(builder.fadd(before, total), place, align=_NUMBER_BYTES)
 
 
 def _lane_sum(builder: Any, vector: Any) -> Any:
@@ -254,4 +256,4 @@ add_float32: Final = _columns(_float32(_NUM_VECTORS), _NUM_VECTORS, 1)
 add_narrow_float32: Final = _columns(_float32(1), 1, 1)
 add_bfloat16: Final = _columns(_bfloat16, _NUM_VECTORS, 2)
 add_codes4: Final = _columns(_codes4, _NUM_VECTORS, 1)
-add_codes8: Final = _dots()
+add_codes8: Final = _lines()

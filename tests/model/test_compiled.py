@@ -20,9 +20,10 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.compiled import kernels
 from corolla.model.compiled import walk as way
 from corolla.model.compiled.decoder import MOST_TOKENS, Head
+from corolla.model.compiled.forms import STRIP
 from corolla.model.compiled.team import Team
 from corolla.model.device import Ways, quick_product
-from corolla.model.linear import STRIP, FrozenLinear, PackedLinear, quantized
+from corolla.model.linear import FrozenLinear, PackedLinear, quantized
 from corolla.model.quantization import Shelf, quantize
 from corolla.model.span import Span
 from corolla.protocol.tensors import Quantization
@@ -103,7 +104,7 @@ def layer_of(form: str, num_outputs: int, num_inputs: int, *, has_bias: bool = T
 
 @needs_strips
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_inputs", [32, 224])
+@pytest.mark.parametrize("num_inputs", [64, 320])
 def test_few_rows_are_multiplied_as_exactly_as_by_whole_weights(form: str, num_inputs: int) -> None:
     """Whatever the form, rows are not rounded."""
     layer = layer_of(form, 3 * STRIP, num_inputs)
