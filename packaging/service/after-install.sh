@@ -2,7 +2,7 @@
 # Makes the user and the folders. Starts the service; after an update only if it ran, or had failed.
 set -e
 systemd-sysusers corolla.conf
-systemd-tmpfiles --create corolla.conf
+systemd-tmpfiles --create corolla.conf || true # it needs /proc, which an image being built may lack; at boot it is done
 if [ -e /run/corolla-update ]; then
     rm -f /run/corolla-update
     [ -d /run/systemd/system ] || exit 0
