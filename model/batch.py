@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 # Below, a prefill beside decodes would hardly move; so few rows cost a pass next to nothing.
-_FEWEST_MIXED: Final = 16
+_FEWEST_MIXED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

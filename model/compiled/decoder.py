@@ -31,6 +31,7 @@ MOST_TOKENS: Final = (
 
 _FEWEST_KEYS: Final = 256  # in a part of a row's keys that is attended by itself
 _PIECES_EACH: Final = 4  # of attention for each member, so that all end at about the same time
+_MOST_BUNCHED: Final = 8  # tokens of a row that read its keys together
 _EVERYTHING: Final = 1 << 40  # tokens: the window of a block without one
 
 
@@ -88,8 +89,12 @@ class Decoder:
                 own.extend([(first, len(runs))] * reach.n)
                 longest = max(longest, reach.start + reach.n)
             reaches.append(own)
-        num_tokens = states.shape[0]
-        pieces = num_tokens * self._blocks.num_kv_heads
+        bunches = [
+            (first, min(first + _MOST_BUNCHED, reach.offset + reach.n))
+            for reach in placement.reaches
+            for first in range(reach.offset, reach.offset + reach.n, _MOST_BUNCHED)
+        ]
+        pieces = len(bunches) * self._blocks.num_kv_heads
         wanted = -(-_PIECES_EACH * self._team.num_members // pieces)
         return way.Tokens(
             states=states.numpy(),
@@ -99,6 +104,7 @@ class Decoder:
             slots=np.stack([layout.slots.numpy() for layout in placement.layouts]),
             reaches=np.array(reaches, dtype=np.int64),
             runs=np.array(runs, dtype=np.int64),
+            bunches=np.array(bunches, dtype=np.int64),
             num_splits=max(1, min(wanted, longest // _FEWEST_KEYS, self._room.parts.shape[1])),
         )
 
@@ -118,7 +124,7 @@ class Decoder:
             marks=zeros(MOST_TOKENS, most_splits, num_heads, 2),
             normed=zeros(members, MOST_TOKENS, largest),
             sums=zeros(members, 3, MOST_TOKENS, STRIP),
-            scores=zeros(members, num_heads // blocks.num_kv_heads, KEYS),
+            scores=zeros(members, _MOST_BUNCHED, num_heads // blocks.num_kv_heads, KEYS),
             wide=zeros(members, KEYS, dim),
             counters=np.zeros((len(self._forms), way.NUM_STAGES, way.LINE), dtype=np.int64),
             meeting=np.zeros((2, way.LINE), dtype=np.int64),

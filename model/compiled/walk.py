@@ -51,8 +51,9 @@ class Tokens(NamedTuple):
 
     cosines, sines: (num_tokens, head_dim). positions: (num_tokens,) int64. slots: (num_groups, num_tokens) int64,
     where each token's keys and values go. reaches: (num_groups, num_tokens, 2) int64, which of `runs` are of a
-    token's row. runs: (num_runs, 3) int64: first slot, first position, number. num_splits: parts in which the
-    keys of a row are attended.
+    token's row. runs: (num_runs, 3) int64: first slot, first position, number. bunches: (num_bunches, 2) int64,
+    first token and the one behind the last: neighbours in a row, which read its keys together. num_splits: parts in
+    which the keys of a row are attended.
     """
 
     states: Numbers
@@ -62,6 +63,7 @@ class Tokens(NamedTuple):
     slots: Words
     reaches: Words
     runs: Words
+    bunches: Words
     num_splits: int
 
 
@@ -70,7 +72,7 @@ class Room(NamedTuple):
 
     heads: (tokens, heads + 2 * kv_heads, dim). gated: (tokens, inner_size). parts: (tokens, splits, heads, dim), and
     marks: (tokens, splits, heads, 2), maximum and sum of each. normed: (members, tokens, largest size). sums:
-    (members, 3, tokens, STRIP). scores: (members, group, KEYS). wide: (members, KEYS, dim), keys or values as
+    (members, 3, tokens, STRIP). scores: (members, bunch, group, KEYS). wide: (members, KEYS, dim), keys or values as
     float32. counters: (num_blocks, NUM_STAGES, LINE) int64, all 0. meeting: (2, LINE) int64.
     """
 
@@ -216,73 +218,92 @@ def place(member: int, num_members: int, block: int, blocks: Blocks, tokens: Tok
                 carray(numbers_at(target), (dim,))[:] = numbers
 
 
+class Piece(NamedTuple):
+    """What is attended at a time: tokens [first, last), neighbours in a row, by the queries of one key head, the first
+    of which is `head`, over one of the parts of the row's keys."""
+
+    block: int
+    kv_head: int
+    head: int
+    first: int
+    last: int
+    split: int
+
+
 @compiled
 def attend(member: int, block: int, blocks: Blocks, tokens: Tokens, room: Room, counter: Words) -> None:
-    """Attention of all tokens: the pieces that this member claims, a token's queries of one key head over some keys."""
+    """Attention of all tokens: the pieces that this member claims."""
     num_splits, num_kv_heads = tokens.num_splits, blocks.num_kv_heads
     num_queries = blocks.num_heads // num_kv_heads
-    group = blocks.groups[block]
     unit = claim(counter.ctypes.data)
-    while unit < tokens.states.shape[0] * num_kv_heads * num_splits:
-        split, kv_head, token = (
-            unit % num_splits,
-            unit // num_splits % num_kv_heads,
-            unit // num_splits // num_kv_heads,
-        )
-        first, last = kv_head * num_queries, (kv_head + 1) * num_queries
-        newest = tokens.positions[token] + 1
-        oldest = max(0, newest - blocks.windows[block])
-        begin = oldest + (newest - oldest) * split // num_splits
-        end = oldest + (newest - oldest) * (split + 1) // num_splits
-        runs = tokens.runs[tokens.reaches[group, token, 0] : tokens.reaches[group, token, 1]]
-        queries = room.heads[token, first:last]
-        parts, marks = room.parts[token, split, first:last], room.marks[token, split, first:last]
-        attend_part(member, block, kv_head, blocks, room, queries, runs, begin, end, parts, marks)
+    while unit < tokens.bunches.shape[0] * num_kv_heads * num_splits:
+        split, kv_head = unit % num_splits, unit // num_splits % num_kv_heads
+        bunch = tokens.bunches[unit // num_splits // num_kv_heads]
+        piece = Piece(block, kv_head, kv_head * num_queries, bunch[0], bunch[1], split)
+        attend_piece(member, piece, blocks, tokens, room)
         unit = claim(counter.ctypes.data)
 
 
 @compiled
-def attend_part(
-    member: int,
-    block: int,
-    kv_head: int,
-    blocks: Blocks,
-    room: Room,
-    queries: Numbers,
-    runs: Words,
-    begin: int,
-    end: int,
-    parts: Numbers,
-    marks: Numbers,
-) -> None:
-    """Queries (group, dim) of one token over the keys at positions [begin, end) of its row, some at a time."""
-    scores, wide, dim = room.scores[member], room.wide[member], blocks.head_dim
-    head_bytes = blocks.num_slots * dim * blocks.number_bytes
-    cached_keys = blocks.parts[block, CACHED_KEYS] + kv_head * head_bytes
-    cached_values = blocks.parts[block, CACHED_VALUES] + kv_head * head_bytes
-    parts[:] = 0
-    for query in range(queries.shape[0]):
-        marks[query, 0] = -np.inf
-        marks[query, 1] = 0
-    for run in range(runs.shape[0]):
-        slot, first, num = runs[run]
-        position, last = max(begin, first), min(end, first + num)
-        while position < last:
-            num_keys = min(KEYS, last - position)
-            offset = (slot + position - first) * dim * blocks.number_bytes
+def attend_piece(member: int, piece: Piece, blocks: Blocks, tokens: Tokens, room: Room) -> None:
+    """One piece, some keys at a time: they are read from memory once for all its tokens."""
+    block, first, last, split = piece.block, piece.first, piece.last, piece.split
+    heads = slice(piece.head, piece.head + blocks.num_heads // blocks.num_kv_heads)
+    room.parts[first:last, split, heads] = 0
+    room.marks[first:last, split, heads, 0] = -np.inf
+    room.marks[first:last, split, heads, 1] = 0
+    dim, number_bytes, window = blocks.head_dim, blocks.number_bytes, blocks.windows[block]
+    cached = piece.kv_head * blocks.num_slots * dim * number_bytes
+    cached_keys = blocks.parts[block, CACHED_KEYS] + cached
+    cached_values = blocks.parts[block, CACHED_VALUES] + cached
+    oldest, newest = max(0, tokens.positions[first] + 1 - window), tokens.positions[last - 1] + 1
+    begin = oldest + (newest - oldest) * split // tokens.num_splits
+    end = oldest + (newest - oldest) * (split + 1) // tokens.num_splits
+    wide, group = room.wide[member], blocks.groups[block]
+    for run in range(tokens.reaches[group, first, 0], tokens.reaches[group, first, 1]):
+        slot, start, num = tokens.runs[run]
+        position, stop = max(begin, start), min(end, start + num)
+        while position < stop:
+            num_keys = min(KEYS, stop - position)
+            offset = (slot + position - start) * dim * number_bytes
             keys, values = cached_keys + offset, cached_values + offset
-            if blocks.number_bytes == 2:
+            if number_bytes == 2:
                 widen(keys, wide[:num_keys])
                 keys = wide.ctypes.data
-            score(queries, keys, num_keys, blocks.scalings[block], scores)
-            for query in range(queries.shape[0]):
-                top, total = soften(scores[query], num_keys, marks[query, 0], marks[query, 1], parts[query])
-                marks[query, 0], marks[query, 1] = top, total + sum_of(scores[query], num_keys)
-            if blocks.number_bytes == 2:
+            for token in range(first, last):
+                low, high = seen(tokens.positions[token], window, position, num_keys)
+                weigh(member, piece, token, keys + low * dim * 4, high - low, blocks, room)
+            if number_bytes == 2:
                 widen(values, wide[:num_keys])
                 values = wide.ctypes.data
-            gather(scores, num_keys, values, parts)
+            for token in range(first, last):
+                low, high = seen(tokens.positions[token], window, position, num_keys)
+                if low < high:
+                    scores, parts = room.scores[member, token - first], room.parts[token, split, heads]
+                    gather(scores, high - low, values + low * dim * 4, parts)
             position += num_keys
+
+
+@compiled
+def weigh(
+    member: int, piece: Piece, token: int, keys: int, num_keys: int, blocks: Blocks, room: Room
+) -> None:
+    """The weights of these keys for the queries of one token, left in its `Room.scores`."""
+    if num_keys <= 0:
+        return
+    heads = slice(piece.head, piece.head + blocks.num_heads // blocks.num_kv_heads)
+    scores, queries = room.scores[member, token - piece.first], room.heads[token, heads]
+    parts, marks = room.parts[token, piece.split, heads], room.marks[token, piece.split, heads]
+    score(queries, keys, num_keys, blocks.scalings[piece.block], scores)
+    for query in range(queries.shape[0]):
+        top, total = soften(scores[query], num_keys, marks[query, 0], marks[query, 1], parts[query])
+        marks[query, 0], marks[query, 1] = top, total + sum_of(scores[query], num_keys)
+
+
+@compiled
+def seen(token: int, window: int, position: int, num_keys: int) -> tuple[int, int]:
+    """Which of `num_keys` keys from `position` on the token at the position `token` attends."""
+    return max(0, token + 1 - window - position), min(num_keys, token + 1 - position)
 
 
 @compiled

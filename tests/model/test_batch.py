@@ -73,7 +73,7 @@ def test_nothing_is_expected_of_a_session_that_is_gone_or_prefills_itself() -> N
 
 def test_prefills_beside_decodes_are_as_long_as_the_device_is_fast() -> None:
     assert Policy.of(25.0, 500.0).mixed_tokens == 20
-    assert Policy.of(100.0, 300.0).mixed_tokens == 16
+    assert Policy.of(100.0, 300.0).mixed_tokens == 8
     assert Policy.of(50.0, 1e6).mixed_tokens == Policy().mixed_tokens
     assert Policy.of(0.0, 0.0) == Policy()
 

@@ -164,7 +164,7 @@ def test_a_batch_of_rows_of_all_kinds_equals_torch(tmp_path: Path, family: str) 
     """Short and long rows, in pages far from each other, some of them with several new tokens."""
     save_tiny(tmp_path, family)
     ours, theirs = (span_of(tmp_path, is_compiled=is_compiled) for is_compiled in (True, False))
-    lengths, news = (3, 90, 0), (1, 1, 5)
+    lengths, news = (3, 90, 0), (1, 1, 12)
     starts = Batch(
         tuple(Segment(pages_of(row, 100), 0, length) for row, length in enumerate(lengths) if length)
     )
