@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .compiled.forms import INT4_GROUP, LINE_INPUTS, STRIP, STRIP_INPUTS, Form, Strips
 from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
+from .strips import INT4_GROUP, LINE_INPUTS, STRIP, STRIP_INPUTS, Form, Strips
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
 # float32: 455 and 502 µs against 395; in bfloat16 219 and 241 against 191), so empty rows are added.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .compiled.forms import INT4_GROUP
+from .strips import INT4_GROUP
 
 logger = logging.getLogger(__name__)
 

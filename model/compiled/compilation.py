@@ -23,7 +23,7 @@ _FOLDER = Path(__file__).parent
 def _sources() -> str:
     """A digest of all that is compiled here: numba looks at a function's own file alone, not at those that it calls."""
     digest = hashlib.sha256()
-    for path in sorted(_FOLDER.glob("*.py")):
+    for path in (*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "strips.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

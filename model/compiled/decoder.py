@@ -19,8 +19,8 @@ from ..cache import Cache
 from ..classic import Classic, Gated, Turns
 from ..linear import FrozenLinear
 from ..norms import RootMeanSquareNorm
+from ..strips import STRIP, Form, Strips
 from . import walk as way
-from .forms import STRIP, Form, Strips
 from .kernels import KEYS
 from .team import Team
 from .tiles import LANES

@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
+from ..strips import STRIP
 from .compilation import Number, Numbers, compiled, summing
-from .forms import STRIP
 from .intrinsics import bits_of, halves_at, numbers_at, of_bits
 from .tiles import LANES, MOST_ROWS, add_float32, add_narrow_float32
 

@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
+from ..strips import INT4_GROUP, LINE_INPUTS, STRIP, Form
 from .compilation import Number, Numbers, Words, compiled
-from .forms import INT4_GROUP, LINE_INPUTS, STRIP, Form
 from .intrinsics import numbers_at, of_bits, pairs_at
 from .tiles import MOST_ROWS, add_bfloat16, add_codes4, add_codes8, add_float32
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from llvmlite import ir
 from numba import types
 
-from .forms import LINE_INPUTS
+from ..strips import LINE_INPUTS
 from .intrinsics import instruction
 
 LANES: Final = 16  # float32 numbers in a vector

@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
+from ..strips import STRIP
 from .compilation import Numbers, Words, compiled
-from .forms import STRIP
 from .intrinsics import claim, clear, give_way, numbers_at, peek
 from .kernels import KEYS, exp_negative, gate, gather, narrow, normalize, score, soften, sum_of, turn, widen
 from .layers import NUM_WORDS, multiply_strip

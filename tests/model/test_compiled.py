@@ -20,12 +20,12 @@ from corolla.model.checkpoint import open_checkpoint
 from corolla.model.compiled import kernels
 from corolla.model.compiled import walk as way
 from corolla.model.compiled.decoder import MOST_TOKENS, Head
-from corolla.model.compiled.forms import STRIP
 from corolla.model.compiled.team import Team
 from corolla.model.device import Ways, quick_product
 from corolla.model.linear import FrozenLinear, PackedLinear, quantized
 from corolla.model.quantization import Shelf, quantize
 from corolla.model.span import Span
+from corolla.model.strips import STRIP
 from corolla.protocol.tensors import Quantization
 from corolla.protocol.work import ModelSource, SourceKind
 

@@ -1,4 +1,7 @@
-"""The forms in which weights lie in memory, as the kernels read them. Imported without numba."""
+"""How the weights of a linear layer lie in memory: in strips of outputs, in one of a few forms.
+
+What `linear` and `quantization` keep, and the kernels of `compiled` read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ INT4_GROUP: Final = 32  # weights that share a step and a middle: 5 bits a weigh
 
 
 class Form(IntEnum):
-    """What weights look like to `compiled.layers`. Outputs come in strips of `STRIP`, one strip after the other.
+    """Outputs come in strips of `STRIP`, one strip after the other.
 
     FLOAT32: in a strip input after input. BFLOAT16: in pairs of inputs, the two of an output together. INT8: output
     after output. INT4: input after input, in a byte two outputs half a strip apart.
