@@ -23,7 +23,7 @@ from corolla.protocol.errors import CorollaError
 
 from ..processes import DaemonFailedError, DaemonProcess, LocalSwarm, wait_until
 
-RETURN_DEADLINE_S = 300.0
+RETURN_DEADLINE_S = 600.0
 SLOW_START_S = 5.0  # a first token that takes longer is told with what happened before it
 
 
@@ -384,19 +384,22 @@ def longest_by_strike(gaps: list[Gap], strikes: list[Strike]) -> dict[str, float
 
 
 def resident(disturber: Disturber, client: DaemonProcess) -> dict[str, int]:
-    """Memory in bytes of the client's daemon and of each that serves, by what it is and its process."""
-    found = {"client's daemon": resident_bytes(client.pid)}
-    for machine in disturber.machines:
-        pid = machine.daemon.pid
-        found[f"{machine.daemon.name}'s daemon {pid}"] = resident_bytes(pid)
-        for worker in machine.daemon.worker_pids():
-            found[f"{machine.daemon.name}'s worker {worker}"] = resident_bytes(worker)
-    return found
+    """Memory in bytes of the client's daemon and of each that is up, by what it is and its process."""
+    found = {"client's daemon": client.pid}
+    for machine in tuple(disturber.machines):
+        if machine.is_up:
+            found[f"{machine.daemon.name}'s daemon {machine.daemon.pid}"] = machine.daemon.pid
+            for worker in machine.daemon.worker_pids():
+                found[f"{machine.daemon.name}'s worker {worker}"] = worker
+    return {name: size for name, pid in found.items() if (size := resident_bytes(pid))}
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of one process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    """Memory of one process; 0 of one that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _resume(process: DaemonProcess) -> None:

@@ -228,6 +228,17 @@ def test_a_step_between_two_hops_makes_neither_of_them_late() -> None:
         assert not bench.of(ev.FindRoute)
 
 
+def test_a_link_that_fails_amid_the_question_is_what_the_answers_tell_of() -> None:
+    bench = running()
+    bench.tick()
+    bench.hear("a", Failure.of(ID, 1, error(Code.LINK_FAILED, "broke"), STEP, B.hop))
+    for name, stage in (("a", Stage.SENT), ("b", Stage.RECEIVED), ("c", Stage.UNKNOWN)):
+        bench.hear(name, At(ID, 1, STEP, stage))
+    assert bench.machine.phase is Phase.LINKING  # the same hops once more
+    assert not bench.of(ev.FindRoute)
+    assert not bench.of(ev.Charge)
+
+
 def test_where_nobody_answers_nobody_is_late() -> None:
     bench = running()
     for _ in range(4):
