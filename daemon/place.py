@@ -7,6 +7,7 @@ asks waits until that is done. How a swarm is founded, and what a token says, is
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Final
 
 import trio
@@ -22,7 +23,16 @@ from .network.members.roll import Standing
 from .store import Store
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
+JOIN_AGAIN_S: Final = (
+    5.0,
+    15.0,
+    30.0,
+    60.0,
+)  # after each attempt in vain, the last one for ever: a few packets
 REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
+_MAY_PASS: Final = frozenset(
+    {Code.NO_PEERS, Code.PEER_LOST, Code.TIMEOUT}
+)  # members or a network that are down now
 HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
 
 
@@ -43,6 +53,7 @@ class Place:
         self._problem: CorollaError | None = None
         self._doubt: tuple[str, str] | None = None  # about ourselves, as other members' records raise it
         self._leaving = trio.CancelScope()
+        self._other_wish = trio.Event()  # the swarm of the configuration is wanted no longer
         self._moving = trio.Lock()
         self._is_closed = False
 
@@ -87,18 +98,36 @@ class Place:
         return await self._enter(entry, wait_for_member=True)
 
     async def join_configured(self, token: str) -> None:
-        """Join, unless we are in its swarm already; events tell of what fails."""
-        try:
-            if self._entry is not None and token.startswith(TOKEN_PREFIX):
-                decoded = decode_token(token)
-                if decoded.swarm_id == self._entry.swarm.swarm_id:
+        """Join, unless we are in its swarm already; events tell of what fails.
+
+        Where nobody answers, a machine may have started before its network or its members: it tries again, until it is
+        in a swarm, is told to leave, or is configured anew.
+        """
+        self._other_wish.set()
+        other_wish = self._other_wish = trio.Event()
+        for pause_s in chain(JOIN_AGAIN_S, repeat(JOIN_AGAIN_S[-1])):
+            try:
+                if not self._is_in(token):
+                    await self.join(token)
+                return
+            except CorollaError as problem:
+                if problem.code not in _MAY_PASS or self._is_closed:
+                    self._events.emit("join_failed", str(problem))
                     return
-            await self.join(token)
-        except CorollaError as problem:
-            self._events.emit("join_failed", str(problem))
+                self._events.emit("join_failed", f"{problem}; trying again in {pause_s:g} s")
+            with trio.move_on_after(pause_s):
+                await other_wish.wait()
+                return
+
+    def _is_in(self, token: str) -> bool:
+        """Whether a token is of the swarm that we are in. Raises `BAD_TOKEN`."""
+        if self._entry is None or not token.startswith(TOKEN_PREFIX):
+            return False
+        return decode_token(token).swarm_id == self._entry.swarm.swarm_id
 
     async def leave(self) -> None:
         """Leave the swarm; leaving none is no error."""
+        self._other_wish.set()
         async with self._moving:
             await self._change(None)
             self._store.update(swarm_id="", swarm="", bootstrap=(), invited=False)

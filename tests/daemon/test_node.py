@@ -29,7 +29,7 @@ from corolla.protocol.invitations import decode_token, encode_token
 from corolla.protocol.settings import Applied
 
 from ..processes import DaemonProcess
-from .members import FACTS
+from .members import FACTS, until
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -153,6 +153,35 @@ async def test_the_configured_swarm_is_entered_at_start_and_not_twice(folder: Pa
                 await heard(second, "joined")
                 await second.the_belonging().membership.wait_joined(timeout_s=30)
                 assert second.status().swarm == "roses"
+
+
+@pytest.mark.anyio
+async def test_the_configured_swarm_is_tried_again_while_nobody_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(module, "JOIN_AGAIN_S", (0.1,))
+    async with node(folder / "a") as first:
+        token = await first.place.create("roses")
+        (address, *_) = first.status().addresses
+    async with node(folder / "b", join=token) as second:
+        assert "trying again" in await heard(second, "join_failed")
+        monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 30.0)
+        async with node(folder / "a", listen=(address.partition("/p2p/")[0],)):
+            await until(lambda: second.store.state.swarm == "roses")
+
+
+@pytest.mark.anyio
+async def test_the_configured_swarm_is_not_tried_again_once_told_to_leave(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 0.3)
+    async with node(folder / "a") as first:
+        token = await first.place.create("roses")
+    async with node(folder / "b") as second, trio.open_nursery() as nursery:
+        nursery.start_soon(second.place.join_configured, token)
+        await heard(second, "join_failed")
+        await second.place.leave()  # the nursery ends with the attempts
 
 
 @pytest.mark.anyio

@@ -157,7 +157,7 @@ class Disturber:
         machine.is_up = False
         name = action.__name__.lstrip("_")
         self.done[name] += 1
-        self._under_way.append(threading.Thread(target=self._befall, args=(machine, action)))
+        self._under_way.append(threading.Thread(target=self._befall, args=(machine, action), daemon=True))
         self._under_way[-1].start()
         return f"{name} {machine.daemon.name} of {machine.span}"
 
