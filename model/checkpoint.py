@@ -212,6 +212,7 @@ def _stored_tensors(folder: Path) -> dict[str, str]:
 def open_safetensors(path: Path) -> Any:
     """A safetensors file, to be used with `with`. Raises `DAMAGED_WEIGHTS`, `UNREADABLE`."""
     try:
+        path.open("rb").close()  # safetensors says that a file is not there when it may not be read
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as problem:
         raise error(Code.DAMAGED_WEIGHTS, f"{path} is missing", "fetch the model again") from problem

@@ -101,6 +101,23 @@ def test_an_unreadable_folder_says_who_must_read_it(tmp_path: Path, monkeypatch:
     assert "daemon's user" in problem.remedy
 
 
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path)
+    readable = Path.open
+
+    def closed(path: Path, mode: str = "r") -> object:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return readable(path, mode)
+
+    monkeypatch.setattr(Path, "open", closed)
+    problem = refused(Code.UNREADABLE, at, tmp_path)
+    assert str(tmp_path / "model.safetensors") in problem.message
+    assert "daemon's user" in problem.remedy
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_configuration_is_no_crash(tmp_path: Path, text: str) -> None:
     save_tiny(tmp_path)

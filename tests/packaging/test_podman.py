@@ -6,16 +6,21 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
 import corolla
 
+from ..model.tiny import NUM_BLOCKS, save_tiny
 from ..processes import local_swarm, wait_until
 from .container import why_not
+from .test_update import PROMPT, chosen, lay_environment
 
 ROOT = Path(corolla.__file__).parent
 FILE = ROOT / "packaging/Containerfile"
@@ -52,13 +57,14 @@ def podman(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     run("podman", "rmi", "--force", "corolla", BASE, check=False)
 
 
-def run(*command: str, check: bool = True) -> str:
+def run(*command: str, check: bool = True, both: bool = False) -> str:
+    """What a command printed; both: also on stderr."""
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     if check and done.returncode:
         raise AssertionError(
             f"{shlex.join(command)} exited with {done.returncode}:\n{done.stdout}{done.stderr}"
         )
-    return done.stdout
+    return done.stdout + done.stderr if both else done.stdout
 
 
 def status() -> Any:
@@ -67,27 +73,69 @@ def status() -> Any:
     return json.loads(told or "{}").get("status")
 
 
-def test_a_daemon_in_a_container_joins_and_is_the_same_after_it_was_made_anew(
-    podman: None, packages: Path, fresh_root: Path
-) -> None:
+def states() -> list[str]:
+    """Of the workers in the container."""
+    return [worker["state"] for worker in (status() or {}).get("workers", ())]
+
+
+@pytest.fixture
+def image(podman: None, packages: Path, fresh_root: Path) -> None:
+    """The image of the container file, on a Debian of our own."""
     pack, take = ["tar", "-C", str(fresh_root), "-c", "."], ["podman", "import", "--quiet", "-", BASE]
     with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
         subprocess.run(take, stdin=tar.stdout, check=True, capture_output=True)
     assert tar.returncode == 0
     build = the_line("podman build")
     run(*build[:2], "--network=host", "--build-arg", f"BASE={BASE}", *build[2:])
-    line = the_line("podman run")
-    assert line[-2:] == ["--model", "MODEL"]
-    with local_swarm(None) as swarm:
-        founder = swarm.found("--listen", "/ip4/0.0.0.0/tcp/0")
-        run(*line[:-2], "--blocks", "none", "--no-mdns", "--no-upnp", "--join", swarm.token)
+
+
+def start(*arguments: str, mounts: Mapping[Path, str] | None = None) -> None:
+    """The very line that the container file names, with these arguments for the daemon."""
+    *line, name, option, model = the_line("podman run")
+    assert (name, option, model) == ("corolla", "--model", "MODEL")
+    seen = [f"--volume={outside}:{inside}:ro" for outside, inside in (mounts or {}).items()]
+    run(*line, *seen, name, *arguments, "--no-mdns", "--no-upnp")
+
+
+def inspected(template: str) -> str:
+    return run("podman", "inspect", "corolla", "--format", template).strip()
+
+
+def test_a_daemon_in_a_container_serves_and_is_the_same_after_it_was_made_anew(
+    image: None, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "tiny", "llama", seed=4, eos_token_id=None)
+    lay_environment(tmp_path, Path("state"), "/usr/lib/corolla")
+    run("chmod", "-R", "a+rX", str(tmp_path))
+    mounts = {
+        tmp_path / "tiny": "/srv/tiny",
+        tmp_path / "state/worker": "/var/lib/corolla/worker",
+        Path(sysconfig.get_path("purelib")): "/srv/torch",
+    }
+    with local_swarm(tmp_path / "tiny") as swarm:
+        client = swarm.found("--listen", "/ip4/0.0.0.0/tcp/0", "--dtype", "float32")
+        serve = ("--model", "/srv/tiny", "--blocks", f"0:{NUM_BLOCKS}", "--dtype", "float32")
+        start(*serve, "--device", "cpu", "--join", swarm.token, mounts=mounts)
         wait_until(lambda: (status() or {}).get("swarm") == "test", "the container's daemon has joined")
-        wait_until(lambda: founder.status().num_peers == 1, "its peer sees it")
+        wait_until(lambda: states() not in ([], ["loading"]), "its worker has loaded")
+        assert states() == ["online"], run("podman", "logs", "corolla", both=True)
+        swarm.wait_covered(client, [1] * NUM_BLOCKS)
+        with client.connect() as daemon:
+            answer = daemon.model("tiny").generate(tokens=[PROMPT], max_new_tokens=12, encoding="float32")
+        assert list(answer.tokens[0]) == chosen(tmp_path / "tiny", list(answer.tokens[0]))
         told = status()
-        assert told is not None
+
         run("podman", "stop", "--time", "45", "corolla")
-        assert run("podman", "inspect", "corolla", "--format", "{{.State.ExitCode}}").strip() == "0"
+        assert inspected("{{.State.ExitCode}}") == "0"
+        wait_until(lambda: client.status().num_peers == 0, "it has said goodbye")
         run("podman", "rm", "corolla")
-        run(*line[:-2], "--blocks", "none", "--no-mdns", "--no-upnp")
+        start("--blocks", "none")
         wait_until(lambda: (status() or {}).get("swarm") == "test", "it remembers its swarm")
         assert (status() or {})["peer"] == told["peer"]
+
+
+def test_what_no_other_start_would_cure_is_not_tried_for_ever(image: None) -> None:
+    start("--blocks", "5:1")
+    wait_until(lambda: inspected("{{.State.Status}} {{.RestartCount}}") == "exited 8", "it was given up")
+    assert inspected("{{.State.ExitCode}}") == "2"
+    assert "5:1" in run("podman", "logs", "corolla", both=True)
