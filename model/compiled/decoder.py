@@ -72,9 +72,10 @@ class Decoder:
         """(num_tokens, hidden_size) after `blocks`, of a batch that it `takes`."""
         states = hidden.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         tokens = self._tokens(states, turns, placement)
-        self._room.counters.fill(0)
+        room = self._room_for(len(states), tokens.num_splits)
+        room.counters.fill(0)
         first = blocks.start - self._start
-        self._team.run(way.walk, first, first + len(blocks), self._blocks, tokens, self._room)
+        self._team.run(way.walk, first, first + len(blocks), self._blocks, tokens, room)
         return states.to(hidden.dtype)
 
     def _tokens(self, states: Tensor, turns: Turns, placement: Placement) -> way.Tokens:
@@ -105,13 +106,22 @@ class Decoder:
             reaches=np.array(reaches, dtype=np.int64),
             runs=np.array(runs, dtype=np.int64),
             bunches=np.array(bunches, dtype=np.int64),
-            num_splits=max(1, min(wanted, longest // _FEWEST_KEYS, self._room.parts.shape[1])),
+            num_splits=max(1, min(wanted, longest // _FEWEST_KEYS, len(self._room.parts) // len(states))),
         )
+
+    def _room_for(self, num_tokens: int, num_splits: int) -> way.Room:
+        """Of its parts so many as these tokens take."""
+        num_parts = num_tokens * num_splits
+        parts, marks = (
+            each[:num_parts].reshape(num_tokens, num_splits, *each.shape[2:])
+            for each in (self._room.parts, self._room.marks)
+        )
+        return self._room._replace(parts=parts, marks=marks)
 
     def _make_room(self, hidden_size: int) -> way.Room:
         blocks, members = self._blocks, self._team.num_members
         num_heads, dim = blocks.num_heads, blocks.head_dim
-        most_splits = _PIECES_EACH * members
+        num_parts = MOST_TOKENS + _PIECES_EACH * members
         largest = max(hidden_size, num_heads * dim)
 
         def zeros(*shape: int) -> Any:
@@ -120,8 +130,8 @@ class Decoder:
         return way.Room(
             heads=zeros(MOST_TOKENS, num_heads + 2 * blocks.num_kv_heads, dim),
             gated=zeros(MOST_TOKENS, blocks.inner_size),
-            parts=zeros(MOST_TOKENS, most_splits, num_heads, dim),
-            marks=zeros(MOST_TOKENS, most_splits, num_heads, 2),
+            parts=zeros(num_parts, 1, num_heads, dim),
+            marks=zeros(num_parts, 1, num_heads, 2),
             normed=zeros(members, MOST_TOKENS, largest),
             sums=zeros(members, 3, MOST_TOKENS, STRIP),
             scores=zeros(members, _MOST_BUNCHED, num_heads // blocks.num_kv_heads, KEYS),
