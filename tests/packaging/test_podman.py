@@ -45,16 +45,15 @@ def the_line(program: str) -> list[str]:
     return shlex.split(line.removeprefix("#"))
 
 
-@pytest.fixture
-def podman(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A podman whose images and volumes are gone afterwards."""
-    settings = tmp_path / "containers.conf"
+@pytest.fixture(scope="module")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A podman whose images are gone afterwards."""
+    settings = tmp_path_factory.mktemp("podman") / "containers.conf"
     settings.write_text(HUMBLE if shutil.which("runc") else "")
-    monkeypatch.setenv("CONTAINERS_CONF", str(settings))
-    yield
-    run("podman", "rm", "--force", "corolla", check=False)
-    run("podman", "volume", "rm", "--force", "corolla", "corolla-cache", check=False)
-    run("podman", "rmi", "--force", "corolla", BASE, check=False)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CONTAINERS_CONF", str(settings))
+        yield
+        run("podman", "rmi", "--force", "corolla", BASE, check=False)
 
 
 def run(*command: str, check: bool = True, both: bool = False) -> str:
@@ -78,8 +77,8 @@ def states() -> list[str]:
     return [worker["state"] for worker in (status() or {}).get("workers", ())]
 
 
-@pytest.fixture
-def image(podman: None, packages: Path, fresh_root: Path) -> None:
+@pytest.fixture(scope="module")
+def built(podman: None, packages: Path, fresh_root: Path) -> None:
     """The image of the container file, on a Debian of our own."""
     pack, take = ["tar", "-C", str(fresh_root), "-c", "."], ["podman", "import", "--quiet", "-", BASE]
     with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
@@ -87,6 +86,14 @@ def image(podman: None, packages: Path, fresh_root: Path) -> None:
     assert tar.returncode == 0
     build = the_line("podman build")
     run(*build[:2], "--network=host", "--build-arg", f"BASE={BASE}", *build[2:])
+
+
+@pytest.fixture
+def image(built: None) -> Iterator[None]:
+    """The image; what was made of it is gone afterwards."""
+    yield
+    run("podman", "rm", "--force", "corolla", check=False)
+    run("podman", "volume", "rm", "--force", "corolla", "corolla-cache", check=False)
 
 
 def start(*arguments: str, mounts: Mapping[Path, str] | None = None) -> None:
