@@ -78,6 +78,9 @@ def test_both_views_show_the_whole_story(capsys: pytest.CaptureFixture[str]) -> 
         assert "killed" in shown
 
 
+@pytest.mark.timeout(
+    900
+)  # four daemons and two programs with torch start, on a machine that has other things to do
 def test_the_demo_kills_a_daemon_and_writes_the_same_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
