@@ -145,7 +145,8 @@ class PageCopy(NamedTuple):
 
 
 class Memory(Enum):
-    """Where a page may be. BETWEEN: in neither cache, for the moment in which two sessions change places."""
+    """Where a page may be. BETWEEN: in neither cache, while two sessions change places: for a moment, or, where the one
+    that left shared pages with others, until there is room for the one that comes."""
 
     DEVICE = auto()
     HOST = auto()

@@ -25,9 +25,7 @@ from .kernels import KEYS
 from .team import Team
 from .tiles import LANES
 
-MOST_TOKENS: Final = (
-    32  # of a pass; from there on oneDNN's products are as fast, and calls are few beside them
-)
+MOST_TOKENS: Final = 32  # of a pass; beyond, oneDNN's products are as fast, and calls are few beside them
 
 _FEWEST_KEYS: Final = 256  # in a part of a row's keys that is attended by itself
 _PIECES_EACH: Final = 4  # of attention for each member, so that all end at about the same time

@@ -134,9 +134,9 @@ class Fleet:
         with self.client.connect() as daemon:
             return [event.detail["peer"] for event in daemon.events() if event.kind == "charged"]
 
-    def charged(self) -> set[str]:
-        """The same, each once."""
-        return set(self.charges())
+    def charged(self, since: int = 0) -> set[str]:
+        """The same after the first `since` charges, each once."""
+        return set(self.charges()[since:])
 
 
 def is_alive(daemon: DaemonProcess) -> bool:

@@ -135,14 +135,18 @@ class SessionsAgainstLists(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.now_s = 0.0
+        self.next_token = self.num_steps = 0
+        self.start()
+
+    def start(self) -> None:
+        """A worker without a past, and all sessions on it."""
         self.sessions = Sessions((0, 1), Capacity(self.NUM_PAGES, self.NUM_HOST_PAGES), self.carry)
         self.memories: dict[Memory, dict[int, dict[int, int]]] = {memory: {} for memory in Memory}
         self.device = self.memories[Memory.DEVICE]
         self.texts: dict[bytes, list[int]] = {}
         self.steps: dict[bytes, int] = {}
         self.waiting: dict[bytes, Compute] = {}
-        self.now_s = 0.0
-        self.next_token = self.num_steps = 0
         for name in self.NAMES:
             self.open(name)
 
@@ -226,13 +230,7 @@ class SessionsAgainstLists(RuleBasedStateMachine):
         except CorollaError as problem:
             if problem.code is not Code.BUSY:
                 raise
-            self.open_when_there_is_room(name)
-
-    def open_when_there_is_room(self, name: bytes) -> None:
-        for other in self.NAMES:
-            self.sessions.close(other, self.now_s)
-        for other in self.NAMES:
-            self.open(other)
+            self.start()  # by what it has seen, all four may never fit again
 
     @invariant()
     def every_page_is_free_or_held(self) -> None:
@@ -242,7 +240,10 @@ class SessionsAgainstLists(RuleBasedStateMachine):
         num_used = self.NUM_PAGES - self.sessions.free_tokens // PAGE_TOKENS
         assert self.BEGIN_ALIKE or num_used == on_device
         assert in_host <= self.NUM_HOST_PAGES
-        assert not self.memories[Memory.BETWEEN]
+        # Who made room for those that make room for it waits there, if they shared pages with others who stay.
+        between = [s for s in sessions if s.place is Memory.BETWEEN]
+        assert all(s.id in self.waiting for s in between)
+        assert len(self.memories[Memory.BETWEEN]) == sum(s.pages.num_pages for s in between)
 
     def teardown(self) -> None:
         """Whoever waits now gets its turn, in the order in which they came."""
