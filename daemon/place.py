@@ -23,16 +23,10 @@ from .network.members.roll import Standing
 from .store import Store
 
 JOIN_TIMEOUT_S: Final = 15.0  # for the first member to answer
-JOIN_AGAIN_S: Final = (
-    5.0,
-    15.0,
-    30.0,
-    60.0,
-)  # after each attempt in vain, the last one for ever: a few packets
+JOIN_AGAIN_S: Final = (5.0, 15.0, 30.0, 60.0)  # after each attempt in vain, the last one for ever
 REMEMBER_EVERY_S: Final = 1.0  # where members are, if that changed: a killed daemon finds them again
-_MAY_PASS: Final = frozenset(
-    {Code.NO_PEERS, Code.PEER_LOST, Code.TIMEOUT}
-)  # members or a network that are down now
+# Members or a network that are down now.
+_MAY_PASS: Final = frozenset({Code.NO_PEERS, Code.PEER_LOST, Code.TIMEOUT})
 HINT: Final = "not in a swarm: daemonctl join TOKEN, or daemonctl swarm create NAME"
 
 

@@ -42,9 +42,7 @@ class Overtaking(Ascent):
         super().__init__(terms, settings)
         self._race: Race | None = None
         self._num_races = 0
-        self._away: list[
-            tuple[float, Race]
-        ] = []  # races lost, and until when the late hop is not asked again
+        self._away: list[tuple[float, Race]] = []  # races lost; until then the late hop is not asked again
 
     # from being late to a race
 

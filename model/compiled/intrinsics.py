@@ -23,59 +23,37 @@ def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-@instruction
-def numbers_at(context: Any, address: Any) -> Any:
-    """A pointer to float32 numbers, for `numba.carray`."""
-    signature = types.CPointer(types.float32)(types.intp)  # type: ignore[no-untyped-call]
+def _pointer(kind: Any, made_of: Any) -> Callable[..., Any]:
+    """An address as a pointer to numbers of this kind, for `numba.carray`."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], _FLOAT.as_pointer())
+    @instruction
+    def at(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], made_of.as_pointer())
 
-    return signature, generate
+        return types.CPointer(kind)(types.intp), generate  # type: ignore[no-untyped-call]
 
-
-@instruction
-def halves_at(context: Any, address: Any) -> Any:
-    """A pointer to bfloat16 numbers, as uint16."""
-    signature = types.CPointer(types.uint16)(types.intp)  # type: ignore[no-untyped-call]
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], ir.IntType(16).as_pointer())
-
-    return signature, generate
+    return at
 
 
-@instruction
-def pairs_at(context: Any, address: Any) -> Any:
-    """A pointer to pairs of bfloat16 numbers, as uint32: the first of each in the low half."""
-    signature = types.CPointer(types.uint32)(types.intp)  # type: ignore[no-untyped-call]
+def _same_bits(of: Any, to: Any, made_of: Any) -> Callable[..., Any]:
+    """A number of one kind as what its bits are in another of the same size."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], ir.IntType(32).as_pointer())
+    @instruction
+    def cast(context: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.bitcast(values[0], made_of)
 
-    return signature, generate
+        return to(of), generate
 
-
-@instruction
-def bits_of(context: Any, number: Any) -> Any:
-    """The bits of a float32."""
-    signature = types.uint32(types.float32)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], ir.IntType(32))
-
-    return signature, generate
+    return cast
 
 
-@instruction
-def of_bits(context: Any, bits: Any) -> Any:
-    """The float32 that these 32 bits are."""
-    signature = types.float32(types.uint32)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], _FLOAT)
-
-    return signature, generate
+numbers_at: Final = _pointer(types.float32, _FLOAT)
+halves_at: Final = _pointer(types.uint16, ir.IntType(16))  # bfloat16 numbers
+pairs_at: Final = _pointer(types.uint32, ir.IntType(32))  # two bfloat16 numbers, the first in the low half
+bits_of: Final = _same_bits(types.float32, types.uint32, ir.IntType(32))
+of_bits: Final = _same_bits(types.uint32, types.float32, _FLOAT)
 
 
 @instruction

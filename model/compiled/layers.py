@@ -12,17 +12,16 @@ import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
 from ..strips import INT4_GROUP, LINE_INPUTS, STRIP, Form
-from .compilation import Number, Numbers, Words, compiled
+from .compilation import Numbers, Words, compiled
 from .intrinsics import numbers_at, of_bits, pairs_at
+from .kernels import sum_of
 from .tiles import MOST_ROWS, add_bfloat16, add_codes4, add_codes8, add_float32
 
 WEIGHTS, BIAS, SCALES, FORM, NUM_SCALED = range(5)
 NUM_WORDS: Final = 5
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = (int(form) for form in Form)
-_INPUTS: Final = (
-    128  # of a strip that several rows share while it is in the processor's first cache: 32 KB of float32
-)
+_INPUTS: Final = 128  # of a strip that several rows share while the first cache holds it: 32 KB of float32
 
 
 @compiled
@@ -36,9 +35,9 @@ def multiply_strip(
     sums[:] = 0
     form, weights = layer[FORM], layer[WEIGHTS]
     if form == _FLOAT32:
-        _add_columns(rows, num_inputs, weights + unit * num_inputs * STRIP * 4, sums)
+        _add_columns(rows, num_inputs, weights + unit * num_inputs * STRIP * 4, 4, sums)
     elif form == _BFLOAT16:
-        _add_pairs(rows, num_inputs, weights + unit * num_inputs * STRIP * 2, sums)
+        _add_columns(rows, num_inputs, weights + unit * num_inputs * STRIP * 2, 2, sums)
     elif form == _INT8:
         _add_lines(rows, num_inputs, weights + unit * num_inputs * STRIP, sums)
         scales = carray(numbers_at(layer[SCALES] + unit * STRIP * 4), (STRIP,))
@@ -55,33 +54,21 @@ def multiply_strip(
 
 
 @compiled
-def _add_columns(rows: Numbers, num_inputs: int, strip: int, sums: Numbers) -> None:
-    """strip: (num_inputs, STRIP) float32."""
+def _add_columns(rows: Numbers, num_inputs: int, strip: int, number_bytes: int, sums: Numbers) -> None:
+    """strip: (num_inputs, STRIP) float32, of 4 bytes, or (num_inputs / 2, STRIP, 2) bfloat16, of 2."""
     num_rows, row_bytes, sums_bytes = rows.shape[0], rows.strides[0], sums.strides[0]
     step = num_inputs if num_rows <= MOST_ROWS else _INPUTS
     for first in range(0, num_inputs, step):
         num = min(step, num_inputs - first)
+        piece = strip + first * STRIP * number_bytes
         for row in range(0, num_rows, MOST_ROWS):
             inputs = rows.ctypes.data + row * row_bytes + first * 4
             place = sums.ctypes.data + row * sums_bytes
             many = min(MOST_ROWS, num_rows - row)
-            piece = strip + first * STRIP * 4
-            add_float32(many, inputs, row_bytes, piece, STRIP * 4, num, place, sums_bytes)
-
-
-@compiled
-def _add_pairs(rows: Numbers, num_inputs: int, strip: int, sums: Numbers) -> None:
-    """strip: (num_inputs / 2, STRIP, 2) bfloat16."""
-    num_rows, row_bytes, sums_bytes = rows.shape[0], rows.strides[0], sums.strides[0]
-    step = num_inputs if num_rows <= MOST_ROWS else _INPUTS
-    for first in range(0, num_inputs, step):
-        num_turns = min(step, num_inputs - first) // 2
-        for row in range(0, num_rows, MOST_ROWS):
-            inputs = rows.ctypes.data + row * row_bytes + first * 4
-            place = sums.ctypes.data + row * sums_bytes
-            many = min(MOST_ROWS, num_rows - row)
-            piece = strip + first * STRIP * 2
-            add_bfloat16(many, inputs, row_bytes, piece, STRIP * 4, num_turns, place, sums_bytes)
+            if number_bytes == 4:
+                add_float32(many, inputs, row_bytes, piece, STRIP * 4, num, place, sums_bytes)
+            else:
+                add_bfloat16(many, inputs, row_bytes, piece, STRIP * 4, num // 2, place, sums_bytes)
 
 
 @compiled
@@ -94,7 +81,8 @@ def _add_lines(rows: Numbers, num_inputs: int, lines: int, sums: Numbers) -> Non
             inputs = rows.ctypes.data + row * row_bytes
             place = sums.ctypes.data + row * sums_bytes + output * 4
             many = min(MOST_ROWS, num_rows - row)
-            add_codes8(many, inputs, row_bytes, piece, num_inputs // LINE_INPUTS, place, sums_bytes)
+            num_turns = num_inputs // LINE_INPUTS
+            add_codes8(many, inputs, row_bytes, piece, LINE_INPUTS, num_turns, place, sums_bytes)
 
 
 @compiled
@@ -120,16 +108,8 @@ def _add_groups(
             add_codes4(many, inputs, row_bytes, piece, STRIP // 2, INT4_GROUP, place, spare_bytes)
         pairs = carray(pairs_at(scales + group * group_bytes), (STRIP,))
         for row in range(num_rows):
-            total = _group_sum(rows[row, first : first + INT4_GROUP])
+            total = sum_of(rows[row, first:], INT4_GROUP)
             for i in range(STRIP):
                 step = of_bits(pairs[i] << np.uint32(16))
                 middle = of_bits(pairs[i] & np.uint32(0xFFFF0000))
                 sums[row, i] += spare[row, i] * step + total * (middle - np.float32(8) * step)
-
-
-@compiled
-def _group_sum(inputs: Numbers) -> Number:
-    total = np.float32(0)
-    for i in range(INT4_GROUP):
-        total += inputs[i]
-    return total

@@ -36,8 +36,15 @@ _NUM_VECTORS: Final = 4  # of a strip
 Fetch = Callable[[Any, Any], list[list[Any]]]
 
 
-def _columns(fetch: Fetch, num_vectors: int, num_inputs: int) -> Callable[..., Any]:
-    """Weights that lie input after input. num_inputs: of a turn."""
+# Writes a product of so many rows, of the arguments behind `num_rows`.
+Tile = Callable[[Any, Any, int], None]
+
+
+def _product(tile: Tile) -> Callable[..., Any]:
+    """The instruction that adds a tile's products, for as many rows as it is given, 1 to `MOST_ROWS`.
+
+    A turn of its loop covers one or more inputs; turn_bytes: of weights, from one turn to the next.
+    """
 
     @instruction
     def add(
@@ -54,15 +61,21 @@ def _columns(fetch: Fetch, num_vectors: int, num_inputs: int) -> Callable[..., A
         signature = types.void(*[types.intp] * 8)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            def tile(count: int) -> None:
-                _column_tile(builder, values[1:], count, num_vectors, num_inputs, fetch)
-
-            _for_each_count(builder, values[0], tile)
+            _for_each_count(builder, values[0], lambda count: tile(builder, values[1:], count))
             return context.get_dummy_value()
 
         return signature, generate
 
     return add
+
+
+def _columns(fetch: Fetch, num_vectors: int, num_inputs: int) -> Callable[..., Any]:
+    """Weights that lie input after input. num_inputs: of a turn."""
+
+    def tile(builder: Any, values: Any, count: int) -> None:
+        _column_tile(builder, values, count, num_vectors, num_inputs, fetch)
+
+    return _product(tile)
 
 
 def _for_each_count(builder: Any, num_rows: Any, tile: Callable[[int], None]) -> None:
@@ -181,44 +194,17 @@ def _codes4(builder: Any, line: Any) -> list[list[Any]]:
     return [vectors]
 
 
-def _lines() -> Callable[..., Any]:
+def _line_tile(builder: Any, values: Any, num_rows: int) -> None:
     """Weights that lie output after output: one output's, as signed codes of 8 bits, read from end to end.
 
     A turn is of `LINE_INPUTS` inputs. Four outputs side by side, a line of each, took twice as long out of memory.
     """
-
-    @instruction
-    def add(
-        context: Any,
-        num_rows: Any,
-        rows: Any,
-        row_bytes: Any,
-        piece: Any,
-        num_turns: Any,
-        sums: Any,
-        sums_bytes: Any,
-    ) -> Any:
-        signature = types.void(*[types.intp] * 7)
-
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            def tile(count: int) -> None:
-                _line_tile(builder, values[1:], count)
-
-            _for_each_count(builder, values[0], tile)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return add
-
-
-def _line_tile(builder: Any, values: Any, num_rows: int) -> None:
-    rows, row_bytes, piece, num_turns, sums, sums_bytes = values
+    rows, row_bytes, piece, turn_bytes, num_turns, sums, sums_bytes = values
     kind = ir.VectorType(_BYTE, LANES)
     tile = [(row, vector) for row in range(num_rows) for vector in range(_NUM_VECTORS)]
 
     def turn(k: Any, totals: dict[Any, Any]) -> dict[Any, Any]:
-        codes = builder.add(piece, builder.mul(k, _WORD(LINE_INPUTS)))
+        codes = builder.add(piece, builder.mul(k, turn_bytes))
         inputs = builder.add(rows, builder.mul(k, _WORD(LINE_INPUTS * _NUMBER_BYTES)))
         for vector in range(_NUM_VECTORS):
             some = builder.sext(_load(builder, codes, vector * LANES, kind, 1), _BITS)
@@ -256,4 +242,4 @@ add_float32: Final = _columns(_float32(_NUM_VECTORS), _NUM_VECTORS, 1)
 add_narrow_float32: Final = _columns(_float32(1), 1, 1)
 add_bfloat16: Final = _columns(_bfloat16, _NUM_VECTORS, 2)
 add_codes4: Final = _columns(_codes4, _NUM_VECTORS, 1)
-add_codes8: Final = _lines()
+add_codes8: Final = _product(_line_tile)
