@@ -109,8 +109,12 @@ def load(configure: Configure, connection: Connection) -> Engine:
     """The engine, with its parts loaded and reported as `Ready`; or `Failed`, and the process ends."""
     connection.report("loading", 0, 0)  # a first sign of life: the imports take seconds
     gc.disable()  # they leave no garbage, and looking for it takes a sixth of their time
+    compiled = Path(configure.cache_folder) / "compiled"
     if not os.access(_COMPILED, os.W_OK):  # numba keeps what it has compiled beside the source, where it can
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(configure.cache_folder) / "compiled"))
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(compiled))
+    # What is compiled for a GPU goes to the home folder or a temporary one, unless told: a service has neither to keep.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
     import torch  # here, because it reads the environment
 
     from .batch import Policy

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Batch, Placement, attend_rows
+from .elementwise import Elementwise
 from .linear import is_rounding, whole_of
 
 _PARTS: Final = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -56,11 +57,11 @@ class Gated:
     down: nn.Module
     size: int
     activation: nn.Module
+    pieces: Elementwise
 
     def __call__(self, states: Tensor) -> Tensor:
         """(num_tokens, hidden_size) in and out."""
-        together = self.both(states)
-        gated: Tensor = self.activation(together[:, : self.size]).mul_(together[:, self.size :])
+        gated = self.pieces.gated(self.both(states), self.activation)
         return self.down(gated)  # type: ignore[no-any-return]
 
 
@@ -81,13 +82,15 @@ class Classic:
     window: int | None
     query_norm: nn.Module | None
     key_norm: nn.Module | None
+    pieces: Elementwise
 
     def forward(self, states: Tensor, turns: Turns, placement: Placement) -> Tensor:
         """(num_tokens, hidden_size) after the block. Without a graph; `states` stay as they are."""
         num_tokens, num_turned = states.shape[0], self.num_heads + self.num_kv_heads
         everything = self.queries_keys_values(self.first_norm(states))
         heads = everything.view(num_tokens, -1, self.head_dim)
-        turned = self._turned(heads[:, :num_turned], turns)
+        norms = self.query_norm, self.key_norm
+        turned = self.pieces.turned(heads[:, :num_turned], turns.cosines, turns.sines, self.num_heads, norms)
         attended = attend_rows(
             self.block,
             turned[:, : self.num_heads],
@@ -97,30 +100,26 @@ class Classic:
             scaling=self.scaling,
             window=self.window,
         )  # (num_tokens, num_heads, head_dim)
-        states = self.output(attended.reshape(num_tokens, -1)).add_(states)
-        return self.rest(self.second_norm(states)).add_(states)
-
-    def _turned(self, heads: Tensor, turns: Turns) -> Tensor:
-        """Queries and keys (num_tokens, num_heads + num_kv_heads, head_dim), each by its token's position."""
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = torch.split(heads, [self.num_heads, self.num_kv_heads], dim=1)
-            heads = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=1)
-        rolled = heads.roll(self.head_dim // 2, dims=-1)
-        return (heads * turns.cosines).addcmul_(rolled, turns.sines)
+        output = self.output(attended.reshape(num_tokens, -1))
+        states, normed = self.pieces.added_and_normed(states, output, self.second_norm)
+        return self.rest(normed).add_(states)
 
 
-def classic(module: nn.Module, block: int, window: int | None, rotary: Any) -> Classic | None:
+def classic(
+    module: nn.Module, block: int, window: int | None, rotary: Any, pieces: Elementwise
+) -> Classic | None:
     """`module` as a classic block, if it is one.
 
-    window: how many of the latest tokens it attends; None is all. rotary: `families.Rotary`.
+    window: how many of the latest tokens it attends; None is all. rotary: `families.Rotary`. pieces: as the
+    device computes them best.
     """
-    form = _form(module, block, window)
+    form = _form(module, block, window, pieces)
     if form is None:
         return None
     return form if _is_same(form, module, rotary) else None
 
 
-def _form(module: nn.Module, block: int, window: int | None) -> Classic | None:
+def _form(module: nn.Module, block: int, window: int | None, pieces: Elementwise) -> Classic | None:
     """`module` read as a classic block; whether it computes the same is yet to be seen."""
     parts: dict[str, Any] = dict(module.named_children())
     if parts.keys() != _PARTS or module._parameters or not hasattr(parts["input_layernorm"], "weight"):
@@ -145,7 +144,7 @@ def _form(module: nn.Module, block: int, window: int | None) -> Classic | None:
         second_norm=parts["post_attention_layernorm"],
         queries_keys_values=whole_of([layers["q_proj"], layers["k_proj"], layers["v_proj"]]),
         output=layers["o_proj"],
-        rest=_gated(mlp) or _as_it_is(mlp),
+        rest=_gated(mlp, pieces) or _as_it_is(mlp),
         num_heads=sizes[0] // head_dim,
         num_kv_heads=sizes[1] // head_dim,
         head_dim=head_dim,
@@ -153,16 +152,17 @@ def _form(module: nn.Module, block: int, window: int | None) -> Classic | None:
         window=window,
         query_norm=norms[0],
         key_norm=norms[1],
+        pieces=pieces,
     )
 
 
-def _gated(mlp: nn.Module) -> Gated | None:
+def _gated(mlp: nn.Module, pieces: Elementwise) -> Gated | None:
     """`mlp` read as a gated unit, if that is what the rest of the block is made of."""
     parts: dict[str, Any] = dict(mlp.named_children())
     if parts.keys() != _GATED or parts["gate_proj"].out_features != parts["up_proj"].out_features:
         return None
     both = whole_of([parts["gate_proj"], parts["up_proj"]])
-    return Gated(both, parts["down_proj"], parts["up_proj"].out_features, parts["act_fn"])
+    return Gated(both, parts["down_proj"], parts["up_proj"].out_features, parts["act_fn"], pieces)
 
 
 def _as_it_is(mlp: nn.Module) -> Callable[[Tensor], Tensor]:

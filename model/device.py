@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .elementwise import Elementwise, fused
 from .graphs import CudaRecorder, Recorder
 from .linear import FrozenLinear
 
@@ -30,6 +31,11 @@ def ways_of(device: torch.device) -> Ways:
     if device.type == "cpu":
         return Ways(is_paged=False, is_compiled=HAS_COMPILER)
     return Ways(is_paged=True, recorder=CudaRecorder())
+
+
+def elementwise_of(device: torch.device) -> Elementwise:
+    """What is between two products, as this device computes it best."""
+    return Elementwise(fused) if device.type == "cuda" else Elementwise()
 
 
 def quick_product(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from .attention import Batch, Placement
 from .cache import Cache, CacheShape
 from .checkpoint import Checkpoint
 from .classic import Classic, Turns, classic
-from .device import Ways, ways_of
+from .device import Ways, elementwise_of, ways_of
 from .families import Rotary, Skeleton
 from .graphs import Graphs
 from .groups import Grouping
@@ -103,18 +103,22 @@ class Span:
         rotary = skeleton.rotary()
         span = cls(blocks, shapes, rotary.to(device) if rotary is not None else None)
         span.windows = windows
-        span._classics = {
-            block: form
-            for block, module in blocks.items()
-            if rotary is not None
-            and device.type == "cpu"
-            and (form := classic(module, block, windows[block], span._rotary)) is not None
-        }
         span.bytes = sum(sizes)
         span.hidden_size = skeleton.hidden_size
         span.dtype = dtype
         span.device = device
+        span.recognise()
         return span
+
+    def recognise(self) -> None:
+        """Find the blocks that are classic ones, which are then computed as such."""
+        pieces = elementwise_of(self.device)
+        for block, module in self._blocks.items():
+            form = None
+            if self._rotary is not None:
+                form = classic(module, block, self.windows[block], self._rotary, pieces)
+            if form is not None:
+                self._classics[block] = form
 
     @property
     def depends_on_length(self) -> bool:

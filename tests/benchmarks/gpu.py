@@ -65,6 +65,7 @@ def random_span(config: LlamaConfig, device: torch.device, scheme: Quantization 
     rotary = skeleton.rotary()
     span = Span(blocks, shapes, rotary.to(device) if rotary is not None else None)
     span.hidden_size, span.dtype, span.device = skeleton.hidden_size, torch.bfloat16, device
+    span.recognise()
     span.bytes = sum(skeleton.block_bytes(block, torch.bfloat16, scheme) for block in blocks)
     return span
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from corolla.model.checkpoint import open_checkpoint
 from corolla.model.classic import classic
+from corolla.model.elementwise import Elementwise
 from corolla.model.families import Rotary, Skeleton
 from corolla.model.quantization import Shelf
 from corolla.model.weights import load_part
@@ -42,25 +43,25 @@ def block_of(
 )
 def test_blocks_of_the_common_form_are_classic(tmp_path: Path, family: str) -> None:
     module, rotary = block_of(tmp_path, family)
-    assert classic(module, 1, None, rotary) is not None
+    assert classic(module, 1, None, rotary, Elementwise()) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_hides_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
     module, rotary = block_of(tmp_path, "llama", dtype)
-    assert classic(module, 1, None, rotary) is not None
+    assert classic(module, 1, None, rotary, Elementwise()) is not None
 
 
 @pytest.mark.parametrize("scheme", list(Quantization))
 def test_quantized_blocks_are_classic_too(tmp_path: Path, scheme: Quantization) -> None:
     module, rotary = block_of(tmp_path, "llama", scheme=scheme)
-    assert classic(module, 1, None, rotary) is not None
+    assert classic(module, 1, None, rotary, Elementwise()) is not None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "gpt_oss", "phi3", "glm", "olmo"])
 def test_blocks_of_other_forms_are_left_to_their_modules(tmp_path: Path, family: str) -> None:
     module, rotary = block_of(tmp_path, family)
-    assert classic(module, 1, None, rotary) is None
+    assert classic(module, 1, None, rotary, Elementwise()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,4 +70,4 @@ def test_a_block_that_only_looks_like_one_is_found_out(tmp_path: Path, dtype: to
     module, rotary = block_of(tmp_path, "llama", dtype)
     gated = module.mlp.forward
     module.mlp.forward = lambda states: gated(states) * 1.2
-    assert classic(module, 1, None, rotary) is None
+    assert classic(module, 1, None, rotary, Elementwise()) is None
