@@ -35,7 +35,11 @@ def ways_of(device: torch.device) -> Ways:
 
 def elementwise_of(device: torch.device) -> Elementwise:
     """What is between two products, as this device computes it best."""
-    return Elementwise(fused) if device.type == "cuda" else Elementwise()
+    if device.type != "cuda":
+        return Elementwise()
+    from .gpu.probe import is_usable  # torch's compiler makes Triton's kernels too
+
+    return Elementwise(fused) if is_usable(device) else Elementwise()
 
 
 def quick_product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
