@@ -37,7 +37,7 @@ def main() -> None:
     parser = FrameParser(max_payload_bytes=MAX_LOCAL_PAYLOAD_BYTES)
     waiting: list[Compute] = []
     habit = ""
-    while data := connection.recv(1 << 20):
+    while data := heard(connection):
         parser.feed(data)
         for frame in parser.frames():
             message = TO_WORKER.decode(frame)
@@ -48,6 +48,14 @@ def main() -> None:
                 answer(connection, message, habit, waiting)
     if habit in ("stays", "is stuck"):
         time.sleep(60)
+
+
+def heard(connection: socket.socket) -> bytes:
+    """What the daemon says next; nothing once it is gone, also where it left beats unread."""
+    try:
+        return connection.recv(1 << 20)
+    except ConnectionResetError:
+        return b""
 
 
 def begin(connection: socket.socket, habit: str, device: str) -> None:
