@@ -181,25 +181,43 @@ def daemons(report: Report, subject: Subject) -> None:
 
 
 def llama_cpp(report: Report, subject: Subject) -> None:
-    """One client, beside llama.cpp with the same file: eight bits a weight here, what the file has there."""
+    """One client beside llama.cpp: float32 there and here; and the file as it is there, eight and four bits here."""
     name = f"{subject.label}: decode at 128 beside llama.cpp"
     reason = llamacpp.reason_missing(subject.model)
     if reason is not None:
         print(f"{name}: left out, {reason}")
         return
-    new_tokens = 16 if subject.quick else 48
-    ours: dict[str, list[float]] = {}
-    beside: list[float] = []
-    for _ in range(1 if subject.quick else 3):
-        found = llamacpp.measure(
-            subject.model, threads=subject.threads, prompt_tokens=128, new_tokens=new_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        wide = llamacpp.widened(subject.model, Path(folder))
+        pairs: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+            (wide, (None,)),
+            (subject.model, ("int8", "int4")),
         )
+        for file, quantizations in pairs:
+            _beside_llama_cpp(report, subject, name, file, quantizations)
+
+
+def _beside_llama_cpp(
+    report: Report, subject: Subject, name: str, file: str, quantizations: tuple[str | None, ...]
+) -> None:
+    new_tokens = 16 if subject.quick else 48
+    clients: dict[str, list[Client]] = {}
+    beside: list[float] = []
+    first_beside_s: list[float] = []
+    for _ in range(1 if subject.quick else 3):
+        found = llamacpp.measure(file, threads=subject.threads, prompt_tokens=128, new_tokens=new_tokens)
         beside += found["decode_s"]
-        for quantization in ("int8", "int4"):
+        first_beside_s.append(found["prefill_s"])
+        for quantization in quantizations:
             with ServedModel(subject.setup(quantization=quantization)) as served:
-                ours.setdefault(quantization, []).extend(one_client(served, 128, new_tokens).gaps_s())
-    for quantization, gaps in ours.items():
-        report.add(Measured(f"{name}, {quantization}", 1 / median(gaps), "tokens/s", 1 / median(beside)))
+                one_client(served, 64, 2)
+                clients.setdefault(quantization or "float32", []).append(one_client(served, 128, new_tokens))
+    for kind, ours in clients.items():
+        gaps = [gap for client in ours for gap in client.gaps_s()]
+        report.add(Measured(f"{name}, {kind}", 1 / median(gaps), "tokens/s", 1 / median(beside)))
+        first_s = median([client.first_s for client in ours])
+        speed = 128 / median(first_beside_s)
+        report.add(Measured(f"{name}, {kind}, its prompt", 128 / first_s, "tokens/s", speed))
 
 
 def stall(report: Report, subject: Subject) -> None:

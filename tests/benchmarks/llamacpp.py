@@ -1,7 +1,7 @@
 """llama.cpp beside us, where its Python package is installed: the same weights, one client.
 
 Run as a program it prints one JSON object of times, in a process of its own. `pip install llama-cpp-python` builds
-it, which needs a C++ compiler; nothing else here needs it.
+it, which needs a C++ compiler and minutes; nothing else here needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+import gguf
 
 from tests.benchmarks import plain
 
@@ -33,6 +36,27 @@ def measure(model: str, *, threads: int, prompt_tokens: int, new_tokens: int) ->
     done = subprocess.run([*command, *numbers], check=True, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def widened(model: str, folder: Path) -> str:
+    """A GGUF file in `folder` that says what `model` says, with every weight in float32."""
+    reader = gguf.GGUFReader(model)
+    target = folder / "float32.gguf"
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name == "general.file_type":
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        elif not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            each = field.types[-1] if kind is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, each)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(target)
 
 
 def _measure(model: str, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
