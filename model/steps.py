@@ -170,7 +170,8 @@ def _encoded(states: Tensor, part: Part, step: Step) -> bytes:
     wanted = states
     if step.wanted is not None:
         indexes = [i - part.first for i in step.wanted if part.first <= i < part.first + part.num]
-        wanted = states[indexes]
+        if len(indexes) < part.num:
+            wanted = states[indexes]
     try:
         if wanted is not states:
             check_finite(states)
