@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import Batch, Placement, attend_rows
 from .elementwise import Elementwise
-from .linear import is_rounding, whole_of
+from .siblings import is_rounding, whole_of
 
 _PARTS: Final = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _LAYERS: Final = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -38,6 +38,13 @@ def weight_of(stack: Tensor, expert: int, owner: nn.Module) -> Tensor:
     return stack[expert].T if is_transposed(owner) else stack[expert]
 
 
+def emptied(inner: nn.Module) -> nn.Module:
+    """A module of experts without their weights, which lie elsewhere; what gates them, and biases, stay."""
+    for leaf in STACKED:
+        inner._parameters.pop(leaf, None)
+    return inner
+
+
 class Experts(nn.Module):
     """What stands in the place of transformers' module.
 
@@ -47,9 +54,7 @@ class Experts(nn.Module):
 
     def __init__(self, inner: nn.Module, gate_up: Sequence[nn.Module], down: Sequence[nn.Module]) -> None:
         super().__init__()
-        for leaf in STACKED:
-            inner._parameters.pop(leaf, None)
-        self.inner: Any = inner
+        self.inner: Any = emptied(inner)
         self._gate_up = tuple(gate_up)
         self._down = tuple(down)
 

@@ -94,6 +94,10 @@ CERTIFIED: Final[Mapping[str, Layout]] = {
     ),
 }
 
+# What transformers computes plain experts by: its other ways read back from a GPU which experts tokens were sent to
+# (eager), or copy the weights of each token's experts (batched_mm). It matters on a GPU only; on a CPU they are apart.
+GROUPED_MM: Final = "grouped_mm"
+
 # Rope types whose frequencies follow the longest position of the batch that they are asked for.
 _LENGTH_DEPENDENT: Final = ("dynamic", "longrope")
 
@@ -143,6 +147,8 @@ class Skeleton:
                 dtype=torch.float32,
             )
         self.model.eval().requires_grad_(False)
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation(GROUPED_MM)  # a checkpoint may ask for another
         self.config = self.model.config
         self._layout = layout
         self._base: nn.Module = self.model.base_model

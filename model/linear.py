@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from .quantization import Stored, can_hold, from_nf4, multiply_nf4, quantize
+from .quantization import Stored, can_hold, multiply_nf4, quantize, wide
 from .strips import INT4_GROUP, LINE_INPUTS, STRIP, STRIP_INPUTS, Form, Strips
 
 # oneDNN's kernel for one or two rows reads memory a sixth slower than the one for four (1024 → 2816 in
@@ -38,6 +38,8 @@ _INT8_ROWS: Final = 15
 _INT4_AT_ONCE: Final = 8
 _INT4_ROWS: Final = 96
 _TILE_FEATURES: Final = 512  # of output, dequantized at a time: a few MB, which stay in the cache
+_NF4_ROWS: Final = 64  # above about these bitsandbytes too makes weights wide, all of a layer's at once
+_DEVICE_TILE: Final = 1 << 26  # weights likewise, on a GPU: 128 MB beside the model, and a few calls a layer
 
 
 class FrozenLinear(nn.Module, ABC):
@@ -143,96 +145,7 @@ def _strips_of(packed: Tensor, weight: Tensor) -> Strips | None:
     return Strips(form, address) if all(torch.equal(*end) for end in ends) else None
 
 
-class _Joint:
-    """One product for several layers that a module calls one after the other with the same rows.
-
-    The first call computes it all, and the last one lets go of it. A call of the kernel costs 15 µs beside its
-    work, and three times that when the weights that came before have emptied the processor's caches.
-    """
-
-    def __init__(self, layer: FrozenLinear, num_parts: int) -> None:
-        self.layer = layer
-        self._num_parts = num_parts
-        self._num_left = 0
-        self._rows: Tensor | None = None
-        self._output: Tensor | None = None
-
-    def part(self, rows: Tensor, first: int, last: int) -> Tensor:
-        """Outputs [first, last) of all; `rows` are known again by being the same object."""
-        output = self._output
-        if rows is not self._rows or output is None or self._num_left == 0:
-            output = self.layer(rows)
-            self._rows, self._output, self._num_left = rows, output, self._num_parts
-        self._num_left -= 1
-        if self._num_left == 0:
-            self._rows = self._output = None
-        part: Tensor = output[..., first:last]
-        # Some families clamp it in place, which a graph of views of one output does not survive.
-        return part.clone() if part.requires_grad else part
-
-
-class PartLinear(FrozenLinear):
-    """A layer whose weights lie in one piece with its siblings'; see `joined`."""
-
-    def __init__(self, joint: _Joint, first: int, last: int) -> None:
-        whole = joint.layer
-        bias = whole.bias[first:last] if whole.bias is not None else None
-        weight_bytes = whole.bytes - (whole.bias.nbytes if whole.bias is not None else 0)
-        share = weight_bytes * (last - first) // whole.out_features
-        super().__init__(whole.in_features, last - first, bias, share)
-        self._joint = joint
-        self._range = (first, last)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self._joint.part(rows, *self._range)
-
-    @property
-    def whole(self) -> FrozenLinear:
-        """The layer that it is a part of."""
-        return self._joint.layer
-
-    def whole_with(self, layers: Sequence[nn.Module]) -> FrozenLinear | None:
-        """The layer that these, in this order, are all parts of, if they are."""
-        end = 0
-        for layer in layers:
-            if not isinstance(layer, PartLinear) or layer._joint is not self._joint or layer._range[0] != end:
-                return None
-            end = layer._range[1]
-        return self._joint.layer if end == self._joint.layer.out_features else None
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        return self._joint.layer.multiply(rows)[..., slice(*self._range)]
-
-    def multiply_back(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.dense_weight().to(gradient.dtype)
-
-    def dense_weight(self) -> Tensor:
-        return self._joint.layer.dense_weight()[slice(*self._range)]
-
-
-def joined(layer: FrozenLinear, sizes: list[int]) -> list[PartLinear]:
-    """Layers of these many outputs of `layer`, one after the other, that share its product.
-
-    For siblings that are called in any order, each once, with the same rows.
-    """
-    joint, parts, first = _Joint(layer, len(sizes)), [], 0
-    for size in sizes:
-        parts.append(PartLinear(joint, first, first + size))
-        first += size
-    return parts
-
-
-def whole_of(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """The outputs of these layers for the same rows, one after the other: in one product where they share it."""
-    first = layers[0]
-    if isinstance(first, PartLinear):
-        whole = first.whole_with(layers)
-        if whole is not None:
-            return whole
-    return lambda rows: torch.cat([layer(rows) for layer in layers], dim=-1)
-
-
-class _Rounded(FrozenLinear):
+class RoundedLinear(FrozenLinear):
     """What int8 and int4 on a CPU share: rows are rounded to bfloat16, each by itself, and so are products.
 
     Only with bfloat16 rows are torch's kernels fast (a hundred times). Sums are kept in float32. Above `_rows`
@@ -283,7 +196,7 @@ class _Rounded(FrozenLinear):
         """Weights of outputs [first, last), a multiple of `_TILE_FEATURES` first: (last - first, in_features)."""
 
 
-class Int8Linear(_Rounded):
+class Int8Linear(RoundedLinear):
     """8 bits a weight and one scale a row, on a CPU."""
 
     _rows = _INT8_ROWS
@@ -311,7 +224,7 @@ class Int8Linear(_Rounded):
         return (self._codes[first:last].float() * self._scales[first:last, None].float()).to(dtype)
 
 
-class Int4Linear(_Rounded):
+class Int4Linear(RoundedLinear):
     """4 bits a weight, a step and a middle for each 32 weights of a row, on a CPU that torch has a kernel for.
 
     Codes lie as `_convert_weight_to_int4pack_for_cpu` puts them: blocks of output features, in each of them
@@ -353,72 +266,110 @@ class Int4Linear(_Rounded):
         return weights.view(filled - first, -1)[: last - first].to(dtype)
 
 
-class Nf4Linear(FrozenLinear):
-    """NF4 as bitsandbytes keeps it, on any device.
+class Products(Protocol):
+    """Kernels for products with small weights as they lie on a device, such as those of `gpu.products`."""
 
-    On a GPU bitsandbytes chooses the kernel by the number of rows: up to some tens it reads the codes as they are,
-    above that it dequantizes. On a CPU it always does, and so do we, tile by tile.
+    def takes(self, rows: Tensor, scheme: Quantization) -> bool:
+        """Whether so many rows (…, in_features) of this dtype are better multiplied by them."""
+
+    def are_right(self, device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
+        """Whether they multiply rows of this dtype rightly there."""
+
+    def multiply(self, rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+        """(…, in_features) → (…, out_features) in the dtype of `rows`."""
+
+
+def products_of(device: torch.device) -> Products | None:
+    """The kernels for small weights on this device; None where there are none, or none that can be launched."""
+    if device.type != "cuda":
+        return None
+    from .gpu.probe import is_usable
+
+    if not is_usable(device):
+        return None
+    from .gpu import products  # here, because Triton may be missing
+
+    return products
+
+
+class SmallLinear(FrozenLinear):
+    """Weights in one of the forms of `Stored`, on any device: NF4, and int8 where torch has no kernel for it.
+
+    products: for as many rows as they take; others are multiplied by weights made wide again, tile by tile.
     """
 
-    def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
-        codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
-        super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
-        self._codes, self._scales = codes, scales
-        self._codes_each = 2  # weights that an entry stands for
-        self._scales_each = stored.shape[0] * stored.shape[1] // len(scales)
+    def __init__(
+        self, stored: Stored, bias: Tensor | None, device: torch.device, products: Products | None = None
+    ) -> None:
+        self._stored = stored.to(device)
+        super().__init__(stored.shape[1], stored.shape[0], bias, self._stored.num_bytes)
+        self._products = products
+        self._tile = _TILE_FEATURES
+        if device.type != "cpu":  # where a tile should keep the device busy
+            self._tile = max(_DEVICE_TILE // self.in_features, 1)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        if rows.device.type == "cpu":
-            return self._multiply_tiles(rows)
-        return multiply_nf4(rows, self._codes, self._scales, (self.out_features, self.in_features), self.bias)
+        if self._products is not None and self._products.takes(rows, self._stored.scheme):
+            return self._products.multiply(rows, self._stored, self.bias)
+        return self._multiply_wide(rows)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
-        return gradient @ self._weight(0, self.out_features, gradient.dtype)
+        back = gradient.new_zeros((*gradient.shape[:-1], self.in_features))
+        for first, last in self._tiles():
+            back += gradient[..., first:last] @ wide(self._stored.outputs(first, last), gradient.dtype)
+        return back
 
     def dense_weight(self) -> Tensor:
-        return self._weight(0, self.out_features, torch.float32)
+        return wide(self._stored, torch.float32)
 
-    def _multiply_tiles(self, rows: Tensor) -> Tensor:
+    def _multiply_wide(self, rows: Tensor) -> Tensor:
         product = rows.new_empty((*rows.shape[:-1], self.out_features))
-        for first in range(0, self.out_features, _TILE_FEATURES):
-            last = min(first + _TILE_FEATURES, self.out_features)
-            bias = self.bias[first:last] if self.bias is not None else None
-            product[..., first:last] = F.linear(rows, self._weight(first, last, rows.dtype), bias)
-        return product
+        for first, last in self._tiles():
+            product[..., first:last] = self._part(rows, self._stored.outputs(first, last))
+        return product if self.bias is None else product.add_(self.bias)
 
-    def _weight(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Of outputs [first, last), (last - first, in_features)."""
-        numbers = first * self.in_features, last * self.in_features  # whole groups: rows are made of them
-        codes, scales = (
-            part[slice(*(n // size for n in numbers))]
-            for part, size in ((self._codes, self._codes_each), (self._scales, self._scales_each))
-        )
-        return from_nf4(codes, scales, (last - first, self.in_features), dtype)
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        for first in range(0, self.out_features, self._tile):
+            yield first, min(first + self._tile, self.out_features)
+
+    def _part(self, rows: Tensor, weight: Stored) -> Tensor:
+        return F.linear(rows, wide(weight, rows.dtype))
 
 
-class PlainInt8Linear(FrozenLinear):
-    """int8 where torch has no kernel for it: dequantized whole for each product."""
+class Nf4Linear(SmallLinear):
+    """NF4 as bitsandbytes keeps it, which multiplies a few rows on a GPU where kernels of ours do not."""
 
-    def __init__(self, stored: Stored, bias: Tensor | None, device: torch.device) -> None:
-        codes, scales = stored.tensors["codes"].to(device), stored.tensors["scales"].to(device)
-        super().__init__(stored.shape[1], stored.shape[0], bias, codes.nbytes + scales.nbytes)
-        self._codes, self._scales = codes, scales
+    def _multiply_wide(self, rows: Tensor) -> Tensor:
+        if rows.device.type == "cpu" or rows.numel() > _NF4_ROWS * self.in_features:
+            return super()._multiply_wide(rows)
+        codes, scales = self._stored.tensors["codes"], self._stored.tensors["scales"]
+        return multiply_nf4(rows, codes, scales, self._stored.shape, self.bias)
+
+
+class PlainInt8Linear(SmallLinear):
+    """int8 where torch has no kernel for it. Codes are exact in every dtype, scales come after the product."""
+
+    def _part(self, rows: Tensor, weight: Stored) -> Tensor:
+        codes, scales = weight.tensors["codes"], weight.tensors["scales"]
+        return F.linear(rows, codes.to(rows.dtype)) * scales.to(rows.dtype)
+
+
+class DenseLinear(FrozenLinear):
+    """Plain weights, as torch multiplies by them: those of siblings in one piece."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out_features, in_features)."""
+        super().__init__(weight.shape[1], weight.shape[0], bias, weight.nbytes)
+        self._weight = weight
 
     def multiply(self, rows: Tensor) -> Tensor:
-        product = F.linear(rows, self._codes.to(rows.dtype)) * self._scales.to(rows.dtype)
-        return product if self.bias is None else product + self.bias
+        return F.linear(rows, self._weight, self.bias)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
-        return (gradient * self._scales.to(gradient.dtype)) @ self._codes.to(gradient.dtype)
+        return gradient @ self._weight
 
     def dense_weight(self) -> Tensor:
-        return self._codes.float() * self._scales.float()[:, None]
-
-
-def is_rounding(module: nn.Module) -> bool:
-    """Whether some layer of it rounds its rows to bfloat16, whatever their dtype."""
-    layers = (part.whole if isinstance(part, PartLinear) else part for part in module.modules())
-    return any(isinstance(layer, _Rounded) for layer in layers)
+        return self._weight.clone()
 
 
 def check_scheme(scheme: Quantization | None, device: torch.device) -> None:
@@ -477,12 +428,20 @@ def shrunk(layer: nn.Module, scheme: Quantization) -> nn.Module:
     return quantized(quantize(weight, scheme), bias, weight.device)
 
 
-def quantized(stored: Stored, bias: Tensor | None, device: torch.device) -> FrozenLinear:
-    """The layer that computes with these weights on this device; bias: there already."""
+def quantized(
+    stored: Stored, bias: Tensor | None, device: torch.device, products: Products | None = None
+) -> FrozenLinear:
+    """The layer that computes with these weights on this device; bias: there already.
+
+    products: other kernels than the device's own.
+    """
+    kernels = products or products_of(device)
     match stored.scheme:
         case Quantization.NF4:
-            return Nf4Linear(stored, bias, device)
+            return Nf4Linear(stored, bias, device, kernels)
+        case Quantization.INT8 if device.type == "cpu" and kernels is None:
+            return Int8Linear(stored, bias)
         case Quantization.INT8:
-            return Int8Linear(stored, bias) if device.type == "cpu" else PlainInt8Linear(stored, bias, device)
+            return PlainInt8Linear(stored, bias, device, kernels)
         case Quantization.INT4:
             return Int4Linear(stored, bias)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -56,9 +56,47 @@ class Stored(NamedTuple):
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to(self, device: torch.device) -> Stored:
+        """The same there."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Stored(self.scheme, self.shape, tensors)
+
+    def outputs(self, first: int, last: int) -> Stored:
+        """The weights of outputs [first, last), INT8 or NF4, as views."""
+        num_outputs, in_features = self.shape
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            each = tensor.shape[0] // num_outputs  # entries: a row has its own codes and scales
+            tensors[name] = tensor[first * each : last * each]
+        return Stored(self.scheme, (last - first, in_features), tensors)
+
+
+def gathered(weights: Iterable[Stored], count: int, device: torch.device) -> Stored:
+    """One weight with the outputs of `count` of the same shape, INT8 or NF4, on a device that holds each once."""
+    whole: Stored | None = None
+    for index, weight in enumerate(weights):
+        scheme, (num_outputs, in_features), tensors = weight
+        if whole is None:
+            room = {
+                name: torch.empty((count * part.shape[0], *part.shape[1:]), dtype=part.dtype, device=device)
+                for name, part in tensors.items()
+            }
+            whole = Stored(scheme, (count * num_outputs, in_features), room)
+        own = whole.outputs(index * num_outputs, (index + 1) * num_outputs)
+        for name, part in tensors.items():
+            own.tensors[name].copy_(part)
+    if whole is None:
+        raise error(Code.INTERNAL, "no weights to gather")
+    return whole
+
 
 def stacked(weights: Sequence[Stored]) -> Stored:
-    """One weight with the outputs of these, all INT8 or all INT4, and of the same inputs."""
+    """One weight with the outputs of these, all in one scheme, and of the same inputs."""
     scheme, in_features = weights[0].scheme, weights[0].shape[1]
     tensors = {
         "codes": torch.cat([weight.tensors["codes"] for weight in weights]),
@@ -126,6 +164,13 @@ def dequantize(stored: Stored) -> Tensor:
             return weights.view(stored.shape)
         case Quantization.NF4:
             return from_nf4(codes, scales, stored.shape, torch.float32)
+
+
+def wide(stored: Stored, dtype: torch.dtype) -> Tensor:
+    """`dequantize` in another dtype, INT8 or NF4, on the weights' device."""
+    if stored.scheme is Quantization.NF4:
+        return from_nf4(stored.tensors["codes"], stored.tensors["scales"], stored.shape, dtype)
+    return dequantize(stored).to(dtype)
 
 
 def _to_int8(weight: Tensor) -> dict[str, Tensor]:

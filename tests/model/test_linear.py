@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import nn
 
-from corolla.model.linear import PackedLinear, PartLinear, is_packable, joined, packed
+from corolla.model.linear import PackedLinear, is_packable, packed
+from corolla.model.siblings import PartLinear, joined
 
 CPU = torch.device("cpu")
 

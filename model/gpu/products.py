@@ -1,0 +1,393 @@
+"""Rows times small weights on a GPU, straight from their codes.
+
+A few rows times a large weight take as long as the weight takes to be read, so it is read as it lies, in 4.5 or 8 bits,
+and made wide in registers only. A program multiplies a tile of outputs by up to 32 rows. Each of its warps has every
+eighth (or fourth) slice of 64 inputs, and they add up at the end: that keeps a device busy whose processors are more
+than a layer has tiles, in a fixed order, without a second pass. Weights are the left operand of tensor cores, whose
+right one may be as narrow as 8 rows.
+
+What bounds it was worked out, not measured: compiled for compute capability 9.0, one row times NF4 takes 5.1
+instructions a weight, 3.0 of them on the integer pipe, which gives out 64 a clock and processor. At 132 processors and
+1.7 GHz that is 4.8e12 weights a second; memory of 3.35 TB/s brings 5.9e12. So a row should take 1.25 times what
+reading the codes takes, which is a third of reading bfloat16. With 108 processors at 1.4 GHz and 2.0 TB/s (8.0) it is
+1.1 times.
+
+Knows of weights, rows and the tiles of sorted rows; nothing of layers and experts.
+
+Source: Dettmers et al. 2023, QLoRA, for NF4; Frantar et al. 2024, MARLIN, for codes made wide beside tensor cores;
+Gale et al. 2022, MegaBlocks, for tiles that each belong to one expert.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...protocol.tensors import Quantization
+from ..quantization import Stored, dequantize, quantize
+
+logger = logging.getLogger(__name__)
+
+# Worked out, not measured: tiles of the same outputs run side by side and share what is read, so more rows cost the
+# making wide again, 1.25 times the reading of NF4 for each 32 rows. To dequantize, write and read bfloat16 again
+# costs eight times that reading before anything is multiplied, for int8 five times.
+MOST_ROWS: Final = 128
+
+_SLICE: Final = tl.constexpr(64)  # inputs that share a scale in NF4
+_NF4: Final = tl.constexpr(0)
+_INT8: Final = tl.constexpr(1)
+_FORMS: Final = {Quantization.NF4: 0, Quantization.INT8: 1}
+_CLOSE: Final = 0.02  # of a trial's result, where rows and weights are rounded to half precision
+
+# Source: QLoRA, appendix E, as bitsandbytes has them.
+_VALUES: Final = tl.constexpr(
+    (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    )
+)  # fmt: skip
+
+
+def _words(dtype: torch.dtype) -> tuple[int, ...]:
+    """The sixteen values in half precision as words of four bytes: their low bytes, then their high ones."""
+    bits = torch.tensor(_VALUES.value).to(dtype).view(torch.int16)
+    parts = bits.view(torch.uint8).view(16, 2).T.contiguous()  # (2, 16), low bytes first
+    return tuple(parts.view(torch.int32).flatten().tolist())
+
+
+_BFLOAT16_WORDS: Final = tl.constexpr(_words(torch.bfloat16))
+_FLOAT16_WORDS: Final = tl.constexpr(_words(torch.float16))
+
+
+def _looking_up() -> str:
+    """PTX that looks up eight codes at once.
+
+    `prmt` picks four bytes out of eight by four numbers of 3 bits, and so it looks up four codes in half a table;
+    the fourth bit of each code says which half. Low and high bytes are looked up apart and put together at the end.
+    Of four bytes ($4) with two codes each, $0 and $1 are the values of the high codes, and $2 and $3 of the low ones.
+    $5, $9, … are the words of the table; each comes four times, as Triton has it for four numbers together.
+    """
+
+    def word(index: int) -> str:
+        return f"${5 + 4 * index}"
+
+    lines = [
+        ".reg .b32 code, upper, mask, low, high, other;",
+        "and.b32 code, $4, 0x77777777;",
+        "shr.u32 upper, $4, 3;",
+        "and.b32 upper, upper, 0x11111111;",
+    ]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 code, code, 16;", "shr.u32 upper, upper, 16;"]
+        lines.append(f"prmt.b32 mask, {word(8)}, {word(8)}, upper;")
+        for part, first in (("low", 0), ("high", 4)):
+            lines += [
+                f"prmt.b32 {part}, {word(first)}, {word(first + 1)}, code;",
+                f"prmt.b32 other, {word(first + 2)}, {word(first + 3)}, code;",
+                f"lop3.b32 {part}, mask, other, {part}, 0xca;",  # mask ? other : part
+            ]
+        lines += [f"prmt.b32 ${half}, low, high, 0x7351;", f"prmt.b32 ${2 + half}, low, high, 0x6240;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_LOOKING_UP: Final = tl.constexpr(_looking_up())
+_OPERANDS: Final = tl.constexpr("=r,=r,=r,=r,r" + ",r" * 36)
+
+
+@triton.jit
+def _word(value: tl.constexpr, known):
+    """A constant that the compiler does not know for one: it would load it again for each use."""
+    return tl.where(known, value, 0)
+
+
+@triton.jit
+def _looked_up(codes, known, words: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        _LOOKING_UP,
+        _OPERANDS,
+        [
+            codes,
+            _word(words[0], known),
+            _word(words[1], known),
+            _word(words[2], known),
+            _word(words[3], known),
+            _word(words[4], known),
+            _word(words[5], known),
+            _word(words[6], known),
+            _word(words[7], known),
+            _word(0xFF00, known),
+        ],
+        dtype=(tl.bfloat16, tl.bfloat16),  # or what else has 16 bits
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _chosen(codes, dtype: tl.constexpr):
+    """The values of codes below 16, slowly, for what has no bytes to be looked up."""
+    values = tl.full(codes.shape, _VALUES[0], tl.float32)
+    for code in tl.static_range(1, 16):
+        values = tl.where(codes == code, _VALUES[code], values)
+    return values.to(dtype)
+
+
+@triton.jit
+def _pairs(codes, known, dtype: tl.constexpr, is_quick: tl.constexpr):
+    """Values of the even weights and of the odd ones: of two in a byte the first lies in the high bits."""
+    if is_quick:
+        if dtype == tl.bfloat16:
+            even, odd = _looked_up(codes, known, _BFLOAT16_WORDS)
+        else:
+            even, odd = _looked_up(codes, known, _FLOAT16_WORDS)
+            even, odd = even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True)
+    else:
+        even, odd = _chosen(codes >> 4, dtype), _chosen(codes & 15, dtype)
+    return even, odd
+
+
+@triton.jit
+def _multiply(
+    rows,
+    codes,
+    scales,
+    bias,
+    output,
+    experts,
+    firsts,
+    ends,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    form: tl.constexpr,
+    is_sorted: tl.constexpr,
+    has_bias: tl.constexpr,
+    is_even: tl.constexpr,
+    is_quick: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_outputs: tl.constexpr,
+    num_slices: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """One tile of rows times one of outputs.
+
+    rows: (num_rows, num_inputs). codes: NF4 (…, num_outputs, num_inputs / 2) uint8 with scales (…, num_outputs,
+    num_inputs / 64) float32; INT8 (…, num_outputs, num_inputs) int8 with scales (…, num_outputs) bfloat16. bias:
+    (num_outputs,), or unused. output: (num_rows, num_outputs) in the rows' dtype.
+
+    is_sorted: a tile of rows [firsts[tile], ends[tile]), of which it takes the first tile_rows, is multiplied by the
+    weights of experts[tile]; without it tiles are cut from all rows. is_even: inputs fill whole steps of all slices.
+    is_quick: codes are looked up in registers, for rows in half precision.
+    """
+    tile = tl.program_id(0)
+    if is_sorted:
+        first = tl.load(firsts + tile)
+        end = tl.load(ends + tile)
+        if first >= end:
+            return
+        expert = tl.load(experts + tile).to(tl.int64)
+    else:
+        first = tile * tile_rows
+        end = num_rows
+        expert = tl.full((), 0, tl.int64)
+    dtype: tl.constexpr = rows.dtype.element_ty
+    taken = first + tl.arange(0, tile_rows)
+    outputs = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
+    lines = expert * num_outputs + tl.minimum(outputs, num_outputs - 1)  # those beyond are not written
+    slices = tl.arange(0, num_slices)
+    inputs = slices[:, None] * _SLICE + tl.arange(0, _SLICE)[None, :]  # (num_slices, 64)
+    from_rows = rows + taken[None, :, None] * num_inputs + inputs[:, None, :]
+    is_row = taken[None, :, None] < end
+    if form == _NF4:
+        at = slices[:, None] * (_SLICE // 2) + tl.arange(0, _SLICE // 2)[None, :]
+        from_codes = codes + lines[None, :, None] * (num_inputs // 2) + at[:, None, :]
+        from_scales = scales + lines[None, :] * (num_inputs // _SLICE) + slices[:, None]
+    else:
+        from_codes = codes + lines[None, :, None] * num_inputs + inputs[:, None, :]
+    known = (slices < num_outputs)[:, None, None]
+    total = tl.zeros((num_slices, tile_outputs, tile_rows), tl.float32)
+    for step in tl.range(0, num_inputs, _SLICE * num_slices, num_stages=stages):
+        is_there = is_row if is_even else is_row & (step + inputs[:, None, :] < num_inputs)
+        part = tl.load(from_rows + step, mask=is_there, other=0.0)  # (num_slices, tile_rows, 64)
+        if form == _NF4:
+            if is_even:
+                pairs = tl.load(from_codes + step // 2)  # (num_slices, tile_outputs, 32)
+                scale = tl.load(from_scales + step // _SLICE)  # (num_slices, tile_outputs)
+            else:
+                left = (num_inputs - step) // _SLICE  # whole slices: groups are not cut
+                pairs = tl.load(from_codes + step // 2, mask=slices[:, None, None] < left, other=0)
+                scale = tl.load(from_scales + step // _SLICE, mask=slices[:, None] < left, other=0.0)
+            even, odd = _pairs(pairs, known, dtype, is_quick)
+            first_ones, second_ones = tl.split(tl.reshape(part, (num_slices, tile_rows, _SLICE // 2, 2)))
+            product = tl.dot(even, tl.trans(first_ones, 0, 2, 1), input_precision="ieee")
+            product = tl.dot(odd, tl.trans(second_ones, 0, 2, 1), product, input_precision="ieee")
+            total += product * scale[:, :, None]
+        else:
+            if is_even:
+                weights = tl.load(from_codes + step)  # (num_slices, tile_outputs, 64)
+            else:
+                weights = tl.load(from_codes + step, mask=step + inputs[:, None, :] < num_inputs, other=0)
+            total = tl.dot(weights.to(dtype), tl.trans(part, 0, 2, 1), total, input_precision="ieee")
+    result = tl.sum(total, 0)  # (tile_outputs, tile_rows)
+    if form == _INT8:
+        result *= tl.load(scales + lines).to(tl.float32)[:, None]
+    if has_bias:
+        result += tl.load(bias + tl.minimum(outputs, num_outputs - 1)).to(tl.float32)[:, None]
+    to = output + taken[None, :].to(tl.int64) * num_outputs + outputs[:, None]
+    tl.store(to, result.to(dtype), mask=(taken[None, :] < end) & (outputs[:, None] < num_outputs))
+
+
+class Cut(NamedTuple):
+    """How a product is cut: a program's rows and outputs, its warps, each with slices of inputs of its own, and how
+    many steps are read ahead of the multiplying."""
+
+    rows: int
+    outputs: int
+    slices: int
+    stages: int
+
+
+def cut_of(num_rows: int) -> Cut:
+    """The cut for so many rows, or for so many an expert.
+
+    As found by compiling for 8.0 and 9.0: none of them spills, and 64 rows would. Wide tiles read rows less often.
+    """
+    if num_rows <= 8:
+        return Cut(8, 32, 8, 3)
+    if num_rows <= 16:
+        return Cut(16, 64, 4, 3)
+    return Cut(32, 64, 4, 3)
+
+
+class Tiles(NamedTuple):
+    """Sorted rows in tiles of one expert each, on the device. firsts, ends, experts: (num_tiles,) int32; a tile is
+    empty where its first row is its end. cut: that they are for."""
+
+    firsts: Tensor
+    ends: Tensor
+    experts: Tensor
+    cut: Cut
+
+
+def tiles_of(sorted_experts: Tensor, num_experts: int) -> Tiles:
+    """The tiles of rows whose experts, (num_rows,), are these, in ascending order.
+
+    How many there are follows from shapes alone, so that nothing is read back: of each expert that has rows all
+    tiles are full but one.
+    """
+    num_rows, device = len(sorted_experts), sorted_experts.device
+    cut = cut_of(-(-num_rows // num_experts))
+    num_tiles = num_rows // cut.rows + min(num_experts, num_rows)
+    each = torch.arange(num_experts, device=device, dtype=sorted_experts.dtype)
+    ends = torch.searchsorted(sorted_experts, each, right=True)  # (num_experts,) rows of all up to this one
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    last_tiles = torch.cumsum((ends - begins + cut.rows - 1) // cut.rows, dim=0)
+    tiles = torch.arange(num_tiles, device=device, dtype=last_tiles.dtype)
+    owners = torch.searchsorted(last_tiles, tiles, right=True).clamp_(max=num_experts - 1)
+    num_before = torch.where(owners > 0, last_tiles[owners - 1], 0)
+    own_ends = ends[owners]
+    firsts = torch.minimum(begins[owners] + (tiles - num_before) * cut.rows, own_ends)
+    return Tiles(firsts.int(), own_ends.int(), owners.int(), cut)
+
+
+def takes(rows: Tensor, scheme: Quantization) -> bool:
+    """Whether so many rows (…, num_inputs) of this dtype are better multiplied here."""
+    if rows.numel() > MOST_ROWS * rows.shape[-1]:
+        return False
+    return scheme in _FORMS and are_right(rows.device, scheme, rows.dtype)
+
+
+def multiply(rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+    """`rows @ weights.T + bias`: (…, num_inputs) → (…, num_outputs) in the dtype of `rows`; sums in float32."""
+    num_outputs, num_inputs = weight.shape
+    flat = rows.reshape(-1, num_inputs).contiguous()
+    output = flat.new_empty((flat.shape[0], num_outputs))
+    cut = cut_of(flat.shape[0])
+    if flat.shape[0]:
+        _launch(flat, weight, num_outputs, bias, output, cut, None)
+    return output.view(*rows.shape[:-1], num_outputs)
+
+
+def multiply_sorted(rows: Tensor, weights: Stored, num_experts: int, tiles: Tiles) -> Tensor:
+    """Each row by the weights of its expert: (num_rows, num_inputs) → (num_rows, num_outputs).
+
+    rows: in the order that `tiles` were made of. weights: of all experts, one after the other.
+    """
+    num_outputs = weights.shape[0] // num_experts
+    output = rows.new_empty((rows.shape[0], num_outputs))
+    if rows.shape[0]:
+        _launch(rows.contiguous(), weights, num_outputs, None, output, tiles.cut, tiles)
+    return output
+
+
+def _launch(
+    rows: Tensor,
+    weight: Stored,
+    num_outputs: int,
+    bias: Tensor | None,
+    output: Tensor,
+    cut: Cut,
+    tiles: Tiles | None,
+) -> None:
+    codes, scales = weight.tensors["codes"], weight.tensors["scales"]
+    num_rows, num_inputs = rows.shape
+    num_tiles = -(-num_rows // cut.rows) if tiles is None else len(tiles.firsts)
+    with torch.cuda.device_of(rows):
+        _multiply[(num_tiles, -(-num_outputs // cut.outputs))](
+            rows,
+            codes,
+            scales,
+            scales if bias is None else bias,
+            output,
+            *((codes, codes, codes) if tiles is None else (tiles.experts, tiles.firsts, tiles.ends)),
+            num_rows,
+            num_outputs,
+            num_inputs,
+            form=_FORMS[weight.scheme],
+            is_sorted=tiles is not None,
+            has_bias=bias is not None,
+            is_even=num_inputs % (_SLICE.value * cut.slices) == 0,
+            is_quick=rows.dtype.itemsize == 2 and rows.device.type == "cuda" and torch.version.hip is None,
+            tile_rows=cut.rows,
+            tile_outputs=cut.outputs,
+            num_slices=cut.slices,
+            stages=cut.stages,
+            num_warps=cut.slices,
+            enable_fp_fusion=True,
+        )
+
+
+@cache
+def are_right(device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
+    """Whether rows of this dtype are multiplied rightly on this device; tried once, and why not stands in the log.
+
+    No two devices are compiled for alike, so none is trusted with a model before it has multiplied small numbers.
+    """
+    if device.type != "cpu" and dtype.itemsize != 2:
+        return False  # wide rows leave no registers to work in; on a CPU there is the interpreter
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(80, 512, generator=generator), scheme)
+    own = Stored(scheme, weight.shape, {name: part.to(device) for name, part in weight.tensors.items()})
+    try:
+        for num_rows in (1, 9, 40):  # one for each cut
+            rows = torch.randn(num_rows, 512, generator=generator).to(dtype)
+            expected = rows.float() @ dequantize(weight).T
+            got = multiply(rows.to(device), own, None).float().cpu()
+            distance = float((got - expected).norm() / expected.norm())
+            if not distance < _CLOSE:
+                raise ArithmeticError(f"a product of {num_rows} rows is off by {distance:.3f}")
+    except Exception as failure:  # a compiler's, a linker's or a driver's own, of any kind
+        logger.warning(
+            "%s multiplies by %s without kernels of our own, and slower: %s", device, scheme, failure
+        )
+        return False
+    return True

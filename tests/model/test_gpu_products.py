@@ -1,0 +1,454 @@
+"""Products with small weights by kernels for a GPU, in Triton's interpreter, and what is compiled for real devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from corolla.model.attention import Batch, Segment
+from corolla.model.checkpoint import Checkpoint, open_checkpoint
+from corolla.model.device import Ways
+from corolla.model.experts import STACKED, Experts
+from corolla.model.families import GROUPED_MM, Skeleton
+from corolla.model.graphs import Repeater
+from corolla.model.linear import (
+    DenseLinear,
+    FrozenLinear,
+    Nf4Linear,
+    PlainInt8Linear,
+    SmallLinear,
+    quantized,
+)
+from corolla.model.placing import Keeping
+from corolla.model.quantization import Shelf, Stored, dequantize, gathered, quantize
+from corolla.model.siblings import PartLinear, whole_of
+from corolla.model.span import Span
+from corolla.model.weights import load_part
+from corolla.protocol.tensors import Quantization
+from corolla.protocol.work import ModelSource, SourceKind
+
+from .tiny import NUM_BLOCKS, save_tiny
+
+products: Any = pytest.importorskip("corolla.model.gpu.products")
+experts: Any = pytest.importorskip("corolla.model.gpu.experts")
+
+CPU = torch.device("cpu")
+SCHEMES = pytest.mark.parametrize("scheme", [Quantization.NF4, Quantization.INT8])
+CLOSE = 1e-5  # of the result's norm: both ways sum in float32, in another order
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+# one weight
+
+
+@SCHEMES
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("num_inputs", [192, 512])  # steps of the loop that are cut short, and whole ones
+def test_rows_are_multiplied_by_the_weights_that_codes_stand_for(
+    scheme: Quantization, num_rows: int, num_inputs: int
+) -> None:
+    weight, bias = quantize(random(70, num_inputs), scheme), random(70, seed=2)
+    rows = random(1, num_rows, num_inputs, seed=3)
+    plain = dequantize(weight)
+    assert distance(products.multiply(rows, weight, bias), F.linear(rows, plain, bias)) < CLOSE
+    assert distance(products.multiply(rows, weight, None), F.linear(rows, plain)) < CLOSE
+
+
+def test_inputs_of_int8_need_not_fill_a_slice() -> None:
+    weight, rows = quantize(random(5, 32), Quantization.INT8), random(2, 32, seed=3)
+    assert distance(products.multiply(rows, weight, None), rows @ dequantize(weight).T) < CLOSE
+
+
+@SCHEMES
+def test_half_precision_is_summed_in_float32(scheme: Quantization) -> None:
+    weight, rows = quantize(random(40, 256), scheme), random(3, 256, seed=3).half()
+    got = products.multiply(rows, weight, None)
+    assert got.dtype is torch.float16
+    assert distance(got.float(), rows.float() @ dequantize(weight).T) < 2e-3
+
+
+@SCHEMES
+def test_no_rows_give_no_rows(scheme: Quantization) -> None:
+    assert products.multiply(random(0, 64), quantize(random(8, 64), scheme), None).shape == (0, 8)
+
+
+@SCHEMES
+def test_layers_multiply_few_rows_by_kernels_and_many_by_wide_weights(
+    scheme: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = quantize(random(70, 128), scheme), random(70, seed=2)
+    layer = quantized(weight, bias, CPU, products)
+    assert isinstance(layer, (Nf4Linear, PlainInt8Linear))
+    assert products.are_right(CPU, scheme, torch.float32)
+    taken: list[int] = []
+    multiply: Callable[..., Tensor] = products.multiply
+
+    def counting(rows: Tensor, *rest: Any) -> Tensor:
+        taken.append(len(rows))
+        return multiply(rows, *rest)
+
+    monkeypatch.setattr(products, "multiply", counting)
+    for num_rows in (1, products.MOST_ROWS, products.MOST_ROWS + 1):
+        rows = random(num_rows, 128, seed=3)
+        assert distance(layer(rows), F.linear(rows, dequantize(weight), bias)) < CLOSE
+    assert taken == [1, products.MOST_ROWS]
+
+
+@SCHEMES
+def test_gradients_of_the_input_are_those_of_the_plain_weights(scheme: Quantization) -> None:
+    weight = quantize(random(600, 128), scheme)  # more than one tile
+    layer = quantized(weight, None, CPU, products)
+    rows, upstream = random(5, 128, seed=3).requires_grad_(), random(5, 600, seed=4)
+    (gradient,) = torch.autograd.grad(layer(rows), rows, upstream)
+    assert distance(gradient, upstream @ dequantize(weight)) < CLOSE
+
+
+def test_a_device_that_multiplies_wrongly_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    products.are_right.cache_clear()
+    monkeypatch.setattr(products, "multiply", lambda rows, weight, bias: rows.new_zeros(len(rows), 80))
+    assert not products.takes(random(1, 64), Quantization.NF4)
+    assert not products.takes(random(1, 64), Quantization.NF4)
+    assert len(caplog.records) == 1
+    products.are_right.cache_clear()
+
+
+# the table of values, as a device looks it up
+
+
+def run(assembler: str, registers: dict[str, int]) -> dict[str, int]:
+    """What a few lines of PTX leave in registers, by the PTX manual's words for each of these instructions."""
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def permuted(low: int, high: int, selector: int) -> int:
+        parts = (low | high << 32).to_bytes(8, "little")
+        chosen = [selector >> 4 * place & 15 for place in range(4)]
+        signs = [0xFF if parts[each & 7] & 128 else 0 for each in chosen]
+        picked = [sign if each & 8 else parts[each & 7] for each, sign in zip(chosen, signs, strict=True)]
+        return int.from_bytes(bytes(picked), "little")
+
+    def chosen(a: int, b: int, c: int, table: int) -> int:
+        places = ((a >> bit & 1) << 2 | (b >> bit & 1) << 1 | c >> bit & 1 for bit in range(32))
+        return sum((table >> place & 1) << bit for bit, place in enumerate(places))
+
+    operations: dict[str, Callable[..., int]] = {
+        "and.b32": lambda a, b: a & b,
+        "shr.u32": lambda a, b: a >> b,
+        "prmt.b32": permuted,
+        "lop3.b32": chosen,
+    }
+    for line in assembler.strip("{}\n").splitlines():
+        if line.startswith(".reg"):
+            continue
+        name, _, rest = line.partition(" ")
+        target, *operands = (part.strip() for part in rest.rstrip(";").split(","))
+        registers[target] = operations[name](*map(value, operands))
+    return registers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_are_looked_up_in_registers(dtype: torch.dtype) -> None:
+    words = (products._BFLOAT16_WORDS if dtype is torch.bfloat16 else products._FLOAT16_WORDS).value
+    table = {f"${5 + 4 * index}": word & 0xFFFFFFFF for index, word in enumerate((*words, 0xFF00))}
+    values = torch.tensor(products._VALUES.value).to(dtype)
+    for base in range(16):
+        pairs = [((base + 3 * place) % 16, (5 * base + place) % 16) for place in range(4)]
+        codes = sum((high << 4 | low) << 8 * place for place, (high, low) in enumerate(pairs))
+        found = run(products._LOOKING_UP.value, {**table, "$4": codes})
+        bits = b"".join(found[f"${index}"].to_bytes(4, "little") for index in range(4))
+        looked_up = torch.frombuffer(bytearray(bits), dtype=dtype)
+        expected = [high for high, _ in pairs] + [low for _, low in pairs]
+        assert torch.equal(looked_up, values[expected])
+
+
+# experts
+
+
+def tiles_in_python(sorted_experts: list[int], rows_each: int) -> list[tuple[int, int, int]]:
+    """Tiles that have rows: expert, first row and the end of the expert's rows."""
+    tiles = []
+    for expert in sorted(set(sorted_experts)):
+        begin = sorted_experts.index(expert)
+        end = begin + sorted_experts.count(expert)
+        tiles += [(expert, first, end) for first in range(begin, end, rows_each)]
+    return tiles
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=120), st.integers(6, 9))
+@settings(max_examples=60)
+def test_tiles_hold_the_rows_of_one_expert_each(chosen: list[int], num_experts: int) -> None:
+    chosen.sort()
+    tiles = products.tiles_of(torch.tensor(chosen), num_experts)
+    found = zip(tiles.experts.tolist(), tiles.firsts.tolist(), tiles.ends.tolist(), strict=True)
+    full = [(expert, first, end) for expert, first, end in found if first < end]
+    assert full == tiles_in_python(chosen, tiles.cut.rows)
+
+
+@SCHEMES
+@pytest.mark.parametrize(
+    "chosen", [[0, 0, 3, 3, 3, 5], [2] * 40, [0], list(range(7))], ids=["some", "one", "single", "each"]
+)
+def test_sorted_rows_are_multiplied_by_the_weights_of_their_experts(
+    scheme: Quantization, chosen: list[int]
+) -> None:
+    weights = [quantize(random(24, 128, seed=expert), scheme) for expert in range(7)]
+    together = gathered(weights, 7, CPU)
+    rows = random(len(chosen), 128, seed=9)
+    got = products.multiply_sorted(rows, together, 7, products.tiles_of(torch.tensor(chosen), 7))
+    expected = [row @ dequantize(weights[expert]).T for row, expert in zip(rows, chosen, strict=True)]
+    assert distance(got, torch.stack(expected)) < CLOSE
+
+
+# blocks
+
+FORCED = Keeping(is_joined=True, products=products)
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 128},
+    "qwen3_moe": {"moe_intermediate_size": 64, "intermediate_size": 128},
+    "gpt_oss": {"intermediate_size": 64},
+}
+
+
+class Tiny:
+    """A tiny model's checkpoint, and its blocks as a GPU would keep them."""
+
+    def __init__(self, folder: Path, family: str, **changes: Any) -> None:
+        self.whole = save_tiny(folder / "model", family, **changes)
+        source = ModelSource(SourceKind.FOLDER, str(folder / "model"))
+        self.checkpoint: Checkpoint = open_checkpoint(source, folder / "cache")
+        self.folder = folder
+
+    def span(self, scheme: Quantization | None, keeping: Keeping | None) -> Span:
+        skeleton = Skeleton(self.checkpoint.config)
+        shelf = Shelf(self.folder / scheme, scheme) if scheme is not None else None
+        blocks, shapes, windows = {}, {}, {}
+        for block in range(NUM_BLOCKS):
+            module = skeleton.take_block(block)
+            shapes[block], windows[block] = skeleton.cache_shape(module), skeleton.window(module)
+            prefix = skeleton.block_prefix(block)
+            blocks[block] = load_part(
+                self.checkpoint, skeleton, prefix, module, torch.float32, CPU, shelf, keeping
+            )
+        span = Span(blocks, shapes, skeleton.rotary())
+        span.windows, span.hidden_size = windows, skeleton.hidden_size
+        return span
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("mixture"), request.param, **MIXTURES[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("llama"), "qwen2")  # which has biases
+
+
+def experts_in(span: Span) -> list[nn.Module]:
+    return [
+        part
+        for block in span.modules.values()
+        for name, part in block.named_modules()
+        if name.endswith("mlp.experts")
+    ]
+
+
+class NoProducts:
+    """A device without kernels for small weights, whose int8 rounds nothing."""
+
+    def takes(self, rows: Tensor, scheme: Quantization) -> bool:
+        return False
+
+    def are_right(self, device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
+        return False
+
+    def multiply(self, rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+        raise RuntimeError("not asked for")
+
+
+APART = Keeping(is_joined=False, products=NoProducts())
+
+
+@SCHEMES
+def test_a_mixture_with_grouped_experts_computes_what_experts_apart_do(
+    mixture: Tiny, scheme: Quantization
+) -> None:
+    grouped, apart = mixture.span(scheme, FORCED), mixture.span(scheme, APART)
+    assert all(isinstance(each, experts.GroupedExperts) for each in experts_in(grouped))
+    assert all(isinstance(each, Experts) for each in experts_in(apart))
+    upstream, batch = random(23, 64, seed=5), Batch.stateless((23,))
+    results = []
+    for span in (grouped, apart):
+        hidden = random(23, 64).requires_grad_()
+        output = span.forward(hidden, batch)
+        results.append((output.detach(), *torch.autograd.grad(output, hidden, upstream)))
+    for got, expected in zip(*results, strict=True):
+        assert distance(got, expected) < CLOSE
+
+
+@SCHEMES
+def test_grouped_experts_are_as_light_as_planned_and_come_from_the_shelf(
+    mixture: Tiny, scheme: Quantization
+) -> None:
+    skeleton = Skeleton(mixture.checkpoint.config)
+    first, second = (mixture.span(scheme, FORCED).modules[2].get_submodule("mlp.experts") for _ in range(2))
+    assert isinstance(first, experts.GroupedExperts)
+    prefix = f"{skeleton.block_prefix(2)}mlp.experts."
+    biases = sum(
+        4 * each.numel()
+        for name, each in skeleton.tensors.items()
+        if name.startswith(prefix) and "bias" in name
+    )
+    assert first.bytes == skeleton._bytes(prefix, torch.float32, scheme) - biases
+    assert not first.inner._parameters.keys() & set(STACKED)
+    rows = random(2, 64), torch.tensor([[0, 3], [1, 0]]), torch.ones(2, 2)
+    assert torch.equal(first(*rows), second(*rows))
+
+
+def test_grouped_experts_never_ask_the_device(mixture: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = experts_in(mixture.span(Quantization.NF4, FORCED))[0]
+    monkeypatch.setattr(
+        experts,
+        "multiply_sorted",
+        lambda rows, weights, count, _: rows.new_empty(len(rows), weights.shape[0] // count),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):  # it has shapes and no numbers: asking for one raises
+        chosen = torch.zeros(9, 2, dtype=torch.int64)
+        assert layer(torch.empty(9, 64), chosen, torch.empty(9, 2)).shape == (9, 64)
+        with pytest.raises(DataDependentOutputException):
+            chosen.sum().item()
+
+
+@pytest.mark.parametrize("mixture", ["gpt_oss"], indirect=True)
+def test_recorded_passes_through_grouped_experts_equal_those_computed_anew(mixture: Tiny) -> None:
+    outputs = []
+    for recorder in (Repeater(), None):
+        span = mixture.span(Quantization.INT8, FORCED)
+        span.allocate(4, ways=Ways(is_paged=True, recorder=recorder))
+        steps = [random(2, 64, seed=step) for step in range(3)]
+        batches = [Batch((Segment((0,), step, 1), Segment((1,), step, 1))) for step in range(3)]
+        outputs.append(torch.stack([span.forward(*each) for each in zip(steps, batches, strict=True)]))
+    assert distance(*outputs) < CLOSE
+
+
+@pytest.mark.parametrize("scheme", [None, Quantization.NF4, Quantization.INT8])
+def test_siblings_share_one_product(llama: Tiny, scheme: Quantization | None) -> None:
+    together, apart = llama.span(scheme, FORCED), llama.span(scheme, APART)
+    kind = DenseLinear if scheme is None else SmallLinear
+    attention: Any = together.modules[1].get_submodule("self_attn")
+    mlp: Any = together.modules[1].get_submodule("mlp")
+    for siblings in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        assert all(isinstance(layer, PartLinear) for layer in siblings)
+        whole = whole_of(siblings)
+        assert isinstance(whole, kind)
+        assert whole.bytes == sum(layer.bytes for layer in siblings)
+    planned = Skeleton(llama.checkpoint.config).block_bytes(1, torch.float32, scheme)
+    norms = 4 * sum(part.numel() for part in together.modules[1].parameters() if part.dim() == 1)
+    layers = [part for part in together.modules[1].modules() if isinstance(part, FrozenLinear)]
+    plain = sum(4 * part.numel() for part in together.modules[1].parameters() if part.dim() == 2)
+    assert sum(layer.bytes for layer in layers) + norms + plain == planned
+    upstream, batch = random(7, 64, seed=5), Batch.stateless((7,))
+    results = []
+    for span in (together, apart):
+        hidden = random(7, 64).requires_grad_()
+        output = span.forward(hidden, batch)
+        results.append((output.detach(), *torch.autograd.grad(output, hidden, upstream)))
+    for got, expected in zip(*results, strict=True):
+        assert distance(got, expected) < CLOSE
+
+
+def test_plain_experts_on_a_gpu_are_those_that_ask_nothing(mixture: Tiny) -> None:
+    skeleton = Skeleton(mixture.checkpoint.config)
+    block: Any = skeleton.take_block(2)
+    assert block.mlp.experts.config._experts_implementation == GROUPED_MM
+    plain: Any = mixture.whole.base_model.get_submodule("layers.2.mlp.experts")
+    hidden, weights = random(9, 64), torch.rand(9, 2)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    outputs = []
+    for implementation in (GROUPED_MM, "eager"):
+        mixture.whole.set_experts_implementation(implementation)
+        outputs.append(plain(hidden, chosen, weights).detach())
+    assert distance(*outputs) < CLOSE
+
+
+# what comes out for real devices
+
+COMPILE = r"""
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from corolla.model.gpu import products
+
+pointers = {"rows": "*bf16", "codes": "", "scales": "", "bias": "*bf16", "output": "*bf16"}
+indices = dict.fromkeys(("experts", "firsts", "ends"), "*i32")
+sizes = dict.fromkeys(("num_rows", "num_outputs", "num_inputs"), "i32")
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+for form, codes, scales in ((0, "*u8", "*fp32"), (1, "*i8", "*bf16")):
+    for num_rows in (1, 16, 32) if form == 0 else (1,):
+        cut = products.cut_of(num_rows)
+        options = {
+            "form": form, "is_sorted": num_rows > 1, "has_bias": num_rows == 32, "is_even": True, "is_quick": True,
+            "tile_rows": cut.rows, "tile_outputs": cut.outputs, "num_slices": cut.slices, "stages": cut.stages,
+        }
+        arguments = {**pointers, "codes": codes, "scales": scales, **indices, **sizes}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(arguments) if name != "num_rows"}
+        source = ASTSource(
+            products._multiply, {**arguments, **dict.fromkeys(options, "constexpr")}, options, attrs=aligned
+        )
+        kernel = triton.compile(
+            source,
+            target=GPUTarget("cuda", int(sys.argv[1]), 32),
+            options={"num_warps": cut.slices, "enable_fp_fusion": True},
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            assembly = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+            used = subprocess.run(
+                [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True
+            ).stdout
+        (stack,) = re.findall(r"STACK:(\d+)", used)
+        print(form, num_rows, "HMMA" in assembly, stack, kernel.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_real_devices_and_keep_their_numbers_in_registers(
+    capability: int, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert len(compiled) == 4
+    for _, _, uses_tensor_cores, stack_bytes, shared_bytes in compiled:
+        assert uses_tensor_cores == "True"
+        assert int(stack_bytes) <= 8  # at most a number that is only needed after the loop
+        assert int(shared_bytes) <= 99 * 1024  # what the smallest of these devices gives a program
