@@ -1,23 +1,15 @@
-"""ALiBi: instead of rotated keys, scores lean towards near tokens; and BLOOM's blocks, which attend so.
+"""ALiBi: instead of rotated keys, scores lean towards near tokens.
 
-Owns the slopes, and BLOOM's own block: transformers' passes neither an attention function nor our placement
-on to its attention, so one of the same parts, under the same names, stands in its place.
+Owns the slopes. A bias is linear in the key's position alone. Softmax does not see what all keys of a query share,
+so this equals one that is linear in the distance, and it is how both families that have it compute it.
 
-A bias is linear in the key's position alone. Softmax does not see what all keys of a query share, so this
-equals one that is linear in the distance, and it is how both families compute it.
-
-Source: Press et al. 2022, Train Short, Test Long; BigScience 2022, BLOOM.
+Source: Press et al. 2022, Train Short, Test Long.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig
-
-from .attention import Placement, attend
+from torch import Tensor
 
 
 def slopes(num_heads: int) -> Tensor:
@@ -39,64 +31,20 @@ class Alibi:
     """
 
     def __init__(self, num_heads: int, *, rounded: bool = False, scale: float = 1.0) -> None:
-        self._slopes = slopes(num_heads)
-        self._rounded = rounded
-        self._scale = scale
+        own = slopes(num_heads)
+        self.is_rounded = rounded
+        self.scale = scale
+        self._slopes = own.bfloat16().float() if rounded else own
+
+    def slopes_on(self, device: torch.device) -> Tensor:
+        """(num_heads,) float32, before the scale; copied there once."""
+        if self._slopes.device != device:
+            self._slopes = self._slopes.to(device)
+        return self._slopes
 
     def __call__(self, positions: Tensor) -> Tensor:
         """(num_heads, …) float32, for keys at these positions (…) int64 of a row."""
-        if self._slopes.device != positions.device:
-            self._slopes = self._slopes.to(positions.device)
-        steep = self._slopes.view(-1, *(1 for _ in positions.shape))
-        if self._rounded:
-            return (steep.bfloat16() * positions).float() * self._scale
-        return steep * positions * self._scale
-
-
-def refusal(config: PretrainedConfig) -> str | None:
-    """Why BLOOM's blocks of this configuration cannot be computed; None if they can."""
-    if config.slow_but_exact and config.pretraining_tp > 1:
-        return "BLOOM with slow_but_exact, where transformers leaves biases out,"
-    return None
-
-
-class BloomAttention(nn.Module):
-    """Attention of one block; the parts are those of `inner`, transformers' own."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.layer_idx = int(inner.layer_idx)
-        self.head_dim = int(inner.head_dim)
-        self.query_key_value: nn.Module = inner.query_key_value
-        self.dense: nn.Module = inner.dense
-        self._num_heads = int(inner.num_heads)
-        self._bias = Alibi(self._num_heads)
-
-    def forward(self, states: Tensor, placement: Placement) -> Tensor:
-        """(1, num_tokens, hidden_size), without the residual."""
-        fused = self.query_key_value(states)  # (1, num_tokens, 3 * hidden_size)
-        by_head = fused.view(*fused.shape[:2], self._num_heads, 3, self.head_dim).transpose(1, 2)
-        query, key, value = by_head.unbind(dim=3)  # (1, num_heads, num_tokens, head_dim) each
-        attended, _ = attend(self, query, key, value, None, placement=placement, bias=self._bias)
-        mixed: Tensor = self.dense(attended.flatten(2))
-        return mixed
-
-
-class BloomBlock(nn.Module):
-    """One block; the parts are those of `inner`, transformers' own, under the same names."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.input_layernorm: nn.Module = inner.input_layernorm
-        self.self_attention = BloomAttention(inner.self_attention)
-        self.post_attention_layernorm: nn.Module = inner.post_attention_layernorm
-        self.mlp: nn.Module = inner.mlp
-        self._keeps_normed = bool(inner.apply_residual_connection_post_layernorm)
-
-    def forward(self, states: Tensor, *, placement: Placement, **_: Any) -> Tensor:
-        """(1, num_tokens, hidden_size) in and out."""
-        normed = self.input_layernorm(states)
-        states = self.self_attention(normed, placement) + (normed if self._keeps_normed else states)
-        normed = self.post_attention_layernorm(states)
-        output: Tensor = self.mlp(normed, normed if self._keeps_normed else states)
-        return output
+        steep = self.slopes_on(positions.device).view(-1, *(1 for _ in positions.shape))
+        if self.is_rounded:
+            return (steep.bfloat16() * positions).float() * self.scale
+        return steep * positions * self.scale

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..protocol.errors import Code, error
 from .groups import Grouping
+from .paged import TableAttention
 from .pool import PAGE_TOKENS, Memory, PageMove
 
 
@@ -56,12 +57,17 @@ class Cache:
         *,
         num_host_pages: int = 0,
         grouping: Grouping | None = None,
-        is_paged: bool = False,
+        tabled: TableAttention | None = None,
     ) -> None:
-        """num_host_pages: room in host memory for the pages of sessions that are idle. is_paged: see above."""
+        """num_host_pages: room in host memory for the pages of sessions that are idle.
+
+        tabled: what attends over it by tables; the cache is paged then.
+        """
         self.num_pages = num_pages
         self.page_tokens = page_tokens
-        self.is_paged = is_paged
+        self.tabled = tabled
+        self.is_paged = tabled is not None
+        self.growth = tabled.growth if tabled is not None else 1
         self.spare_page = num_pages  # where a paged cache takes what fills up a batch
         self.grouping = grouping or Grouping.whole(tuple(shapes))
         self._places = {block: place for block, (_, place) in self.grouping.places.items()}

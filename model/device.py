@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from .elementwise import Elementwise, fused
+from .gathered import Gathering
+from .gpu.probe import is_usable
 from .graphs import CudaRecorder, Recorder
 from .linear import FrozenLinear
+from .paged import TableAttention
 
 HAS_COMPILER: Final = find_spec("numba") is not None
 
 
 class Ways(NamedTuple):
-    """is_paged: pages are named by tensors, and the heads of a slot lie together; else each head's slots do, and are
-    read in place. is_compiled: a few tokens go by kernels of our own, see `compiled`. recorder: for passes that are
-    played again, or None."""
+    """tabled: what attends over pages that tensors name, where the heads of a slot lie together; without it each
+    head's slots do, and are read in place. is_compiled: a few tokens go by kernels of our own, see `compiled`.
+    recorder: for passes that are played again, or None."""
 
-    is_paged: bool
+    tabled: TableAttention | None = None
     is_compiled: bool = False
     recorder: Recorder | None = None
 
@@ -29,8 +32,16 @@ class Ways(NamedTuple):
 def ways_of(device: torch.device) -> Ways:
     """A CPU reads pages where they are. A GPU is slow to be asked, so it is asked seldom and never waited for."""
     if device.type == "cpu":
-        return Ways(is_paged=False, is_compiled=HAS_COMPILER)
-    return Ways(is_paged=True, recorder=CudaRecorder())
+        return Ways(is_compiled=HAS_COMPILER)
+    return Ways(_tabled(device), recorder=CudaRecorder())
+
+
+def _tabled(device: torch.device) -> TableAttention:
+    if not is_usable(device):
+        return Gathering()
+    from .gpu.attention import BlockTables  # here, because triton may be missing
+
+    return BlockTables(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def elementwise_of(device: torch.device) -> Elementwise:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..protocol.errors import Code, error
 from ..protocol.tensors import Quantization
-from . import alibi, falcon, prequantized
+from . import bloom, falcon, prequantized
 from .attention import ATTENTION, Placement, register
 from .cache import CacheShape
 from .experts import STACKED, is_stack, is_transposed
@@ -82,8 +82,8 @@ CERTIFIED: Final[Mapping[str, Layout]] = {
         norm="ln_f",
         rotary="",
         embeddings_norm="word_embeddings_layernorm",
-        block=alibi.BloomBlock,
-        refusal=alibi.refusal,
+        block=bloom.BloomBlock,
+        refusal=bloom.refusal,
     ),
     "FalconForCausalLM": Layout(
         blocks="h",

@@ -105,13 +105,11 @@ class Graphs:
         if not is_recordable(batch):
             return None
         windows, page_tokens = self._cache.grouping.windows, self._cache.page_tokens
-        key = blocks, shape_of(batch.segments, windows, page_tokens)
+        key = blocks, shape_of(batch.segments, windows, page_tokens, self._cache.growth)
         if key not in self._recordings and not self._is_due(key):
             return None
         shape = key[1]
-        numbers = torch.tensor(
-            numbers_of(batch.segments, shape, windows, page_tokens, self._cache.spare_page)
-        )
+        numbers = numbers_of(batch.segments, shape, windows, page_tokens, self._cache.spare_page)
         recording = self._recordings.get(key) or self._recorded(key, hidden, numbers)
         if recording is None:
             return None

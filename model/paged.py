@@ -1,34 +1,31 @@
-"""Attention of many tokens at once, each over the pages that a tensor names: the way of a GPU.
+"""Batches as tensors: tables that name the pages of each token, and what attends by them.
 
-Owns how a batch becomes tensors of page tables and positions, and the attention over them. Shapes alone say what
-is computed: nothing is read back from the device, a batch is filled up to one of a few sizes, and so a recorded
-pass can be played again with other numbers (see `graphs`). It runs on any device; a CPU is quicker reading pages in
-place, as `attention` does.
+Owns how a batch becomes tensors of page tables and positions. Shapes alone say what is computed: nothing is read back
+from the device, a batch is filled up to one of a few sizes, and so a recorded pass can be played again with other
+numbers (see `graphs`). There are two ways to attend: `gathered` joins a token's pages first and runs wherever torch
+does; `gpu.attention` reads them in place. A CPU is quicker without tables, as `attention` does.
 
 Every new token has a line of its own in the table, also where a row brings a few: they find each other's keys in
-the cache, since all are written before any is looked for. Pages are gathered, which a kernel that reads block tables
-would save: torch's wants pages of 256 tokens.
+the cache, since all are written before any is looked for. A row that brings many has a table for all of them.
 
 Source: Kwon et al. 2023, PagedAttention, section 4.3.
 """
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor
 
 from .form import Form
 from .pages import Segment
 from .pool import GONE
+from .transfers import to_device
 
 FEW_TOKENS: Final = 8  # of a row: with more, it is worth a kernel's call by itself
-# Numbers of keys and values gathered at a time: 256 MiB in bfloat16.
-_MAX_GATHERED: Final = 1 << 27
 # Sizes of batches double up to here, and grow by it from there: each is recorded by itself.
 _DOUBLED: Final = 32
 
@@ -56,6 +53,42 @@ class TokenTable(NamedTuple):
         return TokenTable(self.pages[first:last], self.firsts[first:last], self.positions[first:last])
 
 
+class RowTable(NamedTuple):
+    """Where the keys of one row's many new tokens lie: the tokens [offset, offset + n) of a batch.
+
+    start: position of the first of them. pages: (num_pages,) int64 on the device, whose slots hold the positions from
+    `first` on, the new ones included.
+    """
+
+    offset: int
+    n: int
+    start: int
+    first: int
+    pages: Tensor
+
+
+class TableAttention(Protocol):
+    """Causal attention over pages that tables name, in which the new tokens stand already.
+
+    query: (num_tokens, num_heads, key_dim), rotated. keys, values: (num_kv_heads, num_slots, dim), where the heads of a
+    slot lie together. Both give (num_tokens, num_heads, value_dim), and wait for nothing of the device.
+    """
+
+    @property
+    def growth(self) -> int:
+        """Columns of a table grow by powers of it: greater where columns that nobody needs cost little."""
+
+    def attend_lines(
+        self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
+    ) -> Tensor:
+        """Each token over the pages in its line. Programs and memory follow from shapes alone."""
+
+    def attend_row(
+        self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
+    ) -> Tensor:
+        """The tokens of one row over its pages."""
+
+
 class Group(NamedTuple):
     """A batch in one group of blocks. slots: of the new tokens, (num_tokens,) int64."""
 
@@ -70,14 +103,25 @@ def filled(count: int) -> int:
     return -(-count // _DOUBLED) * _DOUBLED
 
 
-def shape_of(segments: Sequence[Segment], windows: Sequence[int | None], page_tokens: int) -> Shape:
-    """The size that these segments are filled up to. windows: of each group of blocks."""
+def shape_of(
+    segments: Sequence[Segment], windows: Sequence[int | None], page_tokens: int, growth: int = 2
+) -> Shape:
+    """The size that these segments are filled up to. windows: of each group of blocks; growth: of columns."""
     num_tokens = sum(segment.n for segment in segments)
     longest = max((segment.start + segment.n for segment in segments), default=1)
     return Shape(
         filled(num_tokens),
-        tuple(_num_columns(longest, window, page_tokens) for window in windows),
+        tuple(_num_columns(longest, window, page_tokens, growth) for window in windows),
     )
+
+
+def _num_columns(longest: int, window: int | None, page_tokens: int, growth: int) -> int:
+    """Pages in a line: all, filled up to a power, or as many as a window ever reaches over."""
+    num_pages = -(-longest // page_tokens)
+    whole = 1
+    while whole < num_pages:
+        whole *= growth
+    return whole if window is None else min(whole, -(-(window - 1) // page_tokens) + 1)
 
 
 def numbers_of(
@@ -86,28 +130,39 @@ def numbers_of(
     windows: Sequence[int | None],
     page_tokens: int,
     spare_page: int,
-) -> list[int]:
-    """All tensors of a batch in one row of numbers, as `groups_of` reads them: one transfer to the device.
+) -> Tensor:
+    """All tensors of a batch in one row of numbers, int64, as `groups_of` reads them: one transfer to the device.
 
     spare_page: of nobody, where the tokens that fill the batch up are written and look.
     """
     tokens = [(segment, segment.start + i) for segment in segments for i in range(segment.n)]
     missing = shape.num_tokens - len(tokens)
-    numbers = [position for _, position in tokens] + [0] * missing
-    for group, window in enumerate(windows):
-        slots, firsts, pages = [], [], []
+    numbers = array("q", [position for _, position in tokens] + [0] * missing)
+    for group, (window, num_pages) in enumerate(zip(windows, shape.num_pages, strict=True)):
+        slots, firsts, pages = array("q"), array("q"), array("q")
         for segment, position in tokens:
-            own = segment.others[group - 1] if group else segment.pages
+            own = _pages(segment, group)
             index, offset = divmod(position, page_tokens)
             oldest = 0 if window is None else max(0, position - window + 1) // page_tokens
-            line = [spare_page if page == GONE else page for page in own[oldest : index + 1]]
+            line = _kept(own[oldest : index + 1], spare_page)
             slots.append(own[index] * page_tokens + offset)
             firsts.append(oldest * page_tokens)
-            pages.extend(line + [spare_page] * (shape.num_pages[group] - len(line)))
-        numbers += slots + [spare_page * page_tokens] * missing
-        numbers += firsts + [0] * missing
-        numbers += pages + [spare_page] * (missing * shape.num_pages[group])
-    return numbers
+            pages.extend(line)
+            pages.extend((spare_page,) * (num_pages - len(line)))
+        numbers.extend(slots + array("q", [spare_page * page_tokens]) * missing)
+        numbers.extend(firsts + array("q", [0]) * missing)
+        numbers.extend(pages + array("q", [spare_page]) * (missing * num_pages))
+    return torch.frombuffer(numbers, dtype=torch.int64)
+
+
+def _pages(segment: Segment, group: int) -> tuple[int, ...]:
+    return segment.others[group - 1] if group else segment.pages
+
+
+def _kept(pages: tuple[int, ...], spare_page: int) -> tuple[int, ...]:
+    if GONE not in pages:
+        return pages
+    return tuple(spare_page if page == GONE else page for page in pages)
 
 
 def groups_of(numbers: Tensor, shape: Shape) -> tuple[Tensor, tuple[Group, ...]]:
@@ -123,71 +178,30 @@ def groups_of(numbers: Tensor, shape: Shape) -> tuple[Tensor, tuple[Group, ...]]
     return positions, tuple(groups)
 
 
-def attend_table(
-    query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
-) -> Tensor:
-    """Causal attention of each token over its pages, in which it stands itself already.
-
-    query: (num_tokens, num_heads, head_dim), rotated. keys, values: (num_kv_heads, num_slots, dim), where the heads
-    of a slot lie together. Returns (num_tokens, num_heads, value_dim).
-    """
-    num_tokens = query.shape[0]
-    numbers = table.pages.shape[1] * page_tokens * keys.shape[0] * (keys.shape[2] + values.shape[2])
-    step = max(1, _MAX_GATHERED // numbers)
-    parts = [
-        _attend_some(
-            query[first : first + step], keys, values, table.part(first, first + step), form, page_tokens
+def row_tables(
+    rows: Sequence[tuple[int, Segment]],
+    windows: Sequence[int | None],
+    page_tokens: int,
+    spare_page: int,
+    device: torch.device,
+) -> list[tuple[RowTable, ...]]:
+    """Tables of rows with many new tokens, in each group of blocks. rows: with their offsets in the batch."""
+    numbers = array("q")
+    found: list[list[tuple[int, int]]] = []  # in each group, of each row: first page, and their number
+    for group, window in enumerate(windows):
+        sizes = []
+        for _, segment in rows:
+            oldest = 0 if window is None else max(0, segment.start - window + 1) // page_tokens
+            last = -(-(segment.start + segment.n) // page_tokens)
+            numbers.extend(_kept(_pages(segment, group)[oldest:last], spare_page))
+            sizes.append((oldest, last - oldest))
+        found.append(sizes)
+    pages = to_device(torch.frombuffer(numbers, dtype=torch.int64), device)
+    parts = iter(torch.split(pages, [num for sizes in found for _, num in sizes]))
+    return [
+        tuple(
+            RowTable(offset, segment.n, segment.start, oldest * page_tokens, next(parts))
+            for (offset, segment), (oldest, _) in zip(rows, sizes, strict=True)
         )
-        for first in range(0, num_tokens, step)
+        for sizes in found
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _attend_some(
-    query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
-) -> Tensor:
-    num_tokens, num_heads, _ = query.shape
-    num_kv_heads = keys.shape[0]
-    own_keys = _gathered(keys, table.pages, page_tokens)  # (num_tokens, kv heads, num_keys, dim)
-    own_values = _gathered(values, table.pages, page_tokens)
-    places = table.firsts[:, None] + torch.arange(own_keys.shape[2], device=query.device)
-    hidden = places > table.positions[:, None]  # (num_tokens, num_keys)
-    if form.window is not None:
-        hidden |= places <= table.positions[:, None] - form.window
-    # Neither a mask that is added to scores nor a weight of 0 hides a number that is not finite, and whoever had
-    # the page before may have left one.
-    for own in (own_keys, own_values):
-        own.masked_fill_(hidden[:, None, :, None], 0)
-    folded = query.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, -1)
-    if form.is_plain:
-        seen = ~hidden[:, None, None].expand(-1, -1, folded.shape[2], -1)
-        output = F.scaled_dot_product_attention(
-            folded, own_keys, own_values, attn_mask=seen, scale=form.scaling
-        )
-        return output.reshape(num_tokens, num_heads, -1)
-    scores = folded @ own_keys.transpose(2, 3) * form.scaling  # (num_tokens, kv heads, group, num_keys)
-    if form.softcap is not None:
-        scores = torch.tanh(scores / form.softcap) * form.softcap
-    if form.bias is not None:
-        scores = scores + form.bias(places).transpose(0, 1).view(scores.shape)
-    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-    if form.sinks is not None:
-        sinks = form.sinks.to(scores.dtype).view(1, num_kv_heads, -1, 1)
-        scores = torch.cat([scores, sinks.expand(num_tokens, -1, -1, -1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : places.shape[1]]
-    output = weights.to(query.dtype) @ own_values
-    return output.reshape(num_tokens, num_heads, -1)
-
-
-def _gathered(slots: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
-    """(num_heads, num_slots, dim) → (num_tokens, num_heads, num_pages * page_tokens, dim), a copy."""
-    num_heads, _, dim = slots.shape
-    by_page = slots.transpose(0, 1).view(-1, page_tokens, num_heads, dim)
-    found = by_page.index_select(0, pages.flatten())
-    return found.view(pages.shape[0], -1, num_heads, dim).transpose(1, 2)
-
-
-def _num_columns(longest: int, window: int | None, page_tokens: int) -> int:
-    """Pages in a line: all, a power of two of them, or as many as a window ever reaches over."""
-    whole = filled(-(-longest // page_tokens))
-    return whole if window is None else min(whole, -(-(window - 1) // page_tokens) + 1)

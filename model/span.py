@@ -158,7 +158,7 @@ class Span:
             page_tokens,
             num_host_pages=num_host_pages,
             grouping=grouping,
-            is_paged=ways.is_paged,
+            tabled=ways.tabled,
         )
         if ways.is_compiled:
             self._decoder = self._decoder_with(self.cache)

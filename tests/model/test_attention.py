@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from corolla.model import attention
 from corolla.model.attention import Batch, Placement, Segment, attend
 from corolla.model.cache import Cache, CacheShape
+from corolla.model.gathered import Gathering
 
 PAGE_TOKENS = 4
 HEADS, KV_HEADS, DIM = 6, 2, 8
@@ -52,7 +53,7 @@ def plainly(query: Tensor, key: Tensor, value: Tensor, form: dict[str, Any]) -> 
 
 def filled_cache(*, is_paged: bool = False) -> Cache:
     shapes = {3: CacheShape(KV_HEADS, DIM, DIM)}
-    cache = Cache(shapes, 16, torch.float32, CPU, PAGE_TOKENS, is_paged=is_paged)
+    cache = Cache(shapes, 16, torch.float32, CPU, PAGE_TOKENS, tabled=Gathering() if is_paged else None)
     cache.keys(3).fill_(math.nan)  # whatever is read without having been written shows
     cache.values(3).fill_(math.nan)
     return cache
@@ -136,6 +137,6 @@ def test_stateless_attention_has_the_right_gradient(name: str) -> None:
 def test_long_scores_are_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS["all"]
     whole = run(filled_cache(), [Segment((0, 1, 2, 3, 4), 0, 20)], states(20, seed=5), form)
-    monkeypatch.setattr(attention, "_MAX_SCORES", HEADS * 20 * 3)
+    monkeypatch.setattr(attention, "MOST_SCORES", HEADS * 20 * 3)
     parts = run(filled_cache(), [Segment((0, 1, 2, 3, 4), 0, 20)], states(20, seed=5), form)
     assert torch.allclose(whole, parts, atol=1e-6)

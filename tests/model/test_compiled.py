@@ -60,7 +60,7 @@ def span_of(
     checkpoint = open_checkpoint(ModelSource(SourceKind.FOLDER, str(folder)), folder)
     shelf = Shelf.of(folder / "shelf", "f" * 32, scheme) if scheme is not None else None
     span = Span.load(checkpoint, 0, 4, dtype, CPU, shelf=shelf)
-    span.allocate(200, PAGE_TOKENS, ways=Ways(is_paged=False, is_compiled=is_compiled))
+    span.allocate(200, PAGE_TOKENS, ways=Ways(is_compiled=is_compiled))
     assert span.is_compiled == is_compiled
     return span
 

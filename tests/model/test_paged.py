@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from corolla.model import device
 from corolla.model.attention import Batch
 from corolla.model.cache import Cache, CacheShape
 from corolla.model.device import HAS_COMPILER, Ways, ways_of
+from corolla.model.gathered import Gathering
 from corolla.model.graphs import Graphs, Repeater, is_recordable
 from corolla.model.groups import grouped
 from corolla.model.paged import Shape, filled, groups_of, numbers_of, shape_of
@@ -63,7 +65,7 @@ def test_a_batch_stands_in_numbers_as_its_segments_say() -> None:
     shape = shape_of(segments, windows, PAGE_TOKENS)
     assert shape == Shape(4, (4, 2))
     numbers = numbers_of(segments, shape, windows, PAGE_TOKENS, SPARE)
-    positions, (whole, windowed) = groups_of(torch.tensor(numbers), shape)
+    positions, (whole, windowed) = groups_of(numbers, shape)
     assert positions.tolist() == [9, 10, 0, 0]
     assert whole.slots.tolist() == [9 * 4 + 1, 9 * 4 + 2, 4 * 4, SPARE * 4]
     assert whole.table.pages.tolist() == [[7, 8, 9, SPARE]] * 2 + [[4] + [SPARE] * 3, [SPARE] * 4]
@@ -79,7 +81,7 @@ def test_a_window_never_takes_more_columns_than_it_reaches_over() -> None:
         segments = (Segment(tuple(range(60)), start, 1),)
         shape = shape_of(segments, (9,), PAGE_TOKENS)
         numbers = numbers_of(segments, shape, (9,), PAGE_TOKENS, SPARE)
-        _, (group,) = groups_of(torch.tensor(numbers), shape)
+        _, (group,) = groups_of(numbers, shape)
         first = int(group.table.firsts[0])
         assert first <= max(0, start - 8)
         assert start < first + shape.num_pages[0] * PAGE_TOKENS
@@ -111,7 +113,7 @@ STEPS = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paged_and_played_again_equals_whole(tiny: Callable[[str], Tiny], family: str) -> None:
     model = tiny(family)
-    span = paged_span(model, Ways(is_paged=True, recorder=Repeater()))
+    span = paged_span(model, Ways(Gathering(), recorder=Repeater()))
     session = Session(model, [span])
     for rows in STEPS:
         assert session.step(*rows) < TOLERANCE
@@ -120,14 +122,14 @@ def test_paged_and_played_again_equals_whole(tiny: Callable[[str], Tiny], family
 
 def test_where_nothing_can_be_recorded_all_is_computed_as_it_is(tiny: Callable[[str], Tiny]) -> None:
     model, unable = tiny("llama"), Unable()
-    session = Session(model, [paged_span(model, Ways(is_paged=True, recorder=unable))])
+    session = Session(model, [paged_span(model, Ways(Gathering(), recorder=unable))])
     for rows in STEPS:
         assert session.step(*rows) < TOLERANCE
     assert unable.num_asked == 2  # sizes, and then no more
 
 
 def test_a_size_is_recorded_when_it_comes_again_and_played_from_then_on() -> None:
-    cache = Cache({0: CacheShape(1, 2, 2)}, 4, torch.float32, CPU, PAGE_TOKENS, is_paged=True)
+    cache = Cache({0: CacheShape(1, 2, 2)}, 4, torch.float32, CPU, PAGE_TOKENS, tabled=Gathering())
     num_computed = 0
 
     def compute(hidden: Tensor, placement: object, blocks: range) -> Tensor:
@@ -157,6 +159,7 @@ def test_long_stateless_and_large_passes_are_not_recorded() -> None:
     assert not is_recordable(Batch((decode,) * 129))
 
 
-def test_a_cpu_reads_pages_in_place_and_everything_else_by_tables() -> None:
-    assert ways_of(CPU) == Ways(is_paged=False, is_compiled=HAS_COMPILER)
-    assert ways_of(torch.device("cuda")).is_paged
+def test_a_cpu_reads_pages_in_place_and_everything_else_by_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ways_of(CPU) == Ways(is_compiled=HAS_COMPILER)
+    monkeypatch.setattr(device, "is_usable", lambda _: False)
+    assert isinstance(ways_of(torch.device("cuda")).tabled, Gathering)
