@@ -39,7 +39,7 @@ def ways_of(device: torch.device) -> Ways:
 def _tabled(device: torch.device) -> TableAttention:
     if not is_usable(device):
         return Gathering()
-    from .gpu.attention import BlockTables  # here, because triton may be missing
+    from .gpu.tabled import BlockTables  # here, because triton may be missing
 
     return BlockTables(torch.cuda.get_device_properties(device).multi_processor_count)
 

@@ -25,7 +25,9 @@ from .transfers import to_device
 logger = logging.getLogger(__name__)
 
 _MOST_TOKENS: Final = 128  # larger passes keep the device busy however they are asked for
-_MOST_RECORDINGS: Final = 64  # each keeps some MB on the device
+_MOST_RECORDINGS: Final = (
+    64  # each keeps some MB on the device; of more, the one played longest ago is forgotten
+)
 _MOST_FAILURES: Final = 2  # of a device or of a family that cannot be recorded at all
 
 Compute = Callable[[Tensor, Placement, range], Tensor]
@@ -88,7 +90,7 @@ class Graphs:
         self._recorder = recorder
         self._cache = cache
         self._compute = compute
-        self._recordings: dict[tuple[range, Shape], _Recording] = {}
+        self._recordings: dict[tuple[range, Shape], _Recording] = {}  # in the order in which they were played
         self._num_asked: Counter[tuple[range, Shape]] = Counter()
         self._failed: set[tuple[range, Shape]] = set()
 
@@ -110,9 +112,10 @@ class Graphs:
             return None
         shape = key[1]
         numbers = numbers_of(batch.segments, shape, windows, page_tokens, self._cache.spare_page)
-        recording = self._recordings.get(key) or self._recorded(key, hidden, numbers)
+        recording = self._recordings.pop(key, None) or self._recorded(key, hidden, numbers)
         if recording is None:
             return None
+        self._recordings[key] = recording  # behind all that were played longer ago
         recording.hidden[: len(hidden)].copy_(hidden)
         recording.numbers.copy_(to_device(numbers, hidden.device))
         recording.play()
@@ -120,11 +123,13 @@ class Graphs:
 
     def _is_due(self, key: tuple[range, Shape]) -> bool:
         self._num_asked[key] += 1
-        has_room = len(self._recordings) < _MOST_RECORDINGS and len(self._failed) < _MOST_FAILURES
-        return has_room and key not in self._failed and self._num_asked[key] > 1
+        is_able = len(self._failed) < _MOST_FAILURES and key not in self._failed
+        return is_able and self._num_asked[key] > 1
 
     def _recorded(self, key: tuple[range, Shape], hidden: Tensor, numbers: Tensor) -> _Recording | None:
         blocks, shape = key
+        while len(self._recordings) >= _MOST_RECORDINGS:
+            self._forget(next(iter(self._recordings)))
         own_hidden = hidden.new_zeros((shape.num_tokens, hidden.shape[1]))
         own_hidden[: len(hidden)].copy_(hidden)
         own_numbers = to_device(numbers, hidden.device).clone()
@@ -136,8 +141,11 @@ class Graphs:
             logger.warning("passes of %d tokens are not recorded: %s", shape.num_tokens, problem)
             self._failed.add(key)
             return None
-        self._recordings[key] = _Recording(own_hidden, own_numbers, play, output)
-        return self._recordings[key]
+        return _Recording(own_hidden, own_numbers, play, output)
+
+    def _forget(self, key: tuple[range, Shape]) -> None:
+        """It has to come twice again. What it holds on the device is free for the next one."""
+        del self._recordings[key], self._num_asked[key]
 
 
 def is_recordable(batch: Batch) -> bool:

@@ -1,13 +1,9 @@
-"""Attention whose keys and values are read where they lie, page by page, as tables on the device name them.
+"""Kernels of attention whose keys and values are read where they lie, page by page, as tables on the device name them.
 
-Owns the kernels, and how work is cut for them: a few new tokens of many rows are a program for each line of the table,
-key head and share of the line's keys, and a second kernel joins what the shares found; many new tokens of one row are a
-program for each tile of them and key head. Both let a tile of queries absorb a range of keys in one pass, with sums
-in float32. A program ends where its tokens stand, so columns of a table that nobody needs cost nothing, and how many
-programs there are follows from shapes alone: what was launched can be recorded and played again with other numbers.
-
-The rows of a tile are the heads that share a key head, of one token or of several, so that each key is read once for
-all of them. Slots that a row does not attend are never loaded: what nobody wrote there may be anything.
+A tile of queries absorbs a range of keys in one pass, with sums in float32. Its rows are the heads that share a key
+head, of one token or of several, so that each key is read once for all of them. A program ends where its tokens
+stand: columns of a table that nobody needs cost nothing. Slots that no query of a tile attends are never loaded; what
+nobody wrote there may be anything. How work is cut into programs is the business of `tabled`.
 
 Source: Dao et al. 2022, FlashAttention, and Dao 2023, FlashAttention-2, for the pass; Dao et al. 2023, Flash-Decoding,
 for the shares; Kwon et al. 2023, PagedAttention, for the tables.
@@ -15,181 +11,10 @@ for the shares; Kwon et al. 2023, PagedAttention, for the tables.
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ..alibi import Alibi
-from ..form import Form
-from ..gathered import Gathering
-from ..paged import RowTable, TokenTable
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * _LOG2_E), and exp2 is what a device has
-
-_LEAST_DIM: Final = 16  # of a tile in a product, in each direction
-_LEAST_SHARE: Final = 128  # keys of a line that are worth a program
-_MOST_SHARES: Final = 64
-# Programs for each processor of the device: one computes while another waits for memory.
-_PROGRAMS: Final = 2
-# Of keys and values in a tile; while one is absorbed the next is loaded. A gamer's GPU has 99 KB for a program.
-_TILE_BYTES: Final = 1 << 15
-_CHUNK_ROWS: Final = 64  # of a tile of queries, where there are many
-_MOST_CHUNK_ROWS: Final = 128
-
-
-class BlockTables:
-    """Attention by tables on one GPU; see `paged.TableAttention`."""
-
-    growth = 4  # few sizes to record: what nobody needs of a table costs its transfer alone
-
-    def __init__(self, num_processors: int) -> None:
-        """num_processors: of the device, which are to be kept busy."""
-        self._num_processors = num_processors
-        self._otherwise = Gathering()
-
-    def attend_lines(
-        self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
-    ) -> Tensor:
-        """As `paged.TableAttention` says; (num_tokens, num_heads, value_dim)."""
-        if not _is_known(form):
-            return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
-        num_tokens, num_heads, _ = query.shape
-        num_kv_heads, _, value_dim = values.shape
-        num_columns = table.pages.shape[1]
-        num_keys = num_columns * page_tokens
-        shares = num_shares(
-            num_tokens * num_kv_heads,
-            num_keys if form.window is None else min(num_keys, form.window),
-            self._num_processors,
-        )
-        output = query.new_empty((num_tokens, num_heads, value_dim))
-        found, sums = output, output
-        if shares > 1:
-            found = output.new_empty((num_tokens, num_heads, shares, value_dim), dtype=torch.float32)
-            sums = output.new_empty((num_tokens, num_heads, shares), dtype=torch.float32)
-        sinks = None if form.sinks is None else form.sinks.float().contiguous()
-        slopes, bias_scale = _bias(form, query.device)
-        attend_lines[(num_tokens, num_kv_heads, shares)](
-            query.contiguous(),
-            keys,
-            values,
-            found,
-            sums,
-            table.pages,
-            table.firsts,
-            table.positions,
-            sinks,
-            slopes,
-            num_columns,
-            form.scaling,
-            bias_scale,
-            IS_SHARED=shares > 1,
-            **constants(num_heads, keys, values, form, page_tokens, _LEAST_DIM),
-            num_warps=4,
-            num_stages=2,
-            enable_fp_fusion=True,
-        )
-        if shares > 1:
-            join_shares[(num_tokens, num_heads)](
-                found,
-                sums,
-                sinks,
-                output,
-                VALUE_DIM=value_dim,
-                VALUE_PAD=_padded(value_dim),
-                SHARES=shares,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-        return output
-
-    def attend_row(
-        self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
-    ) -> Tensor:
-        """As `paged.TableAttention` says; (n, num_heads, value_dim)."""
-        if not _is_known(form):
-            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
-        num_tokens, num_heads, _ = query.shape
-        num_kv_heads, _, value_dim = values.shape
-        output = query.new_empty((num_tokens, num_heads, value_dim))
-        is_wide = max(keys.shape[2], value_dim) * keys.dtype.itemsize > 256  # no room for more queries
-        rows = _CHUNK_ROWS if is_wide else _MOST_CHUNK_ROWS
-        numbers = constants(num_heads, keys, values, form, page_tokens, rows)
-        slopes, bias_scale = _bias(form, query.device)
-        tokens = numbers["ROWS"] // numbers["GROUP"]
-        attend_chunk[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
-            query.contiguous(),
-            keys,
-            values,
-            output,
-            row.pages,
-            None if form.sinks is None else form.sinks.float().contiguous(),
-            slopes,
-            row.first,
-            row.start,
-            num_tokens,
-            form.scaling,
-            bias_scale,
-            **numbers,
-            num_warps=numbers["ROWS"] // 16,
-            num_stages=2,
-            enable_fp_fusion=True,
-        )
-        return output
-
-
-def num_shares(num_programs: int, num_keys: int, num_processors: int) -> int:
-    """Programs that share a line's keys, a power of two: as few as keep the device busy. Of shapes alone.
-
-    num_programs: if nobody shared. num_keys: of the longest line.
-    """
-    wanted = _PROGRAMS * num_processors // num_programs
-    worthwhile = -(-num_keys // _LEAST_SHARE)
-    most = max(1, min(wanted, worthwhile, _MOST_SHARES))
-    return 1 << (most.bit_length() - 1)
-
-
-def constants(
-    num_heads: int, keys: Tensor, values: Tensor, form: Form, page_tokens: int, rows: int
-) -> dict[str, Any]:
-    """What kernels are compiled for. rows: of a tile of queries, if no key head has more query heads."""
-    num_kv_heads, _, key_dim = keys.shape
-    value_dim = values.shape[2]
-    group = num_heads // num_kv_heads
-    key_pad, value_pad = _padded(key_dim), _padded(value_dim)
-    tile = _TILE_BYTES // ((key_pad + value_pad) * keys.dtype.itemsize)
-    return {
-        "KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "ROWS": max(rows, _padded(group)),
-        "KEY_DIM": key_dim,
-        "KEY_PAD": key_pad,
-        "VALUE_DIM": value_dim,
-        "VALUE_PAD": value_pad,
-        "PAGE": page_tokens,
-        "TILE": min(max(_padded(tile + 1) // 2, _LEAST_DIM), 128),
-        "WINDOW": form.window or 0,
-        "SOFTCAP": form.softcap or 0.0,
-        "IS_ROUNDED": isinstance(form.bias, Alibi) and form.bias.is_rounded,
-    }
-
-
-def _padded(dim: int) -> int:
-    return max(_LEAST_DIM, 1 << (dim - 1).bit_length())
-
-
-def _is_known(form: Form) -> bool:
-    return form.bias is None or isinstance(form.bias, Alibi)
-
-
-def _bias(form: Form, device: torch.device) -> tuple[Tensor | None, float]:
-    """Slopes (num_heads,) float32, and what their products are scaled by."""
-    if not isinstance(form.bias, Alibi):
-        return None, 0.0
-    return form.bias.slopes_on(device), form.bias.scale
 
 
 @triton.jit(
@@ -431,11 +256,10 @@ def _absorbed(
     found = tl.zeros((queries.shape[0], VALUE_PAD), tl.float32)
     weight = tl.zeros((queries.shape[0],), tl.float32)
     most = tl.full((queries.shape[0],), float("-inf"), tl.float32)
+    slots = _slots(pages, begin - first, end - first, PAGE, TILE)
     for at in range(begin, end, TILE):
         places = at + tl.arange(0, TILE)
         is_there = places < end
-        offsets = places - first
-        slots = tl.load(pages + offsets // PAGE, mask=is_there, other=0) * PAGE + offsets % PAGE
         key = tl.load(
             keys + slots[:, None] * (KV_HEADS * KEY_DIM) + key_dims[None],
             mask=is_there[:, None] & (key_dims[None] < KEY_DIM),
@@ -459,7 +283,17 @@ def _absorbed(
         found = tl.dot(weights.to(value.dtype), value, found * kept[:, None], input_precision="ieee")
         weight = weight * kept + tl.sum(weights, 1)
         most = greatest
+        slots = _slots(
+            pages, at + TILE - first, end - first, PAGE, TILE
+        )  # a tile ahead, for keys to be loaded by
     return found, weight, most
+
+
+@triton.jit
+def _slots(pages, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """(TILE,) int64: where the keys from place `begin` of a row's pages on lie; 0 from `end` on."""
+    places = begin + tl.arange(0, TILE)
+    return tl.load(pages + places // PAGE, mask=places < end, other=0) * PAGE + places % PAGE
 
 
 @triton.jit
@@ -482,7 +316,7 @@ def _scored(scores, places, positions, slopes, bias_scale, SOFTCAP: tl.constexpr
 
 @triton.jit
 def _rounded(numbers):
-    """Finite float32, rounded to what bfloat16 holds, ties to even: on its bits, as Triton's interpreter cuts them off."""
+    """Finite float32, rounded to what bfloat16 holds, ties to even; by its bits, as the interpreter truncates."""
     bits = numbers.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)

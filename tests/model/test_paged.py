@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corolla.model import device
+from corolla.model import graphs as graphs_module
 from corolla.model.attention import Batch
 from corolla.model.cache import Cache, CacheShape
 from corolla.model.device import HAS_COMPILER, Ways, ways_of
@@ -163,3 +164,21 @@ def test_a_cpu_reads_pages_in_place_and_everything_else_by_tables(monkeypatch: p
     assert ways_of(CPU) == Ways(is_compiled=HAS_COMPILER)
     monkeypatch.setattr(device, "is_usable", lambda _: False)
     assert isinstance(ways_of(torch.device("cuda")).tabled, Gathering)
+
+
+def test_of_many_recordings_the_one_played_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "_MOST_RECORDINGS", 2)
+    cache = Cache({0: CacheShape(1, 2, 2)}, 4, torch.float32, CPU, PAGE_TOKENS, tabled=Gathering())
+    graphs = Graphs(Repeater(), cache, lambda hidden, placement, blocks: hidden * 2)
+
+    def is_played(num_tokens: int) -> bool:
+        batch = Batch((Segment((0,), 0, 1),) * num_tokens)
+        return graphs.forward(torch.ones(num_tokens, 2), batch, range(1)) is not None
+
+    assert [is_played(1), is_played(1), is_played(2), is_played(2)] == [False, True, False, True]
+    assert is_played(1)
+    assert [is_played(4), is_played(4)] == [False, True]  # instead of that of two
+    assert graphs.num_recordings == 2
+    assert is_played(1)
+    assert not is_played(2)
+    assert is_played(2)

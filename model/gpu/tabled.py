@@ -1,0 +1,191 @@
+"""Attention by tables on a GPU: how its work is cut for the kernels of `attention`, and handed to them.
+
+A few new tokens of many rows are a program for each line of the table, key head and share of the line's keys, and a
+second kernel joins what the shares found; many new tokens of one row are a program for each tile of them and key head.
+How many programs there are, and what memory they need, follows from shapes alone: what was launched can be recorded
+and played again with other numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from ..alibi import Alibi
+from ..form import Form
+from ..gathered import Gathering
+from ..paged import RowTable, TokenTable
+from .attention import attend_chunk, attend_lines, join_shares
+
+_LEAST_DIM: Final = 16  # of a tile in a product, in each direction
+_LEAST_SHARE: Final = 128  # keys of a line that are worth a program
+_MOST_SHARES: Final = 64
+# Programs for each processor of the device: one computes while another waits for memory.
+_PROGRAMS: Final = 2
+# Bytes of the keys and values in a tile; another one is on its way meanwhile, and a gamer's GPU has 99 KB for a
+# program. Half of it where there are more queries than fill one product: their sums take the registers.
+_TILE_BYTES: Final = 1 << 15
+_MOST_TILE: Final = 128
+# A tile of queries where there are many, in rows and in bytes; float32 is multiplied without tensor cores, and needs
+# more registers for it.
+_MOST_ROWS: Final = 128
+_QUERY_BYTES: Final = 1 << 15
+
+
+class BlockTables:
+    """Attention by tables on one GPU; see `paged.TableAttention`."""
+
+    growth = 4  # few sizes to record: what nobody needs of a table costs its transfer alone
+
+    def __init__(self, num_processors: int) -> None:
+        """num_processors: of the device, which are to be kept busy."""
+        self._num_processors = num_processors
+        self._otherwise = Gathering()
+
+    def attend_lines(
+        self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
+    ) -> Tensor:
+        """As `paged.TableAttention` says; (num_tokens, num_heads, value_dim)."""
+        if not _is_known(form):
+            return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
+        num_tokens, num_heads, _ = query.shape
+        num_kv_heads, _, value_dim = values.shape
+        num_columns = table.pages.shape[1]
+        num_keys = num_columns * page_tokens
+        shares = num_shares(
+            num_tokens * num_kv_heads,
+            num_keys if form.window is None else min(num_keys, form.window),
+            self._num_processors,
+        )
+        output = query.new_empty((num_tokens, num_heads, value_dim))
+        found, sums = output, output
+        if shares > 1:
+            found = output.new_empty((num_tokens, num_heads, shares, value_dim), dtype=torch.float32)
+            sums = output.new_empty((num_tokens, num_heads, shares), dtype=torch.float32)
+        sinks = None if form.sinks is None else form.sinks.float().contiguous()
+        slopes, bias_scale = _bias(form, query.device)
+        constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=False)
+        attend_lines[(num_tokens, num_kv_heads, shares)](
+            query.contiguous(),
+            keys,
+            values,
+            found,
+            sums,
+            table.pages,
+            table.firsts,
+            table.positions,
+            sinks,
+            slopes,
+            num_columns,
+            form.scaling,
+            bias_scale,
+            IS_SHARED=shares > 1,
+            **constants,
+            **options,
+        )
+        if shares > 1:
+            join_shares[(num_tokens, num_heads)](
+                found,
+                sums,
+                sinks,
+                output,
+                VALUE_DIM=value_dim,
+                VALUE_PAD=constants["VALUE_PAD"],
+                SHARES=shares,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+        return output
+
+    def attend_row(
+        self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
+    ) -> Tensor:
+        """As `paged.TableAttention` says; (n, num_heads, value_dim)."""
+        if not _is_known(form):
+            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+        num_tokens, num_heads, _ = query.shape
+        num_kv_heads, _, value_dim = values.shape
+        output = query.new_empty((num_tokens, num_heads, value_dim))
+        constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=True)
+        slopes, bias_scale = _bias(form, query.device)
+        tokens = constants["ROWS"] // constants["GROUP"]
+        attend_chunk[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
+            query.contiguous(),
+            keys,
+            values,
+            output,
+            row.pages,
+            None if form.sinks is None else form.sinks.float().contiguous(),
+            slopes,
+            row.first,
+            row.start,
+            num_tokens,
+            form.scaling,
+            bias_scale,
+            **constants,
+            **options,
+        )
+        return output
+
+
+def num_shares(num_programs: int, num_keys: int, num_processors: int) -> int:
+    """Programs that share a line's keys, a power of two: as few as keep the device busy. Of shapes alone.
+
+    num_programs: if nobody shared. num_keys: of the longest line.
+    """
+    wanted = _PROGRAMS * num_processors // num_programs
+    worthwhile = -(-num_keys // _LEAST_SHARE)
+    most = max(1, min(wanted, worthwhile, _MOST_SHARES))
+    return 1 << (most.bit_length() - 1)
+
+
+def cut(
+    num_heads: int, keys: Tensor, values: Tensor, form: Form, page_tokens: int, *, is_chunk: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a kernel is compiled for, and how it is launched. is_chunk: for many new tokens of one row."""
+    num_kv_heads, _, key_dim = keys.shape
+    value_dim, itemsize = values.shape[2], keys.dtype.itemsize
+    group = num_heads // num_kv_heads
+    key_pad, value_pad = _padded(key_dim), _padded(value_dim)
+    is_simple = itemsize <= 2
+    rows = _LEAST_DIM
+    if is_chunk:
+        wanted = _QUERY_BYTES // (max(key_pad, value_pad) * itemsize * (1 if is_simple else 2))
+        rows = max(_LEAST_DIM, min(wanted, _MOST_ROWS))
+    rows = max(rows, _padded(group))
+    tile_bytes = _TILE_BYTES if rows == _LEAST_DIM and is_simple else _TILE_BYTES // 2
+    tile = tile_bytes // ((key_pad + value_pad) * itemsize)
+    constants = {
+        "KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "ROWS": rows,
+        "KEY_DIM": key_dim,
+        "KEY_PAD": key_pad,
+        "VALUE_DIM": value_dim,
+        "VALUE_PAD": value_pad,
+        "PAGE": page_tokens,
+        "TILE": max(_LEAST_DIM, min(1 << (max(tile, 1).bit_length() - 1), _MOST_TILE)),
+        "WINDOW": form.window or 0,
+        "SOFTCAP": form.softcap or 0.0,
+        "IS_ROUNDED": isinstance(form.bias, Alibi) and form.bias.is_rounded,
+    }
+    options = {"num_warps": 4 if rows == _LEAST_DIM else 8, "num_stages": 3, "enable_fp_fusion": True}
+    return constants, options
+
+
+def _padded(dim: int) -> int:
+    return max(_LEAST_DIM, 1 << (dim - 1).bit_length())
+
+
+def _is_known(form: Form) -> bool:
+    return form.bias is None or isinstance(form.bias, Alibi)
+
+
+def _bias(form: Form, device: torch.device) -> tuple[Tensor | None, float]:
+    """Slopes (num_heads,) float32, and what their products are scaled by."""
+    if not isinstance(form.bias, Alibi):
+        return None, 0.0
+    return form.bias.slopes_on(device), form.bias.scale

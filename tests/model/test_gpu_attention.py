@@ -1,0 +1,276 @@
+"""Attention by kernels that read pages in place, in Triton's interpreter: against pages that are gathered, and against
+the same sums written out plainly. For devices that are not here the kernels are compiled only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from corolla.model.alibi import Alibi
+from corolla.model.device import Ways
+from corolla.model.form import Bias, Form
+from corolla.model.gathered import Gathering
+from corolla.model.graphs import Repeater
+from corolla.model.paged import RowTable, TableAttention, TokenTable
+
+from .test_paged import STEPS, paged_span
+from .test_span import TOLERANCE, Session, Tiny, tiny
+
+tabled = pytest.importorskip("corolla.model.gpu.tabled")
+
+__all__ = ["tiny"]  # the fixture
+
+FEW, MANY = 1, 1000  # processors: each line is a program of its own, or of as many as are worth while
+BREADTH = 1e-5
+
+
+class Heads(NamedTuple):
+    """Query heads, key heads, and the dimensions of keys and values."""
+
+    num: int = 6
+    num_kv: int = 2
+    key_dim: int = 16
+    value_dim: int = 16
+
+
+def form(
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Bias | None = None,
+) -> Form:
+    return Form(0.3, window, softcap, sinks, bias)
+
+
+SINKS = torch.linspace(-1, 2, 6)
+FORMS: dict[str, tuple[Form, Heads]] = {
+    "plain": (form(), Heads()),
+    "a key head each": (form(), Heads(num_kv=6)),
+    "one key head": (form(), Heads(num=20, num_kv=1)),
+    "window": (form(window=9), Heads()),
+    "softcap": (form(softcap=1.5), Heads()),
+    "sinks": (form(sinks=SINKS), Heads()),
+    "alibi": (form(bias=Alibi(6)), Heads()),
+    "rounded alibi": (form(bias=Alibi(6, rounded=True, scale=0.25)), Heads()),
+    "uneven": (form(), Heads(key_dim=80, value_dim=24)),
+    "all": (form(9, 2.0, SINKS, Alibi(6, scale=0.5)), Heads(key_dim=8, value_dim=96)),
+}
+
+
+class Text(NamedTuple):
+    """Rows in a paged cache in which all that nobody wrote is not a number. pages: of each row."""
+
+    keys: Tensor
+    values: Tensor
+    pages: list[Tensor]
+    spare_page: int
+    page_tokens: int
+
+
+def text(lengths: list[int], heads: Heads, page_tokens: int) -> Text:
+    random = torch.Generator().manual_seed(len(lengths))
+    sizes = [-(-length // page_tokens) for length in lengths]
+    num_pages = sum(sizes) + 3
+    keys = torch.full((num_pages * page_tokens, heads.num_kv, heads.key_dim), math.nan)
+    values = torch.full((num_pages * page_tokens, heads.num_kv, heads.value_dim), math.nan)
+    pages = list(torch.randperm(num_pages - 1, generator=random)[: sum(sizes)].split(sizes))
+    for own, length in zip(pages, lengths, strict=True):
+        slots = (own[:, None] * page_tokens + torch.arange(page_tokens)).flatten()[:length]
+        keys[slots] = torch.randn(length, *keys.shape[1:], generator=random)
+        values[slots] = torch.randn(length, *values.shape[1:], generator=random)
+    return Text(keys.transpose(0, 1), values.transpose(0, 1), pages, num_pages - 1, page_tokens)
+
+
+def lines(of: Text, lengths: list[int], window: int | None, num_columns: int, num_fill: int) -> TokenTable:
+    """A line for the last token of each row; the pages that a window has passed are let go of."""
+    firsts = [0 if window is None else max(0, length - window) // of.page_tokens for length in lengths]
+    table = torch.full((len(lengths) + num_fill, num_columns), of.spare_page)
+    for line, (own, first) in enumerate(zip(of.pages, firsts, strict=True)):
+        table[line, : len(own) - first] = own[first:]
+    positions = [length - 1 for length in lengths] + [0] * num_fill
+    return TokenTable(
+        table,
+        torch.tensor([first * of.page_tokens for first in firsts] + [0] * num_fill),
+        torch.tensor(positions),
+    )
+
+
+def plainly(query: Tensor, of: Text, row: int, position: int, form: Form) -> Tensor:
+    """(num_heads, value_dim) of one token's query (num_heads, key_dim): every score written out."""
+    first = 0 if form.window is None else max(0, position - form.window + 1)
+    places = torch.arange(first, position + 1)
+    slots = of.pages[row][places // of.page_tokens] * of.page_tokens + places % of.page_tokens
+    group = query.shape[0] // of.keys.shape[0]
+    keys = of.keys[:, slots].repeat_interleave(group, 0)  # (num_heads, num_places, key_dim)
+    scores = (keys @ query[:, :, None])[..., 0] * form.scaling
+    if form.softcap is not None:
+        scores = form.softcap * torch.tanh(scores / form.softcap)
+    if form.bias is not None:
+        scores = scores + form.bias(places)
+    if form.sinks is not None:
+        scores = torch.cat([scores, form.sinks[:, None]], dim=1)
+    weights = scores.softmax(1)[:, : len(places), None]
+    return (weights * of.values[:, slots].repeat_interleave(group, 0)).sum(1)
+
+
+def near(got: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(got, expected, atol=BREADTH, rtol=BREADTH)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("num_processors", [FEW, MANY])
+def test_few_new_tokens_of_many_rows_equal_the_plain_sums(name: str, num_processors: int) -> None:
+    form, heads = FORMS[name]
+    lengths = [141, 3, 40, 1]
+    of = text(lengths, heads, page_tokens=4)
+    table = lines(of, lengths, form.window, num_columns=64, num_fill=2)
+    query = torch.randn(6, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(1))
+    kernels: TableAttention = tabled.BlockTables(num_processors)
+    got = kernels.attend_lines(query, of.keys, of.values, table, form, 4)
+    assert got.shape == (6, heads.num, heads.value_dim)
+    for row, length in enumerate(lengths):
+        assert near(got[row], plainly(query[row], of, row, length - 1, form))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_many_new_tokens_of_one_row_equal_the_plain_sums(name: str) -> None:
+    form, heads = FORMS[name]
+    of = text([75], heads, page_tokens=4)
+    query = torch.randn(75, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(2))
+    kernels: TableAttention = tabled.BlockTables(FEW)
+    for start, n in ((0, 9), (9, 50), (59, 16)):
+        first = 0 if form.window is None else max(0, start - form.window + 1) // 4
+        row = RowTable(0, n, start, first * 4, of.pages[0][first : -(-(start + n) // 4)])
+        got = kernels.attend_row(query[start : start + n], of.keys, of.values, row, form, 4)
+        for position in {start, start + n // 2, start + n - 1}:
+            assert near(got[position - start], plainly(query[position], of, 0, position, form))
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_pages_as_large_as_the_product_has_them_equal_gathered_ones(name: str) -> None:
+    form, heads = FORMS[name]
+    lengths = [150, 64, 65]
+    of = text(lengths, heads, page_tokens=64)
+    table = lines(of, lengths, form.window, num_columns=4, num_fill=0)
+    query = torch.randn(150, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(3))
+    row = RowTable(0, 70, 80, 0, of.pages[0])
+    ways: list[TableAttention] = [tabled.BlockTables(MANY), Gathering()]
+    few = [way.attend_lines(query[:3], of.keys, of.values, table, form, 64) for way in ways]
+    many = [way.attend_row(query[80:], of.keys, of.values, row, form, 64) for way in ways]
+    assert near(*few)
+    assert near(*many)
+
+
+def test_what_was_written_beyond_a_token_does_not_count() -> None:
+    """A row that was rolled back, and a page that somebody else had before."""
+    of = text([40], Heads(), page_tokens=4)
+    table = TokenTable(of.pages[0][None], torch.tensor([0]), torch.tensor([29]))
+    query = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(4))
+    for number in (1e30, math.inf, math.nan):
+        slots = (of.pages[0][7:, None] * 4 + torch.arange(4)).flatten()[2:]
+        of.keys[:, slots] = number
+        of.values[:, slots] = number
+        got = tabled.BlockTables(MANY).attend_lines(query, of.keys, of.values, table, form(), 4)
+        assert near(got[0], plainly(query[0], of, 0, 29, form()))
+
+
+def test_a_bias_of_an_unknown_kind_is_attended_by_gathering() -> None:
+    biased = form(bias=lambda positions: -(positions.float() ** 2).expand(6, *positions.shape) / 100)
+    of = text([30], Heads(), page_tokens=4)
+    query = torch.randn(30, 6, 16, generator=torch.Generator().manual_seed(5))
+    kernels = tabled.BlockTables(FEW)
+    table = lines(of, [30], None, num_columns=16, num_fill=0)
+    got = kernels.attend_lines(query[-1:], of.keys, of.values, table, biased, 4)
+    assert near(got[0], plainly(query[-1], of, 0, 29, biased))
+    row = RowTable(0, 30, 0, 0, of.pages[0])
+    assert near(kernels.attend_row(query, of.keys, of.values, row, biased, 4)[-1], got[0])
+
+
+def test_a_device_is_kept_busy_by_shares_and_no_share_is_too_small() -> None:
+    assert tabled.num_shares(8, 1 << 16, num_processors=132) == 32
+    assert tabled.num_shares(8 * 32, 1 << 16, num_processors=132) == 1
+    assert tabled.num_shares(8, 300, num_processors=132) == 2
+    assert tabled.num_shares(1, 1 << 20, num_processors=132) == 64
+    assert tabled.num_shares(1000, 1, num_processors=1) == 1
+
+
+FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "falcon_multi_query", "falcon_alibi", "phi3", "olmo3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attended_by_kernels_and_played_again_equals_whole(tiny: Callable[[str], Tiny], family: str) -> None:
+    model = tiny(family)
+    session = Session(model, [paged_span(model, Ways(tabled.BlockTables(MANY), recorder=Repeater()))])
+    for rows in STEPS:
+        assert session.step(*rows) < TOLERANCE
+
+
+COMPILE = """
+import json, subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from corolla.model.form import Form
+from corolla.model.gpu import attention, tabled
+
+TYPES = {"sums": "*fp32", "pages": "*i64", "firsts": "*i64", "positions": "*i64", "sinks": "*fp32", "slopes": "*fp32",
+         "num_columns": "i32", "first": "i32", "start": "i32", "num_tokens": "i32", "scaling": "fp32",
+         "bias_scale": "fp32"}
+ALIGNED = {"query", "keys", "values", "found", "output", "sums"}
+FORMS = {
+    "llama": (64, 8, 128, Form(0.1, None, None, None, None)),
+    "gemma2": (16, 8, 256, Form(0.1, 4096, 50.0, None, None)),
+}
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def resources(kernel, constants, options, capability):
+    names = kernel.arg_names
+    types = {"found": "*fp32"} if constants.get("IS_SHARED") or kernel is attention.join_shares else {}
+    signature = {name: "constexpr" if name in constants else types.get(name, TYPES.get(name, "*bf16")) for name in names}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED}
+    source = ASTSource(kernel, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        dump = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    (line,) = [line for line in dump.stdout.splitlines() if "REG:" in line]
+    found = dict(part.split(":") for part in line.split())
+    return {"stack": int(found["STACK"]), "local": int(found["LOCAL"]), "shared": compiled.metadata.shared}
+
+answers = {}
+for name, (num_heads, num_kv_heads, dim, form) in FORMS.items():
+    slots = torch.empty((64, num_kv_heads, dim), dtype=torch.bfloat16).transpose(0, 1)
+    for capability in (80, 90):
+        for kernel, own in ((attention.attend_lines, {"IS_SHARED": True}), (attention.attend_chunk, {})):
+            is_chunk = kernel is attention.attend_chunk
+            constants, options = tabled.cut(num_heads, slots, slots, form, 64, is_chunk=is_chunk)
+            constants |= {"sinks": None, "slopes": None, **own}
+            answers[f"{name} {kernel.__name__} {capability}"] = resources(kernel, constants, options, capability)
+joining = {"sinks": None, "VALUE_DIM": 128, "VALUE_PAD": 128, "SHARES": 32}
+answers["join_shares"] = resources(attention.join_shares, joining, {"enable_fp_fusion": True}, 90)
+print(json.dumps(answers))
+"""
+
+
+def test_kernels_compile_for_real_devices_without_spills() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=True
+    )
+    answers = json.loads(done.stdout)
+    assert len(answers) == 9
+    for name, found in answers.items():
+        assert found["stack"] == 0, name
+        assert found["local"] == 0, name
+        assert found["shared"] < 99 * 1024, name  # what a program may have where the least is allowed
