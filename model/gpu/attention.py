@@ -266,7 +266,7 @@ def _absorbed(
             other=0.0,
         )
         products = tl.dot(queries, tl.trans(key), input_precision="ieee")
-        scores = _scored(products * scaling, places, positions, slopes, bias_scale, SOFTCAP, IS_ROUNDED)
+        scores = _scored(products * scaling, places, slopes, bias_scale, SOFTCAP, IS_ROUNDED)
         is_seen = is_there[None] & (places[None] <= positions[:, None])
         if WINDOW > 0:
             is_seen = is_seen & (places[None] > positions[:, None] - WINDOW)
@@ -297,19 +297,15 @@ def _slots(pages, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _scored(scores, places, positions, slopes, bias_scale, SOFTCAP: tl.constexpr, IS_ROUNDED: tl.constexpr):
-    """Scores (ROWS, TILE) of keys at `places`, capped and biased, to base 2.
-
-    Softmax does not see what all keys of a query share: an exact bias is counted from the query, to lose nothing far
-    into a text; one that is rounded has to be taken as it is.
-    """
+def _scored(scores, places, slopes, bias_scale, SOFTCAP: tl.constexpr, IS_ROUNDED: tl.constexpr):
+    """Scores (ROWS, TILE) of keys at `places`, capped and biased, to base 2."""
     if SOFTCAP > 0:
         scores = SOFTCAP - 2 * SOFTCAP / (tl.exp2(scores * (2 * _LOG2_E / SOFTCAP)) + 1)  # of tanh
     if slopes is not None:
         if IS_ROUNDED:
             biases = _rounded(slopes[:, None] * _rounded(places.to(tl.float32))[None])
         else:
-            biases = slopes[:, None] * (places[None] - positions[:, None]).to(tl.float32)
+            biases = slopes[:, None] * places[None].to(tl.float32)
         scores += biases * bias_scale
     return scores * _LOG2_E
 

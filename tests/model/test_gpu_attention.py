@@ -82,7 +82,7 @@ def text(lengths: list[int], heads: Heads, page_tokens: int) -> Text:
     num_pages = sum(sizes) + 3
     keys = torch.full((num_pages * page_tokens, heads.num_kv, heads.key_dim), math.nan)
     values = torch.full((num_pages * page_tokens, heads.num_kv, heads.value_dim), math.nan)
-    pages = list(torch.randperm(num_pages - 1, generator=random)[: sum(sizes)].split(sizes))
+    pages = list(torch.split(torch.randperm(num_pages - 1, generator=random)[: sum(sizes)], sizes))
     for own, length in zip(pages, lengths, strict=True):
         slots = (own[:, None] * page_tokens + torch.arange(page_tokens)).flatten()[:length]
         keys[slots] = torch.randn(length, *keys.shape[1:], generator=random)
@@ -236,7 +236,8 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def resources(kernel, constants, options, capability):
     names = kernel.arg_names
     types = {"found": "*fp32"} if constants.get("IS_SHARED") or kernel is attention.join_shares else {}
-    signature = {name: "constexpr" if name in constants else types.get(name, TYPES.get(name, "*bf16")) for name in names}
+    types = {name: "*bf16" for name in names} | TYPES | types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED}
     source = ASTSource(kernel, signature, fixed, aligned)
