@@ -67,7 +67,7 @@ class Cache:
         self.page_tokens = page_tokens
         self.tabled = tabled
         self.is_paged = tabled is not None
-        self.growth = tabled.growth if tabled is not None else 1
+        self.growth = tabled.growth if tabled is not None else 2  # columns of tables grow by powers of it
         self.spare_page = num_pages  # where a paged cache takes what fills up a batch
         self.grouping = grouping or Grouping.whole(tuple(shapes))
         self._places = {block: place for block, (_, place) in self.grouping.places.items()}

@@ -173,6 +173,7 @@ def attend_chunk(
     rows = tl.arange(0, ROWS)
     tokens = tile * TOKENS + rows // GROUP
     own_heads = head * GROUP + rows % GROUP
+    end = tl.minimum((tile + 1) * TOKENS, num_tokens)
     is_row = (rows < TOKENS * GROUP) & (tokens < num_tokens)
     heads = tokens * (KV_HEADS * GROUP) + own_heads
     oldest = first
@@ -180,14 +181,14 @@ def attend_chunk(
         oldest = tl.maximum(first, start + tile * TOKENS - WINDOW + 1)
     found, weight, most = _absorbed(
         _queries(query, heads, is_row, KEY_DIM, KEY_PAD),
-        start + tokens,
+        start + tl.minimum(tokens, end - 1),  # a row that is none looks where the last one does
         None if slopes is None else tl.load(slopes + own_heads, mask=is_row, other=0.0),
         keys + head * KEY_DIM,
         values + head * VALUE_DIM,
         pages,
         first,
         oldest,
-        start + tl.minimum((tile + 1) * TOKENS, num_tokens),
+        start + end,
         scaling,
         bias_scale,
         KV_HEADS,

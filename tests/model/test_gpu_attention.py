@@ -87,6 +87,7 @@ def text(lengths: list[int], heads: Heads, page_tokens: int) -> Text:
         slots = (own[:, None] * page_tokens + torch.arange(page_tokens)).flatten()[:length]
         keys[slots] = torch.randn(length, *keys.shape[1:], generator=random)
         values[slots] = torch.randn(length, *values.shape[1:], generator=random)
+    keys[-page_tokens] = values[-page_tokens] = 1  # what fills a batch up has been written too
     return Text(keys.transpose(0, 1), values.transpose(0, 1), pages, num_pages - 1, page_tokens)
 
 
@@ -203,7 +204,7 @@ def test_a_device_is_kept_busy_by_shares_and_no_share_is_too_small() -> None:
     assert tabled.num_shares(1000, 1, num_processors=1) == 1
 
 
-FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "falcon_multi_query", "falcon_alibi", "phi3", "olmo3")
+FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "falcon_multi_query", "falcon_alibi")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
