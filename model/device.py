@@ -48,8 +48,7 @@ def elementwise_of(device: torch.device) -> Elementwise:
     """What is between two products, as this device computes it best."""
     if device.type != "cuda":
         return Elementwise()
-    from .gpu.probe import is_usable  # torch's compiler makes Triton's kernels too
-
+    # torch's compiler makes Triton's kernels too.
     return Elementwise(fused) if is_usable(device) else Elementwise()
 
 

@@ -22,6 +22,7 @@ from corolla.model.checkpoint import Checkpoint, open_checkpoint
 from corolla.model.device import Ways
 from corolla.model.experts import STACKED, Experts
 from corolla.model.families import GROUPED_MM, Skeleton
+from corolla.model.gathered import Gathering
 from corolla.model.graphs import Repeater
 from corolla.model.linear import (
     DenseLinear,
@@ -346,7 +347,7 @@ def test_recorded_passes_through_grouped_experts_equal_those_computed_anew(mixtu
     outputs = []
     for recorder in (Repeater(), None):
         span = mixture.span(Quantization.INT8, FORCED)
-        span.allocate(4, ways=Ways(is_paged=True, recorder=recorder))
+        span.allocate(4, ways=Ways(tabled=Gathering(), recorder=recorder))
         steps = [random(2, 64, seed=step) for step in range(3)]
         batches = [Batch((Segment((0,), step, 1), Segment((1,), step, 1))) for step in range(3)]
         outputs.append(torch.stack([span.forward(*each) for each in zip(steps, batches, strict=True)]))
