@@ -272,8 +272,8 @@ class Products(Protocol):
     def takes(self, rows: Tensor, scheme: Quantization) -> bool:
         """Whether so many rows (…, in_features) of this dtype are better multiplied by them."""
 
-    def are_right(self, device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
-        """Whether they multiply rows of this dtype rightly there."""
+    def are_right(self, device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
+        """Whether they multiply rows of this dtype rightly there. scheme: None is plain weights, of experts."""
 
     def multiply(self, rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
         """(…, in_features) → (…, out_features) in the dtype of `rows`."""
@@ -302,7 +302,7 @@ class SmallLinear(FrozenLinear):
         self, stored: Stored, bias: Tensor | None, device: torch.device, products: Products | None = None
     ) -> None:
         self._stored = stored.to(device)
-        super().__init__(stored.shape[1], stored.shape[0], bias, self._stored.num_bytes)
+        super().__init__(stored.shape[1], stored.shape[0], bias, self._stored.nbytes)
         self._products = products
         self._tile = _TILE_FEATURES
         if device.type != "cpu":  # where a tile should keep the device busy

@@ -40,19 +40,31 @@ _SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Keeping(NamedTuple):
     """How a device keeps weights that are used together.
 
-    is_joined: those of siblings lie in one piece, whatever their form. products: kernels for small weights; with them
-    those of experts lie in one piece too. None is those of CPUs, or none.
+    is_joined: those of siblings lie in one piece, whatever their form. products: kernels for small weights, other than
+    a CPU's; with them small weights of experts lie in one piece too. has_grouped_mm: torch multiplies by plain weights
+    of experts without asking the device; else they are multiplied by `products` as well.
     """
 
     is_joined: bool
     products: Products | None = None
+    has_grouped_mm: bool = False
 
 
 def keeping_of(device: torch.device, dtype: torch.dtype) -> Keeping:
-    """What suits the device best. Kernels for small weights are for rows in half precision."""
+    """What suits the device best. Kernels for small weights are for rows in half precision.
+
+    Torch's product by experts has a kernel for bfloat16 and compute capabilities 9 and 10; for all others it reads back
+    how many rows each expert has, which waits for the device and cannot be recorded.
+    """
     if device.type == "cpu":
         return Keeping(is_joined=False)
-    return Keeping(is_joined=True, products=products_of(device) if dtype.itemsize == 2 else None)
+    has_grouped_mm = (
+        device.type == "cuda"
+        and dtype is torch.bfloat16
+        and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    )
+    products = products_of(device) if dtype.itemsize == 2 else None
+    return Keeping(is_joined=True, products=products, has_grouped_mm=has_grouped_mm)
 
 
 class Quantizer:
@@ -71,8 +83,11 @@ class Quantizer:
 
     def quantized(self, name: str, weight: Tensor) -> Stored | None:
         """The weight in the shelf's scheme; None if its shape does not allow it."""
-        if not can_hold(self._shelf.scheme, weight.shape[0], weight.shape[1]):
-            return None
+        fits = can_hold(self._shelf.scheme, weight.shape[0], weight.shape[1])
+        return self.small(name, weight) if fits else None
+
+    def small(self, name: str, weight: Tensor) -> Stored:
+        """The weight, of a shape that `can_hold` allows, in the shelf's scheme."""
         self._new[name] = quantize(weight, self._shelf.scheme)
         return self._new[name]
 
@@ -111,7 +126,7 @@ class Placer:
         self._quantized: dict[str, dict[str, Stored]] = {}  # likewise, of quantized ones
         self._rooms: dict[str, tuple[Tensor, set[str]]] = {}  # module → weights of siblings, whose are there
         self._experts: dict[str, dict[str, list[nn.Module]]] = {}  # path → leaf → each expert's layer
-        self._grouped: dict[str, dict[str, Stored]] = {}  # path → leaf → all experts' weights
+        self._grouped: dict[str, dict[str, Stored | Tensor]] = {}  # path → leaf → all experts' weights
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Set the parameter or buffer `name` of the module to `tensor`, which may vanish afterwards."""
@@ -129,14 +144,10 @@ class Placer:
             if layer is not None:
                 self._put(path, layer)
                 return
-        if is_stack(owner, leaf) and self._takes_apart:
+        if is_stack(owner, leaf) and (self._takes_apart or self._groups(owner)):
             weights = [weight_of(tensor, expert, owner) for expert in range(tensor.shape[0])]
-            if self._groups(owner) and self._quantizer is not None:
-                each = [
-                    self._quantizer.quantized(f"{name}.{expert}", weight)
-                    for expert, weight in enumerate(weights)
-                ]
-                self._group(path, leaf, [stored for stored in each if stored is not None])
+            if self._groups(owner):
+                self._grouped.setdefault(path, {})[leaf] = self._gathered(name, weights)
                 return
             self._experts.setdefault(path, {})[leaf] = [
                 self._layer(f"{name}.{expert}", weight, None) or self._plain(weight)
@@ -172,7 +183,7 @@ class Placer:
         if len(each) < count:
             return False
         if self._groups(owner):
-            self._group(path, leaf, each)
+            self._grouped.setdefault(path, {})[leaf] = gathered(each, count, self._device)
         else:
             self._experts.setdefault(path, {})[leaf] = [
                 quantized(one, None, self._device, self._keeping.products) for one in each
@@ -273,20 +284,33 @@ class Placer:
             self._put(f"{parent}.{sibling}" if parent else sibling, part)
 
     def _groups(self, owner: nn.Module) -> bool:
-        """Whether the small weights of a module's experts all lie in one piece."""
-        if self._quantizer is None or self._keeping.products is None:
+        """Whether the weights of a module's experts lie in one piece, for kernels of our own."""
+        products = self._keeping.products
+        schemes = {self._scheme_for(owner, leaf) for leaf in STACKED}
+        if products is None or (self._quantizer is None and self._keeping.has_grouped_mm):
             return False
+        return all(products.are_right(self._device, scheme, self._dtype) for scheme in schemes)
+
+    def _scheme_for(self, owner: nn.Module, leaf: str) -> Quantization | None:
+        stack = owner._parameters[leaf]
+        if self._quantizer is None or stack is None:
+            return None
+        out_features, in_features = weight_of(stack, 0, owner).shape
         scheme = self._quantizer.scheme
-        return all(
-            can_hold(scheme, *weight_of(stack, 0, owner).shape)
-            for leaf in STACKED
-            if (stack := owner._parameters[leaf]) is not None
-        ) and self._keeping.products.are_right(self._device, scheme, self._dtype)
+        return scheme if can_hold(scheme, out_features, in_features) else None
 
-    def _group(self, path: str, leaf: str, each: list[Stored]) -> None:
-        self._grouped.setdefault(path, {})[leaf] = gathered(each, len(each), self._device)
+    def _gathered(self, name: str, weights: list[Tensor]) -> Stored | Tensor:
+        """The weights of all experts in one piece on the device, expert by expert."""
+        if self._quantizer is not None and can_hold(self._quantizer.scheme, *weights[0].shape):
+            small = (self._quantizer.small(f"{name}.{index}", weight) for index, weight in enumerate(weights))
+            return gathered(small, len(weights), self._device)
+        out_features, in_features = weights[0].shape
+        room = torch.empty((len(weights) * out_features, in_features), dtype=self._dtype, device=self._device)
+        for place, weight in zip(torch.split(room, out_features), weights, strict=True):
+            place.copy_(weight)
+        return room
 
-    def _grouped_experts(self, path: str, weights: dict[str, Stored]) -> nn.Module:
+    def _grouped_experts(self, path: str, weights: dict[str, Stored | Tensor]) -> nn.Module:
         from .gpu.experts import GroupedExperts  # here, because Triton may be missing
 
         owner = self.module.get_submodule(path)

@@ -57,7 +57,7 @@ class Stored(NamedTuple):
     tensors: Mapping[str, Tensor]
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of codes and scales."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 

@@ -1,8 +1,8 @@
 """Experts of a block on a GPU, without the host ever asking which of them tokens were sent to.
 
 Tokens are sorted by expert on the device and multiplied in tiles that each belong to one expert. How many tiles there
-are follows from shapes alone, so passes can be recorded and played again. Weights are small, and those of all experts
-lie in one tensor. The router, the gate between an expert's two layers, and biases stay transformers' own.
+are follows from shapes alone, so passes can be recorded and played again. The weights of all experts lie in one piece,
+small or plain. The router, the gate between an expert's two layers, and biases stay transformers' own.
 
 Source: Gale et al. 2022, MegaBlocks.
 """
@@ -25,12 +25,12 @@ class GroupedExperts(nn.Module):
     inner: that module, without its weights. gate_up, down: of all experts, one after the other, on the device.
     """
 
-    def __init__(self, inner: nn.Module, gate_up: Stored, down: Stored) -> None:
+    def __init__(self, inner: nn.Module, gate_up: Stored | Tensor, down: Stored | Tensor) -> None:
         super().__init__()
         num_experts: Any = inner.num_experts
         self.inner: Any = emptied(inner)
         self.num_experts = int(num_experts)
-        self.bytes = gate_up.num_bytes + down.num_bytes
+        self.bytes = sum(weights.nbytes for weights in (gate_up, down))
         self._gate_up = gate_up
         self._down = down
 
@@ -54,9 +54,9 @@ class GroupedExperts(nn.Module):
         return weighted.sum(dim=1).to(hidden.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_experts} experts, {self.bytes:,} bytes of {self._gate_up.scheme}"
+        return f"{self.num_experts} experts, {self.bytes:,} bytes"
 
-    def _product(self, rows: Tensor, weights: Stored, experts: Tensor, tiles: Tiles) -> Tensor:
+    def _product(self, rows: Tensor, weights: Stored | Tensor, experts: Tensor, tiles: Tiles) -> Tensor:
         if rows.requires_grad and torch.is_grad_enabled():
             product: Tensor = _Product.apply(rows, weights, self.num_experts, experts, tiles)
             return product
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, rows: Tensor, weights: Stored, num_experts: int, experts: Tensor, tiles: Tiles
+        context: Any, rows: Tensor, weights: Stored | Tensor, num_experts: int, experts: Tensor, tiles: Tiles
     ) -> Tensor:
         context.weights, context.num_experts = weights, num_experts
         context.save_for_backward(experts)
@@ -77,12 +77,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (experts,) = context.saved_tensors
-        weights: Stored = context.weights
+        weights: Stored | Tensor = context.weights
         size = weights.shape[0] // context.num_experts
         counts = torch.bincount(experts, minlength=context.num_experts).tolist()
         parts = [
-            part @ wide(weights.outputs(expert * size, (expert + 1) * size), part.dtype)
+            part @ _wide(weights, expert * size, (expert + 1) * size, part.dtype)
             for expert, part in enumerate(torch.split(gradients[0], counts))
             if part.shape[0]
         ]
         return torch.cat(parts), None, None, None, None
+
+
+def _wide(weights: Stored | Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(weights, Tensor):
+        return weights[first:last].to(dtype)
+    return wide(weights.outputs(first, last), dtype)

@@ -12,6 +12,8 @@ instructions a weight, 3.0 of them on the integer pipe, which gives out 64 a clo
 reading the codes takes, which is a third of reading bfloat16. With 108 processors at 1.4 GHz and 2.0 TB/s (8.0) it is
 1.1 times.
 
+Plain weights are multiplied here only where they are those of experts, whose tiles torch has no product for.
+
 Knows of weights, rows and the tiles of sorted rows; nothing of layers and experts.
 
 Source: Dettmers et al. 2023, QLoRA, for NF4; Frantar et al. 2024, MARLIN, for codes made wide beside tensor cores;
@@ -42,7 +44,8 @@ MOST_ROWS: Final = 128
 _SLICE: Final = tl.constexpr(64)  # inputs that share a scale in NF4
 _NF4: Final = tl.constexpr(0)
 _INT8: Final = tl.constexpr(1)
-_FORMS: Final = {Quantization.NF4: 0, Quantization.INT8: 1}
+_PLAIN: Final = tl.constexpr(2)
+_FORMS: Final = {Quantization.NF4: 0, Quantization.INT8: 1, None: 2}
 _CLOSE: Final = 0.02  # of a trial's result, where rows and weights are rounded to half precision
 
 # Source: QLoRA, appendix E, as bitsandbytes has them.
@@ -181,8 +184,9 @@ def _multiply(
     """One tile of rows times one of outputs.
 
     rows: (num_rows, num_inputs). codes: NF4 (…, num_outputs, num_inputs / 2) uint8 with scales (…, num_outputs,
-    num_inputs / 64) float32; INT8 (…, num_outputs, num_inputs) int8 with scales (…, num_outputs) bfloat16. bias:
-    (num_outputs,), or unused. output: (num_rows, num_outputs) in the rows' dtype.
+    num_inputs / 64) float32; INT8 (…, num_outputs, num_inputs) int8 with scales (…, num_outputs) bfloat16; plain
+    weights likewise, in the rows' dtype and without scales. bias: (num_outputs,), or unused. output: (num_rows,
+    num_outputs) in the rows' dtype.
 
     is_sorted: a tile of rows [firsts[tile], ends[tile]), of which it takes the first tile_rows, is multiplied by the
     weights of experts[tile]; without it tiles are cut from all rows. is_even: inputs fill whole steps of all slices.
@@ -205,7 +209,7 @@ def _multiply(
     lines = expert * num_outputs + tl.minimum(outputs, num_outputs - 1)  # those beyond are not written
     slices = tl.arange(0, num_slices)
     inputs = slices[:, None] * _SLICE + tl.arange(0, _SLICE)[None, :]  # (num_slices, 64)
-    from_rows = rows + taken[None, :, None] * num_inputs + inputs[:, None, :]
+    from_rows = rows + taken[None, :, None].to(tl.int64) * num_inputs + inputs[:, None, :]
     is_row = taken[None, :, None] < end
     if form == _NF4:
         at = slices[:, None] * (_SLICE // 2) + tl.arange(0, _SLICE // 2)[None, :]
@@ -256,26 +260,27 @@ class Cut(NamedTuple):
     stages: int
 
 
-def cut_of(num_rows: int) -> Cut:
-    """The cut for so many rows, or for so many an expert.
+def cut_of(num_rows: int, *, is_plain: bool = False) -> Cut:
+    """The cut for so many rows, or for so many an expert. is_plain: weights take four times the room of NF4.
 
-    As found by compiling for 8.0 and 9.0: none of them spills, and 64 rows would. Wide tiles read rows less often.
+    As found by compiling for 8.0 and 9.0: none of them spills, and 64 rows would; all keep within the 99 KB that a
+    program has on smaller devices. Wide tiles read rows less often.
     """
     if num_rows <= 8:
-        return Cut(8, 32, 8, 3)
+        return Cut(8, 32, 4 if is_plain else 8, 3)
     if num_rows <= 16:
-        return Cut(16, 64, 4, 3)
-    return Cut(32, 64, 4, 3)
+        return Cut(16, 32 if is_plain else 64, 4, 3)
+    return Cut(32, 32 if is_plain else 64, 4, 3)
 
 
 class Tiles(NamedTuple):
     """Sorted rows in tiles of one expert each, on the device. firsts, ends, experts: (num_tiles,) int32; a tile is
-    empty where its first row is its end. cut: that they are for."""
+    empty where its first row is its end. num_rows: of a full one."""
 
     firsts: Tensor
     ends: Tensor
     experts: Tensor
-    cut: Cut
+    num_rows: int
 
 
 def tiles_of(sorted_experts: Tensor, num_experts: int) -> Tiles:
@@ -285,18 +290,18 @@ def tiles_of(sorted_experts: Tensor, num_experts: int) -> Tiles:
     tiles are full but one.
     """
     num_rows, device = len(sorted_experts), sorted_experts.device
-    cut = cut_of(-(-num_rows // num_experts))
-    num_tiles = num_rows // cut.rows + min(num_experts, num_rows)
+    size = cut_of(-(-num_rows // num_experts)).rows
+    num_tiles = num_rows // size + min(num_experts, num_rows)
     each = torch.arange(num_experts, device=device, dtype=sorted_experts.dtype)
     ends = torch.searchsorted(sorted_experts, each, right=True)  # (num_experts,) rows of all up to this one
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])
-    last_tiles = torch.cumsum((ends - begins + cut.rows - 1) // cut.rows, dim=0)
+    last_tiles = torch.cumsum((ends - begins + size - 1) // size, dim=0)
     tiles = torch.arange(num_tiles, device=device, dtype=last_tiles.dtype)
     owners = torch.searchsorted(last_tiles, tiles, right=True).clamp_(max=num_experts - 1)
     num_before = torch.where(owners > 0, last_tiles[owners - 1], 0)
     own_ends = ends[owners]
-    firsts = torch.minimum(begins[owners] + (tiles - num_before) * cut.rows, own_ends)
-    return Tiles(firsts.int(), own_ends.int(), owners.int(), cut)
+    firsts = torch.minimum(begins[owners] + (tiles - num_before) * size, own_ends)
+    return Tiles(firsts.int(), own_ends.int(), owners.int(), size)
 
 
 def takes(rows: Tensor, scheme: Quantization) -> bool:
@@ -306,44 +311,40 @@ def takes(rows: Tensor, scheme: Quantization) -> bool:
     return scheme in _FORMS and are_right(rows.device, scheme, rows.dtype)
 
 
-def multiply(rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
-    """`rows @ weights.T + bias`: (…, num_inputs) → (…, num_outputs) in the dtype of `rows`; sums in float32."""
+def multiply(rows: Tensor, weight: Stored | Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ weights.T + bias`: (…, num_inputs) → (…, num_outputs) in the dtype of `rows`; sums in float32.
+
+    weight: small, or plain in the rows' dtype.
+    """
     num_outputs, num_inputs = weight.shape
-    flat = rows.reshape(-1, num_inputs).contiguous()
-    output = flat.new_empty((flat.shape[0], num_outputs))
-    cut = cut_of(flat.shape[0])
-    if flat.shape[0]:
-        _launch(flat, weight, num_outputs, bias, output, cut, None)
-    return output.view(*rows.shape[:-1], num_outputs)
+    flat = rows.reshape(-1, num_inputs)
+    return _product(flat, weight, num_outputs, bias, None).view(*rows.shape[:-1], num_outputs)
 
 
-def multiply_sorted(rows: Tensor, weights: Stored, num_experts: int, tiles: Tiles) -> Tensor:
+def multiply_sorted(rows: Tensor, weights: Stored | Tensor, num_experts: int, tiles: Tiles) -> Tensor:
     """Each row by the weights of its expert: (num_rows, num_inputs) → (num_rows, num_outputs).
 
     rows: in the order that `tiles` were made of. weights: of all experts, one after the other.
     """
-    num_outputs = weights.shape[0] // num_experts
-    output = rows.new_empty((rows.shape[0], num_outputs))
-    if rows.shape[0]:
-        _launch(rows.contiguous(), weights, num_outputs, None, output, tiles.cut, tiles)
-    return output
+    return _product(rows, weights, weights.shape[0] // num_experts, None, tiles)
 
 
-def _launch(
-    rows: Tensor,
-    weight: Stored,
-    num_outputs: int,
-    bias: Tensor | None,
-    output: Tensor,
-    cut: Cut,
-    tiles: Tiles | None,
-) -> None:
-    codes, scales = weight.tensors["codes"], weight.tensors["scales"]
+def _product(
+    rows: Tensor, weight: Stored | Tensor, num_outputs: int, bias: Tensor | None, tiles: Tiles | None
+) -> Tensor:
     num_rows, num_inputs = rows.shape
+    output = rows.new_empty((num_rows, num_outputs))
+    if not num_rows:
+        return output
+    if isinstance(weight, Tensor):
+        scheme, codes, scales = None, weight, weight
+    else:
+        scheme, codes, scales = weight.scheme, weight.tensors["codes"], weight.tensors["scales"]
+    cut = cut_of(num_rows if tiles is None else tiles.num_rows, is_plain=scheme is None)
     num_tiles = -(-num_rows // cut.rows) if tiles is None else len(tiles.firsts)
     with torch.cuda.device_of(rows):
         _multiply[(num_tiles, -(-num_outputs // cut.outputs))](
-            rows,
+            rows.contiguous(),
             codes,
             scales,
             scales if bias is None else bias,
@@ -352,7 +353,7 @@ def _launch(
             num_rows,
             num_outputs,
             num_inputs,
-            form=_FORMS[weight.scheme],
+            form=_FORMS[scheme],
             is_sorted=tiles is not None,
             has_bias=bias is not None,
             is_even=num_inputs % (_SLICE.value * cut.slices) == 0,
@@ -364,10 +365,11 @@ def _launch(
             num_warps=cut.slices,
             enable_fp_fusion=True,
         )
+    return output
 
 
 @cache
-def are_right(device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
+def are_right(device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
     """Whether rows of this dtype are multiplied rightly on this device; tried once, and why not stands in the log.
 
     No two devices are compiled for alike, so none is trusted with a model before it has multiplied small numbers.
@@ -375,13 +377,14 @@ def are_right(device: torch.device, scheme: Quantization, dtype: torch.dtype) ->
     if device.type != "cpu" and dtype.itemsize != 2:
         return False  # wide rows leave no registers to work in; on a CPU there is the interpreter
     generator = torch.Generator().manual_seed(0)
-    weight = quantize(torch.randn(80, 512, generator=generator), scheme)
-    own = Stored(scheme, weight.shape, {name: part.to(device) for name, part in weight.tensors.items()})
+    drawn = torch.randn(80, 512, generator=generator).to(dtype)
+    weight = drawn if scheme is None else quantize(drawn, scheme)
+    plain = drawn.float() if isinstance(weight, Tensor) else dequantize(weight)
     try:
         for num_rows in (1, 9, 40):  # one for each cut
             rows = torch.randn(num_rows, 512, generator=generator).to(dtype)
-            expected = rows.float() @ dequantize(weight).T
-            got = multiply(rows.to(device), own, None).float().cpu()
+            expected = rows.float() @ plain.T
+            got = multiply(rows.to(device), weight.to(device), None).float().cpu()
             distance = float((got - expected).norm() / expected.norm())
             if not distance < _CLOSE:
                 raise ArithmeticError(f"a product of {num_rows} rows is off by {distance:.3f}")

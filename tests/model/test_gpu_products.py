@@ -33,7 +33,7 @@ from corolla.model.linear import (
     quantized,
 )
 from corolla.model.placing import Keeping
-from corolla.model.quantization import Shelf, Stored, dequantize, gathered, quantize
+from corolla.model.quantization import Shelf, Stored, dequantize, gathered, quantize, weight_bytes
 from corolla.model.siblings import PartLinear, whole_of
 from corolla.model.span import Span
 from corolla.model.weights import load_part
@@ -204,7 +204,7 @@ def test_tiles_hold_the_rows_of_one_expert_each(chosen: list[int], num_experts: 
     tiles = products.tiles_of(torch.tensor(chosen), num_experts)
     found = zip(tiles.experts.tolist(), tiles.firsts.tolist(), tiles.ends.tolist(), strict=True)
     full = [(expert, first, end) for expert, first, end in found if first < end]
-    assert full == tiles_in_python(chosen, tiles.cut.rows)
+    assert full == tiles_in_python(chosen, tiles.num_rows)
 
 
 @SCHEMES
@@ -282,7 +282,7 @@ class NoProducts:
     def takes(self, rows: Tensor, scheme: Quantization) -> bool:
         return False
 
-    def are_right(self, device: torch.device, scheme: Quantization, dtype: torch.dtype) -> bool:
+    def are_right(self, device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
         return False
 
     def multiply(self, rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
@@ -292,9 +292,9 @@ class NoProducts:
 APART = Keeping(is_joined=False, products=NoProducts())
 
 
-@SCHEMES
+@pytest.mark.parametrize("scheme", [Quantization.NF4, Quantization.INT8, None])
 def test_a_mixture_with_grouped_experts_computes_what_experts_apart_do(
-    mixture: Tiny, scheme: Quantization
+    mixture: Tiny, scheme: Quantization | None
 ) -> None:
     grouped, apart = mixture.span(scheme, FORCED), mixture.span(scheme, APART)
     assert all(isinstance(each, experts.GroupedExperts) for each in experts_in(grouped))
@@ -307,6 +307,18 @@ def test_a_mixture_with_grouped_experts_computes_what_experts_apart_do(
         results.append((output.detach(), *torch.autograd.grad(output, hidden, upstream)))
     for got, expected in zip(*results, strict=True):
         assert distance(got, expected) < CLOSE
+
+
+def test_weights_that_a_scheme_cannot_hold_are_grouped_as_they_are(tmp_path: Path) -> None:
+    model = Tiny(
+        tmp_path, "mixtral", intermediate_size=96
+    )  # 64 inputs, and 96, which are no whole groups of NF4
+    grouped, apart = model.span(Quantization.NF4, FORCED), model.span(Quantization.NF4, APART)
+    layer = experts_in(grouped)[0]
+    assert isinstance(layer, experts.GroupedExperts)
+    assert layer.bytes == 4 * (weight_bytes(Quantization.NF4, 192, 64) + 4 * 64 * 96)
+    hidden, batch = random(5, 64), Batch.stateless((5,))
+    assert distance(grouped.forward(hidden, batch), apart.forward(hidden, batch)) < CLOSE
 
 
 @SCHEMES
@@ -408,9 +420,9 @@ pointers = {"rows": "*bf16", "codes": "", "scales": "", "bias": "*bf16", "output
 indices = dict.fromkeys(("experts", "firsts", "ends"), "*i32")
 sizes = dict.fromkeys(("num_rows", "num_outputs", "num_inputs"), "i32")
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-for form, codes, scales in ((0, "*u8", "*fp32"), (1, "*i8", "*bf16")):
-    for num_rows in (1, 16, 32) if form == 0 else (1,):
-        cut = products.cut_of(num_rows)
+for form, codes, scales in ((0, "*u8", "*fp32"), (1, "*i8", "*bf16"), (2, "*bf16", "*bf16")):
+    for num_rows in (1, 16, 32) if form == 0 else (32,):
+        cut = products.cut_of(num_rows, is_plain=form == 2)
         options = {
             "form": form, "is_sorted": num_rows > 1, "has_bias": num_rows == 32, "is_even": True, "is_quick": True,
             "tile_rows": cut.rows, "tile_outputs": cut.outputs, "num_slices": cut.slices, "stages": cut.stages,
@@ -448,7 +460,7 @@ def test_kernels_compile_for_real_devices_and_keep_their_numbers_in_registers(
     )
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == 4
+    assert len(compiled) == 5
     for _, _, uses_tensor_cores, stack_bytes, shared_bytes in compiled:
         assert uses_tensor_cores == "True"
         assert int(stack_bytes) <= 8  # at most a number that is only needed after the loop
