@@ -99,6 +99,8 @@ def load(ask: Configure, report: Report) -> Loaded:
     `open_checkpoint` and `Span.load` raise.
     """
     device = choose_device(ask.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where passes are recorded, and kernels of our own launched
     scheme = scheme_of(ask.quantization)
     check_scheme(scheme, device)
     dtype = ask.dtype or (DType.BFLOAT16 if device.type == "cuda" else DType.FLOAT32)

@@ -139,19 +139,18 @@ def numbers_of(
     missing = shape.num_tokens - len(tokens)
     numbers = array("q", [position for _, position in tokens] + [0] * missing)
     for group, (window, num_pages) in enumerate(zip(windows, shape.num_pages, strict=True)):
-        slots, firsts, pages = array("q"), array("q"), array("q")
-        for segment, position in tokens:
+        slots = array("q", [spare_page * page_tokens]) * shape.num_tokens
+        firsts = array("q", [0]) * shape.num_tokens
+        pages = array("q", [spare_page]) * (shape.num_tokens * num_pages)
+        for line, (segment, position) in enumerate(tokens):
             own = _pages(segment, group)
             index, offset = divmod(position, page_tokens)
             oldest = 0 if window is None else max(0, position - window + 1) // page_tokens
-            line = _kept(own[oldest : index + 1], spare_page)
-            slots.append(own[index] * page_tokens + offset)
-            firsts.append(oldest * page_tokens)
-            pages.extend(line)
-            pages.extend((spare_page,) * (num_pages - len(line)))
-        numbers.extend(slots + array("q", [spare_page * page_tokens]) * missing)
-        numbers.extend(firsts + array("q", [0]) * missing)
-        numbers.extend(pages + array("q", [spare_page]) * (missing * num_pages))
+            slots[line] = own[index] * page_tokens + offset
+            firsts[line] = oldest * page_tokens
+            seen = array("q", _kept(own[oldest : index + 1], spare_page))
+            pages[line * num_pages : line * num_pages + len(seen)] = seen
+        numbers += slots + firsts + pages
     return torch.frombuffer(numbers, dtype=torch.int64)
 
 

@@ -22,6 +22,7 @@ _LOADED_S: Final = 0.1  # of several rows: whoever asks has seen the speed of on
 _PREFILL_TOKENS: Final = 128
 _LOADED_ROWS: Final = 8
 _LAUNCHES: Final = 1000
+_PREPARING: Final = 2  # passes: the second time a size comes it is recorded
 _DRIFT: Final = 1.3  # times faster or slower than measured
 _PASSES: Final = 256  # in a row, of which the fastest counts: it is what the device can do now
 _NEAR_TOKENS: Final = 512  # of context: beyond, attention counts for more than in the measurement
@@ -67,6 +68,9 @@ def _tokens_per_s(
     num_tokens = sum(segment.n for segment in segments)
     hidden = torch.full((num_tokens, span.hidden_size), 0.01, dtype=span.dtype, device=span.device)
     batch = Batch(segments)
+    if span.device.type != "cpu":  # there kernels are compiled first and passes recorded, which takes seconds
+        for _ in range(_PREPARING):
+            _finish(span.forward(hidden, batch))
     fastest, begun = float("inf"), clock()
     is_first = True  # it allocates and warms up, so it counts only if there is no time for another
     while is_first or clock() - begun < for_s:

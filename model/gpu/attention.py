@@ -101,15 +101,16 @@ def attend_lines(
     _keep(found, places, is_row, output / weight[:, None], VALUE_DIM, VALUE_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_shares"])
 def join_shares(
     found,
     sums,
     sinks,
     output,
+    num_shares,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    SHARES: tl.constexpr,
+    MOST_SHARES: tl.constexpr,
 ):
     """A program is one head of one token, (num_tokens, num_heads): its output, of what `attend_lines` found in shares.
 
@@ -117,20 +118,21 @@ def join_shares(
     """
     head = tl.program_id(1)
     place = tl.program_id(0) * tl.num_programs(1) + head
-    shares = tl.arange(0, SHARES)
-    logarithms = tl.load(sums + place * SHARES + shares)
+    shares = tl.arange(0, MOST_SHARES)
+    parts = place * num_shares + shares
+    logarithms = tl.load(sums + parts, mask=shares < num_shares, other=float("-inf"))
     most = tl.max(logarithms, 0)
     weights = tl.exp2(logarithms - most)
     weight = tl.sum(weights, 0)
     if sinks is not None:
         weight += tl.exp2(tl.load(sinks + head) * _LOG2_E - most)
     dims = tl.arange(0, VALUE_PAD)
-    parts = tl.load(
-        found + (place * SHARES + shares[:, None]) * VALUE_DIM + dims[None],
+    outputs = tl.load(
+        found + parts[:, None] * VALUE_DIM + dims[None],
         mask=(logarithms > float("-inf"))[:, None] & (dims[None] < VALUE_DIM),
         other=0.0,
     )
-    joined = tl.sum(parts * weights[:, None], 0) / weight
+    joined = tl.sum(outputs * weights[:, None], 0) / weight
     tl.store(output + place * VALUE_DIM + dims, joined.to(output.dtype.element_ty), mask=dims < VALUE_DIM)
 
 

@@ -1,7 +1,7 @@
 """Whether kernels of our own can run on a device: found out by launching one that does next to nothing.
 
-Triton builds what launches its kernels with the C compiler of the machine, which may be missing or too old: only a
-launch can tell. Owns nothing but the answers.
+Triton builds what launches its kernels with the machine's C compiler and the headers of Python, which may be missing or
+too old: only a launch can tell. Owns nothing but the answers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _LEAST_CAPABILITY: Final = (8, 0)  # of Triton, of bfloat16 in products, and of the memory that our tiles take
+_REMEDY: Final = "a C compiler and Python's headers must be there (apt install gcc python3-dev)"
 
 
 @cache
@@ -37,5 +38,5 @@ def _problem(device: torch.device) -> str:
     except ImportError:
         return "triton is missing, install it"
     except Exception as failure:  # a compiler's, a linker's or a driver's own, of any kind
-        return f"{type(failure).__name__}: {failure}; kernels need a C compiler, such as gcc"
+        return f"{type(failure).__name__}: {failure}; {_REMEDY}"
     return "" if is_right else "a first kernel computes wrongly"

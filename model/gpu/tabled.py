@@ -92,9 +92,10 @@ class BlockTables:
                 sums,
                 sinks,
                 output,
+                shares,
                 VALUE_DIM=value_dim,
                 VALUE_PAD=constants["VALUE_PAD"],
-                SHARES=shares,
+                MOST_SHARES=_MOST_SHARES,
                 num_warps=4,
                 enable_fp_fusion=True,
             )
