@@ -51,7 +51,7 @@ def attend_lines(
     """A program is one token, key head and share of the keys: grid (num_tokens, KV_HEADS, shares).
 
     query: (num_tokens, num_heads, KEY_DIM). keys, values: (num_slots, KV_HEADS, dim). pages: (num_tokens, num_columns)
-    int64; firsts, positions: (num_tokens,) int64. sinks, slopes: (num_heads,) float32, or None.
+    int64; firsts, positions: (num_tokens,) int64. sinks, slopes: (num_heads,), slopes in float32, or None.
     found: (num_tokens, num_heads, VALUE_DIM) as query; or, where keys are shared, (num_tokens, num_heads, shares,
     VALUE_DIM) float32, with sums (num_tokens, num_heads, shares): logarithms to base 2 of the weights' sums, -inf for
     a share that had no keys, which writes nothing else.
@@ -97,7 +97,7 @@ def attend_lines(
     if IS_SHARED:
         tl.store(sums + places, most + tl.log2(weight), mask=is_row)
     elif sinks is not None:
-        weight += tl.exp2(tl.load(sinks + head * GROUP + rows, mask=is_row, other=0.0) * _LOG2_E - most)
+        weight += _sunk(tl.load(sinks + head * GROUP + rows, mask=is_row, other=0.0), most)
     _keep(found, places, is_row, output / weight[:, None], VALUE_DIM, VALUE_PAD)
 
 
@@ -125,7 +125,7 @@ def join_shares(
     weights = tl.exp2(logarithms - most)
     weight = tl.sum(weights, 0)
     if sinks is not None:
-        weight += tl.exp2(tl.load(sinks + head) * _LOG2_E - most)
+        weight += _sunk(tl.load(sinks + head), most)
     dims = tl.arange(0, VALUE_PAD)
     outputs = tl.load(
         found + parts[:, None] * VALUE_DIM + dims[None],
@@ -166,8 +166,8 @@ def attend_chunk(
     """A program is a tile of a row's new tokens and a key head: grid (tiles of ROWS // GROUP tokens, KV_HEADS).
 
     query: (num_tokens, num_heads, KEY_DIM), of positions from `start` on. keys, values: (num_slots, KV_HEADS, dim),
-    which hold the new tokens too. pages: of the row, int64, from position `first` on. sinks, slopes: (num_heads,)
-    float32, or None. output: (num_tokens, num_heads, VALUE_DIM).
+    which hold the new tokens too. pages: of the row, int64, from position `first` on. sinks, slopes: (num_heads,),
+    slopes in float32, or None. output: (num_tokens, num_heads, VALUE_DIM).
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last has most to do, and begins
@@ -204,7 +204,7 @@ def attend_chunk(
         IS_ROUNDED,
     )
     if sinks is not None:
-        weight += tl.exp2(tl.load(sinks + own_heads, mask=is_row, other=0.0) * _LOG2_E - most)
+        weight += _sunk(tl.load(sinks + own_heads, mask=is_row, other=0.0), most)
     _keep(output, heads, is_row, found / weight[:, None], VALUE_DIM, VALUE_PAD)
 
 
@@ -214,6 +214,12 @@ def _queries(query, heads, is_row, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr)
     dims = tl.arange(0, KEY_PAD)
     there = is_row[:, None] & (dims[None] < KEY_DIM)
     return tl.load(query + heads[:, None] * KEY_DIM + dims[None], mask=there, other=0.0)
+
+
+@triton.jit
+def _sunk(sinks, most):
+    """Weights of scores that belong to no key, relative to `most`."""
+    return tl.exp2(sinks.to(tl.float32) * _LOG2_E - most)
 
 
 @triton.jit
@@ -269,7 +275,7 @@ def _absorbed(
             other=0.0,
         )
         products = tl.dot(queries, tl.trans(key), input_precision="ieee")
-        scores = _scored(products * scaling, places, slopes, bias_scale, SOFTCAP, IS_ROUNDED)
+        scores = _scored(products, places, slopes, scaling, bias_scale, SOFTCAP, IS_ROUNDED)
         is_seen = is_there[None] & (places[None] <= positions[:, None])
         if WINDOW > 0:
             is_seen = is_seen & (places[None] > positions[:, None] - WINDOW)
@@ -300,17 +306,20 @@ def _slots(pages, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _scored(scores, places, slopes, bias_scale, SOFTCAP: tl.constexpr, IS_ROUNDED: tl.constexpr):
-    """Scores (ROWS, TILE) of keys at `places`, capped and biased, to base 2."""
+def _scored(products, places, slopes, scaling, bias_scale, SOFTCAP: tl.constexpr, IS_ROUNDED: tl.constexpr):
+    """Scores (ROWS, TILE) of keys at `places`, scaled, capped and biased, to base 2."""
     if SOFTCAP > 0:
-        scores = SOFTCAP - 2 * SOFTCAP / (tl.exp2(scores * (2 * _LOG2_E / SOFTCAP)) + 1)  # of tanh
+        doubled = tl.exp2(products * (scaling * (2 * _LOG2_E / SOFTCAP)))  # exp(2 x), for tanh(x)
+        scores = SOFTCAP * _LOG2_E - 2 * SOFTCAP * _LOG2_E / (doubled + 1)
+    else:
+        scores = products * (scaling * _LOG2_E)
     if slopes is not None:
         if IS_ROUNDED:
             biases = _rounded(slopes[:, None] * _rounded(places.to(tl.float32))[None])
         else:
             biases = slopes[:, None] * places[None].to(tl.float32)
-        scores += biases * bias_scale
-    return scores * _LOG2_E
+        scores += biases * (bias_scale * _LOG2_E)
+    return scores
 
 
 @triton.jit

@@ -29,6 +29,8 @@ def is_usable(device: torch.device) -> bool:
 
 def _problem(device: torch.device) -> str:
     """Why they do not, with the remedy; "" if they do."""
+    if torch.version.hip is not None and device.type == "cuda":
+        return "they are cut for NVIDIA's devices, and AMD's give a program less memory"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return f"they need compute capability {_LEAST_CAPABILITY[0]}.{_LEAST_CAPABILITY[1]}"
     try:

@@ -65,7 +65,6 @@ class BlockTables:
         if shares > 1:
             found = output.new_empty((num_tokens, num_heads, shares, value_dim), dtype=torch.float32)
             sums = output.new_empty((num_tokens, num_heads, shares), dtype=torch.float32)
-        sinks = None if form.sinks is None else form.sinks.float().contiguous()
         slopes, bias_scale = _bias(form, query.device)
         constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=False)
         attend_lines[(num_tokens, num_kv_heads, shares)](
@@ -77,7 +76,7 @@ class BlockTables:
             table.pages,
             table.firsts,
             table.positions,
-            sinks,
+            form.sinks,
             slopes,
             num_columns,
             form.scaling,
@@ -90,7 +89,7 @@ class BlockTables:
             join_shares[(num_tokens, num_heads)](
                 found,
                 sums,
-                sinks,
+                form.sinks,
                 output,
                 shares,
                 VALUE_DIM=value_dim,
@@ -119,7 +118,7 @@ class BlockTables:
             values,
             output,
             row.pages,
-            None if form.sinks is None else form.sinks.float().contiguous(),
+            form.sinks,
             slopes,
             row.first,
             row.start,
