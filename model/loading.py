@@ -6,6 +6,7 @@ or is refused with what would.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ def load(ask: Configure, report: Report) -> Loaded:
         )
         span.allocate(plan.num_pages, num_host_pages=plan.num_host_pages, grouping=plan.grouping)
         speed = measure(span)
+    _give_back()
     if checkpoint.facts().fingerprint != facts.fingerprint:
         raise error(
             Code.DAMAGED_WEIGHTS,
@@ -145,6 +147,13 @@ def load(ask: Configure, report: Report) -> Loaded:
         room=make_room(plan.spare_bytes),
         speed=speed,
     )
+
+
+def _give_back() -> None:
+    """Let the system have the memory that loading freed, and that glibc keeps: 44 MB after 14 MB of experts in NF4."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def choose_device(name: str) -> torch.device:
