@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from corolla.model.attention import Batch, Segment
 from corolla.model.families import Skeleton
-from corolla.model.linear import packed, quantized
-from corolla.model.norms import quick
-from corolla.model.quantization import Stored, can_hold
+from corolla.model.placing import Placer, Quantizer
+from corolla.model.quantization import Shelf, Stored
 from corolla.model.span import Span
 from corolla.protocol.tensors import Quantization
 from tests.benchmarks.report import Measured, Report, arguments, median
@@ -55,13 +54,11 @@ def random_span(config: LlamaConfig, device: torch.device, scheme: Quantization 
     for block in range(skeleton.num_blocks):
         module = skeleton.take_block(block)
         shapes[block] = skeleton.cache_shape(module)
-        for path, part in tuple(module.named_modules()):
-            fill(part, device)
-            new = linear(part, device, scheme) if type(part) is nn.Linear else quick(part)
-            if new is not part:
-                parent, _, name = path.rpartition(".")
-                setattr(module.get_submodule(parent), name, new)
-        blocks[block] = module
+        placer = Placer(module, torch.bfloat16, device, Drawn(scheme) if scheme is not None else None)
+        for name, parameter in tuple(module.named_parameters()):
+            placer.place(name, drawn(tuple(parameter.shape), device))
+        placer.finish()
+        blocks[block] = placer.module
     rotary = skeleton.rotary()
     span = Span(blocks, shapes, rotary.to(device) if rotary is not None else None)
     span.hidden_size, span.dtype, span.device = skeleton.hidden_size, torch.bfloat16, device
@@ -70,27 +67,25 @@ def random_span(config: LlamaConfig, device: torch.device, scheme: Quantization 
     return span
 
 
-def fill(part: nn.Module, device: torch.device) -> None:
-    """Random weights for a module's own parameters."""
-    for name, parameter in part.named_parameters(recurse=False):
-        numbers = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-        if parameter.dim() == 1:
-            numbers.fill_(1.0)
-        else:
-            numbers.normal_(std=parameter.shape[-1] ** -0.5)
-        part.register_parameter(name, nn.Parameter(numbers, requires_grad=False))
+def drawn(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random weights, or a norm's."""
+    numbers = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return numbers.fill_(1.0) if len(shape) == 1 else numbers.normal_(std=shape[-1] ** -0.5)
 
 
-def linear(layer: nn.Linear, device: torch.device, scheme: Quantization | None) -> nn.Module:
-    """The layer as a worker would hold it; of NF4 the codes are drawn, not found."""
-    out_features, in_features = layer.weight.shape
-    if scheme is None or not can_hold(scheme, out_features, in_features):
-        return packed(layer)
-    count = out_features * in_features
-    codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
-    scales = torch.full((count // 64,), in_features**-0.5, device=device)
-    stored = Stored(scheme, (out_features, in_features), {"codes": codes, "scales": scales})
-    return quantized(stored, None, device)
+class Drawn(Quantizer):
+    """Codes that are drawn, not found, straight on the device, and kept nowhere."""
+
+    def __init__(self, scheme: Quantization) -> None:
+        super().__init__(Shelf(Path("nowhere"), scheme), "")
+
+    def small(self, name: str, weight: Tensor) -> Stored:
+        """NF4 codes for a weight of this shape."""
+        out_features, in_features = weight.shape
+        count = weight.numel()
+        codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=weight.device)
+        scales = torch.full((count // 64,), in_features**-0.5, device=weight.device)
+        return Stored(Quantization.NF4, (out_features, in_features), {"codes": codes, "scales": scales})
 
 
 def wait(device: torch.device) -> None:
