@@ -1,10 +1,7 @@
 """Experts of a block on a GPU, without the host ever asking which of them tokens were sent to.
 
-Tokens are sorted by expert on the device and multiplied in tiles that each belong to one expert. How many tiles there
-are follows from shapes alone, so passes can be recorded and played again. The weights of all experts lie in one piece,
-small or plain. The router, the gate between an expert's two layers, and biases stay transformers' own.
-
-Source: Gale et al. 2022, MegaBlocks.
+The weights of all experts lie in one piece, small or plain, and each product takes tiles of tokens that belong to one
+expert. The router, the gate between an expert's two layers, and biases stay transformers' own.
 """
 
 from __future__ import annotations
@@ -16,7 +13,8 @@ from torch import Tensor, nn
 
 from ..experts import emptied
 from ..quantization import Stored, wide
-from .products import Tiles, multiply_sorted, tiles_of
+from .products import gather_multiply, multiply_scatter
+from .tiles import Tiles, tiles_of
 
 
 class GroupedExperts(nn.Module):
@@ -30,7 +28,7 @@ class GroupedExperts(nn.Module):
         num_experts: Any = inner.num_experts
         self.inner: Any = emptied(inner)
         self.num_experts = int(num_experts)
-        self.bytes = sum(weights.nbytes for weights in (gate_up, down))
+        self.bytes = gate_up.nbytes + down.nbytes
         self._gate_up = gate_up
         self._down = down
 
@@ -39,56 +37,58 @@ class GroupedExperts(nn.Module):
 
         chosen, weights: (num_tokens, k), the experts of each token and what each is worth.
         """
-        num_tokens, k = chosen.shape
-        experts, order = torch.sort(chosen.reshape(-1), stable=True)  # by expert, within it by token
-        tiles = tiles_of(experts, self.num_experts)
         inner = self.inner
-        gate_up = self._product(hidden[order // k], self._gate_up, experts, tiles)
-        if inner.has_bias:
-            gate_up = gate_up + inner.gate_up_proj_bias[experts]
-        output = self._product(inner._apply_gate(gate_up), self._down, experts, tiles)
-        if inner.has_bias:
-            output = output + inner.down_proj_bias[experts]
-        by_token = output[torch.argsort(order)]  # (num_tokens * k, hidden_size)
-        weighted = by_token.view(num_tokens, k, -1) * weights[..., None]
+        biases = (inner.gate_up_proj_bias, inner.down_proj_bias) if inner.has_bias else (None, None)
+        tiles = tiles_of(chosen, self.num_experts)
+        gate_up = _multiplied(hidden, self._gate_up, biases[0], tiles, gathers=True)
+        output = _multiplied(inner._apply_gate(gate_up), self._down, biases[1], tiles, gathers=False)
+        weighted = output.view(*chosen.shape, -1) * weights[..., None]
         return weighted.sum(dim=1).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self.bytes:,} bytes"
 
-    def _product(self, rows: Tensor, weights: Stored | Tensor, experts: Tensor, tiles: Tiles) -> Tensor:
-        if rows.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Product.apply(rows, weights, self.num_experts, experts, tiles)
-            return product
-        return multiply_sorted(rows, weights, self.num_experts, tiles)
+
+def _multiplied(
+    rows: Tensor, weights: Stored | Tensor, bias: Tensor | None, tiles: Tiles, *, gathers: bool
+) -> Tensor:
+    """Tokens into sorted rows, or sorted rows back into the tokens' order; gradients of `rows` flow."""
+    if rows.requires_grad and torch.is_grad_enabled():
+        product: Tensor = _Product.apply(rows, weights, bias, tiles, gathers)
+        return product
+    return (gather_multiply if gathers else multiply_scatter)(rows, weights, bias, tiles)
 
 
 class _Product(torch.autograd.Function):
-    """The product of sorted rows and the gradient of the rows. Backward, the host does ask: nothing records it."""
+    """Either product and the gradient of the rows. Backward, the host does ask: nothing records it."""
 
     @staticmethod
     def forward(
-        context: Any, rows: Tensor, weights: Stored | Tensor, num_experts: int, experts: Tensor, tiles: Tiles
+        context: Any, rows: Tensor, weights: Stored | Tensor, bias: Tensor | None, tiles: Tiles, gathers: bool
     ) -> Tensor:
-        context.weights, context.num_experts = weights, num_experts
-        context.save_for_backward(experts)
-        return multiply_sorted(rows, weights, num_experts, tiles)
+        context.weights, context.tiles, context.gathers = weights, tiles, gathers
+        return (gather_multiply if gathers else multiply_scatter)(rows, weights, bias, tiles)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (experts,) = context.saved_tensors
         weights: Stored | Tensor = context.weights
-        size = weights.shape[0] // context.num_experts
-        counts = torch.bincount(experts, minlength=context.num_experts).tolist()
-        parts = [
-            part @ _wide(weights, expert * size, (expert + 1) * size, part.dtype)
-            for expert, part in enumerate(torch.split(gradients[0], counts))
-            if part.shape[0]
-        ]
-        return torch.cat(parts), None, None, None, None
+        tiles: Tiles = context.tiles
+        gradient = gradients[0] if context.gathers else gradients[0][tiles.order]
+        back = gradient.new_zeros((len(tiles.order), weights.shape[1]))
+        size = weights.shape[0] // tiles.num_experts
+        begin = 0
+        for expert, end in zip(tiles.experts.tolist(), tiles.ends.tolist(), strict=True):
+            if begin < end:  # an expert's first tile; others, and empty ones, end where one before them did
+                back[begin:end] = gradient[begin:end] @ _wide(weights, expert, size, gradient.dtype)
+                begin = end
+        if context.gathers:  # a token's own are those of all its experts
+            back = back[torch.argsort(tiles.order)].view(-1, tiles.num_chosen, weights.shape[1]).sum(dim=1)
+        return back, None, None, None, None
 
 
-def _wide(weights: Stored | Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def _wide(weights: Stored | Tensor, expert: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The plain weights of one expert, (size, num_inputs)."""
+    first, last = expert * size, (expert + 1) * size
     if isinstance(weights, Tensor):
         return weights[first:last].to(dtype)
     return wide(weights.outputs(first, last), dtype)

@@ -6,18 +6,17 @@ eighth (or fourth) slice of 64 inputs, and they add up at the end: that keeps a 
 than a layer has tiles, in a fixed order, without a second pass. Weights are the left operand of tensor cores, whose
 right one may be as narrow as 8 rows.
 
-What bounds it was worked out, not measured: compiled for compute capability 9.0, one row times NF4 takes 5.1
-instructions a weight, 3.0 of them on the integer pipe, which gives out 64 a clock and processor. At 132 processors and
-1.7 GHz that is 4.8e12 weights a second; memory of 3.35 TB/s brings 5.9e12. So a row should take 1.25 times what
-reading the codes takes, which is a third of reading bfloat16. With 108 processors at 1.4 GHz and 2.0 TB/s (8.0) it is
-1.1 times.
+What bounds it was worked out, not measured: compiled for compute capability 9.0, one row times NF4 takes 5.0
+instructions a weight, 3.3 of them on the integer pipe, which gives out 64 a clock and processor. At 132 processors and
+1.7 GHz that is 4.4e12 weights a second; memory of 3.35 TB/s brings 5.9e12. So a row should take 1.4 times what reading
+the codes takes, and reading bfloat16 takes 3.6 times that. With 108 processors at 1.4 GHz and 2.0 TB/s (8.0) it is 1.2
+times.
 
 Plain weights are multiplied here only where they are those of experts, whose tiles torch has no product for.
 
 Knows of weights, rows and the tiles of sorted rows; nothing of layers and experts.
 
-Source: Dettmers et al. 2023, QLoRA, for NF4; Frantar et al. 2024, MARLIN, for codes made wide beside tensor cores;
-Gale et al. 2022, MegaBlocks, for tiles that each belong to one expert.
+Source: Dettmers et al. 2023, QLoRA, for NF4; Frantar et al. 2024, MARLIN, for codes made wide beside tensor cores.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ from torch import Tensor
 
 from ...protocol.tensors import Quantization
 from ..quantization import Stored, dequantize, quantize
+from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
 # Worked out, not measured: tiles of the same outputs run side by side and share what is read, so more rows cost the
-# making wide again, 1.25 times the reading of NF4 for each 32 rows. To dequantize, write and read bfloat16 again
+# making wide again, 1.4 times the reading of NF4 for each 32 rows. To dequantize, write and read bfloat16 again
 # costs eight times that reading before anything is multiplied, for int8 five times.
 MOST_ROWS: Final = 128
 
@@ -165,14 +165,18 @@ def _multiply(
     scales,
     bias,
     output,
-    experts,
+    order,
     firsts,
     ends,
+    experts,
     num_rows,
     num_outputs,
     num_inputs,
+    num_chosen,
     form: tl.constexpr,
     is_sorted: tl.constexpr,
+    gathers: tl.constexpr,
+    scatters: tl.constexpr,
     has_bias: tl.constexpr,
     is_even: tl.constexpr,
     is_quick: tl.constexpr,
@@ -188,8 +192,10 @@ def _multiply(
     weights likewise, in the rows' dtype and without scales. bias: (num_outputs,), or unused. output: (num_rows,
     num_outputs) in the rows' dtype.
 
-    is_sorted: a tile of rows [firsts[tile], ends[tile]), of which it takes the first tile_rows, is multiplied by the
-    weights of experts[tile]; without it tiles are cut from all rows. is_even: inputs fill whole steps of all slices.
+    is_sorted: rows are entries of `Tiles`, each tile has the weights and the bias of one expert; without it tiles are
+    cut from all rows. gathers: an entry's row is that of its token, so rows: (num_rows / num_chosen, num_inputs); else
+    rows lie in the order of entries. scatters: results go where the entries are, else they lie in their order.
+    is_even: inputs fill whole steps of all slices.
     is_quick: codes are looked up in registers, for rows in half precision.
     """
     tile = tl.program_id(0)
@@ -205,11 +211,18 @@ def _multiply(
         expert = tl.full((), 0, tl.int64)
     dtype: tl.constexpr = rows.dtype.element_ty
     taken = first + tl.arange(0, tile_rows)
+    sources, targets = taken, taken
+    if gathers or scatters:
+        entries = tl.load(order + taken, mask=taken < end, other=0)
+        if gathers:
+            sources = entries // num_chosen
+        else:
+            targets = entries
     outputs = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
     lines = expert * num_outputs + tl.minimum(outputs, num_outputs - 1)  # those beyond are not written
     slices = tl.arange(0, num_slices)
     inputs = slices[:, None] * _SLICE + tl.arange(0, _SLICE)[None, :]  # (num_slices, 64)
-    from_rows = rows + taken[None, :, None].to(tl.int64) * num_inputs + inputs[:, None, :]
+    from_rows = rows + sources[None, :, None].to(tl.int64) * num_inputs + inputs[:, None, :]
     is_row = taken[None, :, None] < end
     if form == _NF4:
         at = slices[:, None] * (_SLICE // 2) + tl.arange(0, _SLICE // 2)[None, :]
@@ -245,8 +258,8 @@ def _multiply(
     if form == _INT8:
         result *= tl.load(scales + lines).to(tl.float32)[:, None]
     if has_bias:
-        result += tl.load(bias + tl.minimum(outputs, num_outputs - 1)).to(tl.float32)[:, None]
-    to = output + taken[None, :].to(tl.int64) * num_outputs + outputs[:, None]
+        result += tl.load(bias + lines).to(tl.float32)[:, None]
+    to = output + targets[None, :].to(tl.int64) * num_outputs + outputs[:, None]
     tl.store(to, result.to(dtype), mask=(taken[None, :] < end) & (outputs[:, None] < num_outputs))
 
 
@@ -273,37 +286,6 @@ def cut_of(num_rows: int, *, is_plain: bool = False) -> Cut:
     return Cut(32, 32 if is_plain else 64, 4, 3)
 
 
-class Tiles(NamedTuple):
-    """Sorted rows in tiles of one expert each, on the device. firsts, ends, experts: (num_tiles,) int32; a tile is
-    empty where its first row is its end. num_rows: of a full one."""
-
-    firsts: Tensor
-    ends: Tensor
-    experts: Tensor
-    num_rows: int
-
-
-def tiles_of(sorted_experts: Tensor, num_experts: int) -> Tiles:
-    """The tiles of rows whose experts, (num_rows,), are these, in ascending order.
-
-    How many there are follows from shapes alone, so that nothing is read back: of each expert that has rows all
-    tiles are full but one.
-    """
-    num_rows, device = len(sorted_experts), sorted_experts.device
-    size = cut_of(-(-num_rows // num_experts)).rows
-    num_tiles = num_rows // size + min(num_experts, num_rows)
-    each = torch.arange(num_experts, device=device, dtype=sorted_experts.dtype)
-    ends = torch.searchsorted(sorted_experts, each, right=True)  # (num_experts,) rows of all up to this one
-    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
-    last_tiles = torch.cumsum((ends - begins + size - 1) // size, dim=0)
-    tiles = torch.arange(num_tiles, device=device, dtype=last_tiles.dtype)
-    owners = torch.searchsorted(last_tiles, tiles, right=True).clamp_(max=num_experts - 1)
-    num_before = torch.where(owners > 0, last_tiles[owners - 1], 0)
-    own_ends = ends[owners]
-    firsts = torch.minimum(begins[owners] + (tiles - num_before) * size, own_ends)
-    return Tiles(firsts.int(), own_ends.int(), owners.int(), size)
-
-
 def takes(rows: Tensor, scheme: Quantization) -> bool:
     """Whether so many rows (…, num_inputs) of this dtype are better multiplied here."""
     if rows.numel() > MOST_ROWS * rows.shape[-1]:
@@ -321,18 +303,32 @@ def multiply(rows: Tensor, weight: Stored | Tensor, bias: Tensor | None) -> Tens
     return _product(flat, weight, num_outputs, bias, None).view(*rows.shape[:-1], num_outputs)
 
 
-def multiply_sorted(rows: Tensor, weights: Stored | Tensor, num_experts: int, tiles: Tiles) -> Tensor:
-    """Each row by the weights of its expert: (num_rows, num_inputs) → (num_rows, num_outputs).
+def gather_multiply(tokens: Tensor, weights: Stored | Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
+    """Each token by the weights of all its experts: (num_tokens, num_inputs) → (num_entries, num_outputs), sorted.
 
-    rows: in the order that `tiles` were made of. weights: of all experts, one after the other.
+    weights: of all experts, one after the other. bias: (num_experts, num_outputs).
     """
-    return _product(rows, weights, weights.shape[0] // num_experts, None, tiles)
+    return _product(tokens, weights, weights.shape[0] // tiles.num_experts, bias, tiles, gathers=True)
+
+
+def multiply_scatter(rows: Tensor, weights: Stored | Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
+    """Sorted rows by the weights of their experts, back in the order of the tokens and what they have chosen.
+
+    (num_entries, num_inputs) → (num_entries, num_outputs); otherwise as `gather_multiply`.
+    """
+    return _product(rows, weights, weights.shape[0] // tiles.num_experts, bias, tiles)
 
 
 def _product(
-    rows: Tensor, weight: Stored | Tensor, num_outputs: int, bias: Tensor | None, tiles: Tiles | None
+    rows: Tensor,
+    weight: Stored | Tensor,
+    num_outputs: int,
+    bias: Tensor | None,
+    tiles: Tiles | None,
+    *,
+    gathers: bool = False,
 ) -> Tensor:
-    num_rows, num_inputs = rows.shape
+    num_rows = rows.shape[0] if tiles is None else len(tiles.order)
     output = rows.new_empty((num_rows, num_outputs))
     if not num_rows:
         return output
@@ -342,6 +338,7 @@ def _product(
         scheme, codes, scales = weight.scheme, weight.tensors["codes"], weight.tensors["scales"]
     cut = cut_of(num_rows if tiles is None else tiles.num_rows, is_plain=scheme is None)
     num_tiles = -(-num_rows // cut.rows) if tiles is None else len(tiles.firsts)
+    num_inputs = rows.shape[1]
     with torch.cuda.device_of(rows):
         _multiply[(num_tiles, -(-num_outputs // cut.outputs))](
             rows.contiguous(),
@@ -349,12 +346,15 @@ def _product(
             scales,
             scales if bias is None else bias,
             output,
-            *((codes, codes, codes) if tiles is None else (tiles.experts, tiles.firsts, tiles.ends)),
+            *((codes,) * 4 if tiles is None else (tiles.order, tiles.firsts, tiles.ends, tiles.experts)),
             num_rows,
             num_outputs,
             num_inputs,
+            1 if tiles is None else tiles.num_chosen,
             form=_FORMS[scheme],
             is_sorted=tiles is not None,
+            gathers=gathers,
+            scatters=tiles is not None and not gathers,
             has_bias=bias is not None,
             is_even=num_inputs % (_SLICE.value * cut.slices) == 0,
             is_quick=rows.dtype.itemsize == 2 and rows.device.type == "cuda" and torch.version.hip is None,

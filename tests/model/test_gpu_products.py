@@ -44,6 +44,7 @@ from .tiny import NUM_BLOCKS, save_tiny
 
 products: Any = pytest.importorskip("corolla.model.gpu.products")
 experts: Any = pytest.importorskip("corolla.model.gpu.experts")
+tiles_module: Any = pytest.importorskip("corolla.model.gpu.tiles")
 
 CPU = torch.device("cpu")
 SCHEMES = pytest.mark.parametrize("scheme", [Quantization.NF4, Quantization.INT8])
@@ -187,38 +188,58 @@ def test_codes_are_looked_up_in_registers(dtype: torch.dtype) -> None:
 # experts
 
 
-def tiles_in_python(sorted_experts: list[int], rows_each: int) -> list[tuple[int, int, int]]:
-    """Tiles that have rows: expert, first row and the end of the expert's rows."""
+def tiles_in_python(chosen: list[int], rows_each: int) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Entries in order, and of each tile that has some its expert, its first and the end of its expert's."""
+    order = sorted(range(len(chosen)), key=lambda entry: chosen[entry])
     tiles = []
-    for expert in sorted(set(sorted_experts)):
-        begin = sorted_experts.index(expert)
-        end = begin + sorted_experts.count(expert)
+    for expert in sorted(set(chosen)):
+        begin = sum(each < expert for each in chosen)
+        end = begin + chosen.count(expert)
         tiles += [(expert, first, end) for first in range(begin, end, rows_each)]
-    return tiles
+    return order, tiles
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=120), st.integers(6, 9))
-@settings(max_examples=60)
-def test_tiles_hold_the_rows_of_one_expert_each(chosen: list[int], num_experts: int) -> None:
-    chosen.sort()
-    tiles = products.tiles_of(torch.tensor(chosen), num_experts)
-    found = zip(tiles.experts.tolist(), tiles.firsts.tolist(), tiles.ends.tolist(), strict=True)
-    full = [(expert, first, end) for expert, first, end in found if first < end]
-    assert full == tiles_in_python(chosen, tiles.num_rows)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=150), st.integers(6, 17))
+@settings(max_examples=40)
+def test_tiles_hold_entries_of_one_expert_each_by_counting_and_by_sorting(
+    chosen: list[int], num_experts: int
+) -> None:
+    entries = torch.tensor(chosen)
+    by_counting = tiles_module.tiles_of(entries[:, None], num_experts)
+    for way in (tiles_module._counted, tiles_module._sorted):
+        parts = way(entries, num_experts, by_counting.num_rows, len(by_counting.firsts))
+        order, firsts, ends, owners = (part.tolist() for part in parts)
+        full = [each for each in zip(owners, firsts, ends, strict=True) if each[1] < each[2]]
+        assert (order, full) == tiles_in_python(chosen, by_counting.num_rows)
+        assert all(0 <= owner < num_experts for owner in owners)
+
+
+def test_many_entries_are_sorted_and_none_have_no_tiles() -> None:
+    chosen = torch.randint(0, 4, (1500, 2), generator=torch.Generator().manual_seed(0))
+    tiles = tiles_module.tiles_of(chosen, 4)
+    assert torch.equal(tiles.order, torch.argsort(chosen.flatten(), stable=True))
+    assert len(tiles_module.tiles_of(chosen[:0], 4).firsts) == 0
 
 
 @SCHEMES
 @pytest.mark.parametrize(
-    "chosen", [[0, 0, 3, 3, 3, 5], [2] * 40, [0], list(range(7))], ids=["some", "one", "single", "each"]
+    "chosen",
+    [[[0, 3], [3, 5], [3, 0]], [[2, 2]] * 20, [[0]], [[each, 6 - each] for each in range(7)]],
+    ids=["some", "one", "single", "each"],
 )
-def test_sorted_rows_are_multiplied_by_the_weights_of_their_experts(
-    scheme: Quantization, chosen: list[int]
+def test_tokens_are_multiplied_by_the_weights_of_their_experts_and_back_in_order(
+    scheme: Quantization, chosen: list[list[int]]
 ) -> None:
-    weights = [quantize(random(24, 128, seed=expert), scheme) for expert in range(7)]
-    together = gathered(weights, 7, CPU)
-    rows = random(len(chosen), 128, seed=9)
-    got = products.multiply_sorted(rows, together, 7, products.tiles_of(torch.tensor(chosen), 7))
-    expected = [row @ dequantize(weights[expert]).T for row, expert in zip(rows, chosen, strict=True)]
+    weights = [quantize(random(128, 128, seed=expert), scheme) for expert in range(7)]
+    together, biases = gathered(weights, 7, CPU), random(7, 128, seed=8)
+    tokens = random(len(chosen), 128, seed=9)
+    tiles = tiles_module.tiles_of(torch.tensor(chosen), 7)
+    rows = products.gather_multiply(tokens, together, biases, tiles)
+    got = products.multiply_scatter(rows, together, None, tiles)
+    expected = []
+    for token, each in zip(tokens, chosen, strict=True):
+        for weight, bias in ((dequantize(weights[expert]), biases[expert]) for expert in each):
+            expected.append((token @ weight.T + bias) @ weight.T)
     assert distance(got, torch.stack(expected)) < CLOSE
 
 
@@ -341,12 +362,13 @@ def test_grouped_experts_are_as_light_as_planned_and_come_from_the_shelf(
 
 
 def test_grouped_experts_never_ask_the_device(mixture: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlaunched(rows: Tensor, weights: Stored, bias: Tensor | None, tiles: Any) -> Tensor:
+        return rows.new_empty(len(tiles.order), weights.shape[0] // tiles.num_experts)
+
     layer = experts_in(mixture.span(Quantization.NF4, FORCED))[0]
-    monkeypatch.setattr(
-        experts,
-        "multiply_sorted",
-        lambda rows, weights, count, _: rows.new_empty(len(rows), weights.shape[0] // count),
-    )
+    monkeypatch.setattr(experts, "gather_multiply", unlaunched)
+    monkeypatch.setattr(experts, "multiply_scatter", unlaunched)
+    monkeypatch.setattr(tiles_module, "_counted", tiles_module._sorted)
     with FakeTensorMode(allow_non_fake_inputs=True):  # it has shapes and no numbers: asking for one raises
         chosen = torch.zeros(9, 2, dtype=torch.int64)
         assert layer(torch.empty(9, 64), chosen, torch.empty(9, 2)).shape == (9, 64)
@@ -414,38 +436,42 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from corolla.model.gpu import products
+from corolla.model.gpu import products, tiles
 
-pointers = {"rows": "*bf16", "codes": "", "scales": "", "bias": "*bf16", "output": "*bf16"}
-indices = dict.fromkeys(("experts", "firsts", "ends"), "*i32")
-sizes = dict.fromkeys(("num_rows", "num_outputs", "num_inputs"), "i32")
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+def tell(kernel, arguments, constants, num_warps):
+    aligned = [at for at, (name, kind) in enumerate(arguments.items()) if kind[0] == "*" or name in ALIGNED]
+    source = ASTSource(
+        kernel,
+        {**arguments, **dict.fromkeys(constants, "constexpr")},
+        constants,
+        attrs={(at,): [["tt.divisibility", 16]] for at in aligned},
+    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        asked = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        used = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", used)
+    print("mma.sync" in compiled.asm["ptx"], stack, compiled.metadata.shared)
+
+ALIGNED = ("num_outputs", "num_inputs")
+plain = {"bias": "*bf16", "output": "*bf16", **dict.fromkeys(("order", "firsts", "ends", "experts"), "*i32")}
+plain |= dict.fromkeys(("num_rows", *ALIGNED, "num_chosen"), "i32")
 for form, codes, scales in ((0, "*u8", "*fp32"), (1, "*i8", "*bf16"), (2, "*bf16", "*bf16")):
     for num_rows in (1, 16, 32) if form == 0 else (32,):
         cut = products.cut_of(num_rows, is_plain=form == 2)
-        options = {
-            "form": form, "is_sorted": num_rows > 1, "has_bias": num_rows == 32, "is_even": True, "is_quick": True,
-            "tile_rows": cut.rows, "tile_outputs": cut.outputs, "num_slices": cut.slices, "stages": cut.stages,
-        }
-        arguments = {**pointers, "codes": codes, "scales": scales, **indices, **sizes}
-        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(arguments) if name != "num_rows"}
-        source = ASTSource(
-            products._multiply, {**arguments, **dict.fromkeys(options, "constexpr")}, options, attrs=aligned
-        )
-        kernel = triton.compile(
-            source,
-            target=GPUTarget("cuda", int(sys.argv[1]), 32),
-            options={"num_warps": cut.slices, "enable_fp_fusion": True},
-        )
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            assembly = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-            used = subprocess.run(
-                [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True
-            ).stdout
-        (stack,) = re.findall(r"STACK:(\d+)", used)
-        print(form, num_rows, "HMMA" in assembly, stack, kernel.metadata.shared)
+        constants = {"form": form, "is_even": True, "is_quick": True, "has_bias": num_rows == 32}
+        constants |= {"is_sorted": num_rows > 1, "gathers": num_rows == 16, "scatters": num_rows == 32}
+        constants |= {"tile_rows": cut.rows, "tile_outputs": cut.outputs}
+        constants |= {"num_slices": cut.slices, "stages": cut.stages}
+        tell(products._multiply, {"rows": "*bf16", "codes": codes, "scales": scales, **plain}, constants, cut.slices)
+counted = {"entries": "*i64", "order": "*i32", "tiles": "*i32"}
+counted |= dict.fromkeys(("count", "num_experts", "num_tiles"), "i32")
+tell(tiles._count, counted, {"size": 8, "at_once": 64, "filled_experts": 128}, 8)
 """
 
 
@@ -460,8 +486,7 @@ def test_kernels_compile_for_real_devices_and_keep_their_numbers_in_registers(
     )
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == 5
-    for _, _, uses_tensor_cores, stack_bytes, shared_bytes in compiled:
-        assert uses_tensor_cores == "True"
+    assert [uses_tensor_cores for uses_tensor_cores, *_ in compiled] == ["True"] * 5 + ["False"]
+    for _, stack_bytes, shared_bytes in compiled:
         assert int(stack_bytes) <= 8  # at most a number that is only needed after the loop
         assert int(shared_bytes) <= 99 * 1024  # what the smallest of these devices gives a program
