@@ -220,61 +220,75 @@ import json, subprocess, sys, tempfile
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from corolla.model.form import Form
-from corolla.model.gpu import attention, tabled
+from corolla.model.gpu import tabled
+from corolla.model.paged import RowTable, TokenTable
 
-TYPES = dict.fromkeys(("sums", "sinks", "slopes"), "*fp32") | dict.fromkeys(("pages", "firsts", "positions"), "*i64")
-TYPES |= dict.fromkeys(("num_columns", "num_shares", "first", "start", "num_tokens"), "i32")
-TYPES |= {"scaling": "fp32", "bias_scale": "fp32"}
-ALIGNED = {"query", "keys", "values", "found", "output", "sums"}
-FORMS = {
-    "llama": (64, 8, 128, Form(0.1, None, None, None, None)),
-    "gemma2": (16, 8, 256, Form(0.1, 4096, 50.0, None, None)),
-}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+found = {}
 
-def resources(kernel, constants, options, capability):
-    names = kernel.arg_names
-    types = {"found": "*fp32"} if constants.get("IS_SHARED") or kernel is attention.join_shares else {}
-    types = {name: "*bf16" for name in names} | TYPES | types | dict.fromkeys(constants, "constexpr")
-    signature = {name: types[name] for name in names}
-    fixed = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED}
-    source = ASTSource(kernel, signature, fixed, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+class Absent:
+    "A device that kernels are compiled for."
+    def __init__(self, capability):
+        self.capability = capability
+    def get_current_device(self):
+        return self.capability
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+class Compiled:
+    "A kernel that is compiled instead of launched."
+    def __init__(self, name):
+        self.name, self.kernel = name, getattr(tabled, name)
+    def __getitem__(self, grid):
+        def compile(*arguments, **options):
+            made = self.kernel.warmup(*arguments, grid=grid, **options)
+            found.setdefault(f"{model} {self.name} {made.metadata.target.arch}", {})[made.hash] = made
+        return compile
+
+def resources(made):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
+        Path(file.name).write_bytes(made.asm["cubin"])
         dump = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     (line,) = [line for line in dump.stdout.splitlines() if "REG:" in line]
-    found = dict(part.split(":") for part in line.split())
-    return {"stack": int(found["STACK"]), "local": int(found["LOCAL"]), "shared": compiled.metadata.shared}
+    numbers = dict(part.split(":") for part in line.split())
+    return {"stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"]), "shared": made.metadata.shared}
 
-answers = {}
-for name, (num_heads, num_kv_heads, dim, form) in FORMS.items():
-    slots = torch.empty((64, num_kv_heads, dim), dtype=torch.bfloat16).transpose(0, 1)
-    for capability in (80, 90):
-        for kernel, own in ((attention.attend_lines, {"IS_SHARED": True}), (attention.attend_chunk, {})):
-            is_chunk = kernel is attention.attend_chunk
-            constants, options = tabled.cut(num_heads, slots, slots, form, 64, is_chunk=is_chunk)
-            constants |= {"sinks": None, "slopes": None, **own}
-            answers[f"{name} {kernel.__name__} {capability}"] = resources(kernel, constants, options, capability)
-for dim in (128, 256):
-    joining = {"sinks": None, "VALUE_DIM": dim, "VALUE_PAD": dim, "MOST_SHARES": 64}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    answers[f"join_shares {dim}"] = resources(attention.join_shares, joining, options, 80)
-print(json.dumps(answers))
+for name in ("attend_lines", "join_shares", "attend_chunk"):
+    setattr(tabled, name, Compiled(name))
+kernels = tabled.BlockTables(num_processors=132)
+numbers = torch.zeros(64, dtype=torch.int64)
+for capability in (80, 90):
+    driver.set_active(Absent(capability))
+    for model, num_heads, num_kv_heads, dim, form in (
+        ("llama", 64, 8, 128, Form(0.1, None, None, None, None)),
+        ("gemma2", 16, 8, 256, Form(0.1, 4096, 50.0, None, None)),
+    ):
+        slots = torch.empty((64, num_kv_heads, dim), dtype=torch.bfloat16).transpose(0, 1)
+        query = torch.empty((99, num_heads, dim), dtype=torch.bfloat16)
+        for num_lines, at in ((1, 0), (3, 1)):
+            own = numbers[at:]
+            table = TokenTable(own[: num_lines * 16].view(-1, 16), own[:num_lines], own[:num_lines])
+            kernels.attend_lines(query[:num_lines], slots, slots, table, form, 64)
+        for n, start in ((16, 0), (99, 7)):
+            kernels.attend_row(query[:n], slots, slots, RowTable(0, n, start, 0, numbers[start:]), form, 64)
+print(json.dumps({kind: [resources(made) for made in variants.values()] for kind, variants in found.items()}))
 """
 
 
-def test_kernels_compile_for_real_devices_without_spills() -> None:
+def test_kernels_compile_for_real_devices_once_for_all_sizes_and_without_spills() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-W", "error", "-c", COMPILE], capture_output=True, text=True, env=environment
     )
+    assert not done.returncode, done.stderr
     answers = json.loads(done.stdout)
-    assert len(answers) == 10
-    for name, found in answers.items():
-        assert found["stack"] == 0, name
-        assert found["local"] == 0, name
-        assert found["shared"] < 99 * 1024, name  # what a program may have where the least is allowed
+    assert len(answers) == 2 * 2 * 3
+    for kind, variants in answers.items():
+        (found,) = variants
+        assert found["stack"] == 0, kind
+        assert found["local"] == 0, kind
+        assert found["shared"] < 99 * 1024, kind  # what a program may have where the least is allowed
