@@ -56,6 +56,19 @@ class Unasked(Repeater):
         return super().record(silently)
 
 
+class Wrong(Repeater):
+    """A device that plays something else than it recorded."""
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        play, output = super().record(compute)
+
+        def play_wrongly() -> None:
+            play()
+            output.mul_(1.1)
+
+        return play_wrongly, output
+
+
 class Unable:
     """A device on which nothing can be recorded."""
 
@@ -174,7 +187,15 @@ def test_a_size_is_recorded_when_it_comes_again_and_played_from_then_on() -> Non
     assert second is not None
     assert torch.equal(second, hidden * 6)
     assert graphs.num_recordings == 1
-    assert num_computed == 3  # to record, and for each play
+    assert num_computed == 5  # to record, to hold the first play against, and for each play
+
+
+def test_a_recording_that_plays_something_else_is_not_trusted() -> None:
+    cache = Cache({0: CacheShape(1, 2, 2)}, 4, torch.float32, CPU, PAGE_TOKENS, tabled=Gathering())
+    graphs = Graphs(Wrong(), cache, lambda hidden, placement, blocks: hidden * 2)
+    batch = Batch((Segment((0,), 0, 1),))
+    assert [graphs.forward(torch.ones(1, 2), batch, range(1)) for _ in range(4)] == [None] * 4
+    assert graphs.num_recordings == 0
 
 
 def test_long_stateless_and_large_passes_are_not_recorded() -> None:
