@@ -47,7 +47,7 @@ class Gathering:
         by_head = query.transpose(0, 1)
         oldest = row.first if form.window is None else max(row.first, row.start - form.window + 1)
         own_keys, own_values = (
-            _gathered(of, row.pages[None], page_tokens)[
+            _gathered(of, row.table.pages, page_tokens)[
                 0, :, oldest - row.first : row.start + row.n - row.first
             ]
             for of in (keys, values)

@@ -42,6 +42,7 @@ class TokenTable(NamedTuple):
 
     pages: (num_tokens, num_pages) int64; their slots hold the positions from `firsts` on, and what is beyond the
     token is not looked at. firsts, positions: (num_tokens,) int64; position of the first slot, and of the token.
+    Tokens of one row may share one line, and one first.
     """
 
     pages: Tensor
@@ -56,15 +57,15 @@ class TokenTable(NamedTuple):
 class RowTable(NamedTuple):
     """Where the keys of one row's many new tokens lie: the tokens [offset, offset + n) of a batch.
 
-    start: position of the first of them. pages: (num_pages,) int64 on the device, whose slots hold the positions from
-    `first` on, the new ones included.
+    start: position of the first of them. first: that of the table's first slot. table: with one line for all, which
+    names pages as far as the last token's.
     """
 
     offset: int
     n: int
     start: int
     first: int
-    pages: Tensor
+    table: TokenTable
 
 
 class TableAttention(Protocol):
@@ -145,7 +146,7 @@ def numbers_of(
         for line, (segment, position) in enumerate(tokens):
             own = _pages(segment, group)
             index, offset = divmod(position, page_tokens)
-            oldest = 0 if window is None else max(0, position - window + 1) // page_tokens
+            oldest = _oldest_page(position, window, page_tokens)
             slots[line] = own[index] * page_tokens + offset
             firsts[line] = oldest * page_tokens
             seen = array("q", _kept(own[oldest : index + 1], spare_page))
@@ -156,6 +157,11 @@ def numbers_of(
 
 def _pages(segment: Segment, group: int) -> tuple[int, ...]:
     return segment.others[group - 1] if group else segment.pages
+
+
+def _oldest_page(position: int, window: int | None, page_tokens: int) -> int:
+    """Index of the first page that a token looks into."""
+    return 0 if window is None else max(0, position - window + 1) // page_tokens
 
 
 def _kept(pages: tuple[int, ...], spare_page: int) -> tuple[int, ...]:
@@ -185,22 +191,28 @@ def row_tables(
     device: torch.device,
 ) -> list[tuple[RowTable, ...]]:
     """Tables of rows with many new tokens, in each group of blocks. rows: with their offsets in the batch."""
-    numbers = array("q")
-    found: list[list[tuple[int, int]]] = []  # in each group, of each row: first page, and their number
-    for group, window in enumerate(windows):
-        sizes = []
-        for _, segment in rows:
-            oldest = 0 if window is None else max(0, segment.start - window + 1) // page_tokens
-            last = -(-(segment.start + segment.n) // page_tokens)
-            numbers.extend(_kept(_pages(segment, group)[oldest:last], spare_page))
-            sizes.append((oldest, last - oldest))
-        found.append(sizes)
-    pages = to_device(torch.frombuffer(numbers, dtype=torch.int64), device)
-    parts = iter(torch.split(pages, [num for sizes in found for _, num in sizes]))
+    plans = [
+        [(offset, segment, _oldest_page(segment.start, window, page_tokens)) for offset, segment in rows]
+        for window in windows
+    ]
+    numbers, sizes = array("q"), []
+    for group, plan in enumerate(plans):
+        for _, segment, oldest in plan:
+            end = segment.start + segment.n
+            pages = _kept(_pages(segment, group)[oldest : -(-end // page_tokens)], spare_page)
+            numbers.extend((*pages, oldest * page_tokens, *range(segment.start, end)))
+            sizes += [len(pages), 1, segment.n]
+    parts = iter(torch.split(to_device(torch.frombuffer(numbers, dtype=torch.int64), device), sizes))
     return [
         tuple(
-            RowTable(offset, segment.n, segment.start, oldest * page_tokens, next(parts))
-            for (offset, segment), (oldest, _) in zip(rows, sizes, strict=True)
+            RowTable(
+                offset,
+                segment.n,
+                segment.start,
+                oldest * page_tokens,
+                TokenTable(next(parts)[None], next(parts), next(parts)),
+            )
+            for offset, segment, oldest in plan
         )
-        for sizes in found
+        for plan in plans
     ]

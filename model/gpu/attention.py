@@ -18,9 +18,10 @@ _LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * _LOG2_E), and e
 
 
 @triton.jit(
-    do_not_specialize=["num_columns"], do_not_specialize_on_alignment=["pages", "firsts", "positions"]
+    do_not_specialize=["num_tokens", "num_columns"],
+    do_not_specialize_on_alignment=["pages", "firsts", "positions"],
 )
-def attend_lines(
+def attend_tiles(
     query,
     keys,
     values,
@@ -31,11 +32,13 @@ def attend_lines(
     positions,
     sinks,
     slopes,
+    num_tokens,
     num_columns,
     scaling,
     bias_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr,
@@ -48,37 +51,46 @@ def attend_lines(
     IS_ROUNDED: tl.constexpr,
     IS_SHARED: tl.constexpr,
 ):
-    """A program is one token, key head and share of the keys: grid (num_tokens, KV_HEADS, shares).
+    """A program is a tile of TOKENS tokens, a key head and a share of the keys: grid (tiles, KV_HEADS, shares).
 
-    query: (num_tokens, num_heads, KEY_DIM). keys, values: (num_slots, KV_HEADS, dim). pages: (num_tokens, num_columns)
-    int64; firsts, positions: (num_tokens,) int64. sinks, slopes: (num_heads,), slopes in float32, or None.
+    query: (num_tokens, num_heads, KEY_DIM). keys, values: (num_slots, KV_HEADS, dim), which hold the tokens too.
+    pages: int64, a line of num_columns for each tile, or one for all with num_columns 0; firsts likewise.
+    positions: (num_tokens,) int64, of neighbours within a tile. sinks, slopes: (num_heads,), slopes float32, or None.
     found: (num_tokens, num_heads, VALUE_DIM) as query; or, where keys are shared, (num_tokens, num_heads, shares,
-    VALUE_DIM) float32, with sums (num_tokens, num_heads, shares): logarithms to base 2 of the weights' sums, -inf for
-    a share that had no keys, which writes nothing else.
+    VALUE_DIM) float32, with sums (num_tokens, num_heads, shares): logarithms to base 2 of the weights' sums, -inf of
+    what saw no key in a share, and then nothing else counts.
     """
-    line, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(positions + line).to(tl.int32)
-    first = tl.load(firsts + line).to(tl.int32)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile of a row has most to do, and begins
+    head, share, num_shares = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    last = tl.minimum((tile + 1) * TOKENS, num_tokens) - 1
+    line = tile * num_columns
+    first = tl.load(firsts + tl.minimum(line, tile)).to(tl.int32)  # of line 0, if that is for all
+    lowest = tl.load(positions + tile * TOKENS).to(tl.int32)
+    highest = tl.load(positions + last).to(tl.int32)
     oldest = first
     if WINDOW > 0:
-        oldest = tl.maximum(first, position - WINDOW + 1)
-    num_keys = tl.cdiv(tl.cdiv(position + 1 - oldest, tl.num_programs(2)), TILE) * TILE
+        oldest = tl.maximum(first, lowest - WINDOW + 1)
+    num_keys = tl.cdiv(tl.cdiv(highest + 1 - oldest, num_shares), TILE) * TILE
     begin = oldest + share * num_keys
-    end = tl.minimum(begin + num_keys, position + 1)
+    end = tl.minimum(begin + num_keys, highest + 1)
     rows = tl.arange(0, ROWS)
-    is_row = rows < GROUP
-    heads = line * (KV_HEADS * GROUP) + head * GROUP + rows
-    places = heads * tl.num_programs(2) + share if IS_SHARED else heads
+    tokens = tile * TOKENS + rows // GROUP
+    is_row = (rows < TOKENS * GROUP) & (tokens <= last)
+    own_heads = head * GROUP + rows % GROUP
+    heads = tokens * (KV_HEADS * GROUP) + own_heads
+    places = heads * num_shares + share if IS_SHARED else heads
     if begin >= end:
-        tl.store(sums + places, float("-inf"), mask=is_row)  # a share of several: one token alone has itself
+        tl.store(sums + places, float("-inf"), mask=is_row)  # a share of several: a token has at least itself
         return
     output, weight, most = _absorbed(
         _queries(query, heads, is_row, KEY_DIM, KEY_PAD),
-        tl.full((ROWS,), position, tl.int32),
-        None if slopes is None else tl.load(slopes + head * GROUP + rows, mask=is_row, other=0.0),
+        tl.load(positions + tl.minimum(tokens, last)).to(
+            tl.int32
+        ),  # what is no row looks where the last one does
+        None if slopes is None else tl.load(slopes + own_heads, mask=is_row, other=0.0),
         keys + head * KEY_DIM,
         values + head * VALUE_DIM,
-        pages + line * num_columns,
+        pages + line,
         first,
         begin,
         end,
@@ -95,9 +107,11 @@ def attend_lines(
         IS_ROUNDED,
     )
     if IS_SHARED:
-        tl.store(sums + places, most + tl.log2(weight), mask=is_row)
+        saw_none = weight == 0
+        weight = tl.where(saw_none, 1.0, weight)
+        tl.store(sums + places, tl.where(saw_none, float("-inf"), most + tl.log2(weight)), mask=is_row)
     elif sinks is not None:
-        weight += _sunk(tl.load(sinks + head * GROUP + rows, mask=is_row, other=0.0), most)
+        weight += _sunk(tl.load(sinks + own_heads, mask=is_row, other=0.0), most)
     _keep(found, places, is_row, output / weight[:, None], VALUE_DIM, VALUE_PAD)
 
 
@@ -112,7 +126,7 @@ def join_shares(
     VALUE_PAD: tl.constexpr,
     MOST_SHARES: tl.constexpr,
 ):
-    """A program is one head of one token, (num_tokens, num_heads): its output, of what `attend_lines` found in shares.
+    """A program is one head of one token, (num_tokens, num_heads): its output, of what `attend_tiles` found in shares.
 
     found, sums, sinks: as there. output: (num_tokens, num_heads, VALUE_DIM).
     """
@@ -134,78 +148,6 @@ def join_shares(
     )
     joined = tl.sum(outputs * weights[:, None], 0) / weight
     tl.store(output + place * VALUE_DIM + dims, joined.to(output.dtype.element_ty), mask=dims < VALUE_DIM)
-
-
-@triton.jit(do_not_specialize=["first", "start", "num_tokens"], do_not_specialize_on_alignment=["pages"])
-def attend_chunk(
-    query,
-    keys,
-    values,
-    output,
-    pages,
-    sinks,
-    slopes,
-    first,
-    start,
-    num_tokens,
-    scaling,
-    bias_scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    IS_ROUNDED: tl.constexpr,
-):
-    """A program is a tile of a row's new tokens and a key head: grid (tiles of ROWS // GROUP tokens, KV_HEADS).
-
-    query: (num_tokens, num_heads, KEY_DIM), of positions from `start` on. keys, values: (num_slots, KV_HEADS, dim),
-    which hold the new tokens too. pages: of the row, int64, from position `first` on. sinks, slopes: (num_heads,),
-    slopes in float32, or None. output: (num_tokens, num_heads, VALUE_DIM).
-    """
-    TOKENS: tl.constexpr = ROWS // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last has most to do, and begins
-    head = tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    tokens = tile * TOKENS + rows // GROUP
-    own_heads = head * GROUP + rows % GROUP
-    end = tl.minimum((tile + 1) * TOKENS, num_tokens)
-    is_row = (rows < TOKENS * GROUP) & (tokens < num_tokens)
-    heads = tokens * (KV_HEADS * GROUP) + own_heads
-    oldest = first
-    if WINDOW > 0:
-        oldest = tl.maximum(first, start + tile * TOKENS - WINDOW + 1)
-    found, weight, most = _absorbed(
-        _queries(query, heads, is_row, KEY_DIM, KEY_PAD),
-        start + tl.minimum(tokens, end - 1),  # a row that is none looks where the last one does
-        None if slopes is None else tl.load(slopes + own_heads, mask=is_row, other=0.0),
-        keys + head * KEY_DIM,
-        values + head * VALUE_DIM,
-        pages,
-        first,
-        oldest,
-        start + end,
-        scaling,
-        bias_scale,
-        KV_HEADS,
-        KEY_DIM,
-        VALUE_DIM,
-        VALUE_PAD,
-        PAGE,
-        TILE,
-        WINDOW,
-        SOFTCAP,
-        IS_ROUNDED,
-    )
-    if sinks is not None:
-        weight += _sunk(tl.load(sinks + own_heads, mask=is_row, other=0.0), most)
-    _keep(output, heads, is_row, found / weight[:, None], VALUE_DIM, VALUE_PAD)
 
 
 @triton.jit
@@ -292,9 +234,8 @@ def _absorbed(
         found = tl.dot(weights.to(value.dtype), value, found * kept[:, None], input_precision="ieee")
         weight = weight * kept + tl.sum(weights, 1)
         most = greatest
-        slots = _slots(
-            pages, at + TILE - first, end - first, PAGE, TILE
-        )  # a tile ahead, for keys to be loaded by
+        # A tile ahead, so that keys are on their way before it is absorbed.
+        slots = _slots(pages, at + TILE - first, end - first, PAGE, TILE)
     return found, weight, most
 
 

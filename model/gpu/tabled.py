@@ -1,9 +1,9 @@
 """Attention by tables on a GPU: how its work is cut for the kernels of `attention`, and handed to them.
 
-A few new tokens of many rows are a program for each line of the table, key head and share of the line's keys, and a
-second kernel joins what the shares found; many new tokens of one row are a program for each tile of them and key head.
-How many programs there are, and what memory they need, follows from shapes alone: what was launched can be recorded
-and played again with other numbers.
+A program has a tile of tokens, a key head and a share of the keys; a tile is one token with a line of the table of its
+own, or many of one row. Where tiles and heads alone keep the device busy nobody shares; else a second kernel joins what
+the shares found. How many programs there are, and what memory they need, follows from shapes alone: what was launched
+can be recorded and played again with other numbers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..alibi import Alibi
 from ..form import Form
 from ..gathered import Gathering
 from ..paged import RowTable, TokenTable
-from .attention import attend_chunk, attend_lines, join_shares
+from .attention import attend_tiles, join_shares
 
 _LEAST_DIM: Final = 16  # of a tile in a product, in each direction
-_LEAST_SHARE: Final = 128  # keys of a line that are worth a program
+_LEAST_SHARE: Final = 128  # keys that are worth a program
 _MOST_SHARES: Final = 64
 # Programs for each processor of the device: one computes while another waits for memory.
 _PROGRAMS: Final = 2
@@ -48,26 +48,46 @@ class BlockTables:
     def attend_lines(
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:
-        """As `paged.TableAttention` says; (num_tokens, num_heads, value_dim)."""
+        """As `paged.TableAttention` says: tiles of one token, each with a line of the table."""
         if not _is_known(form):
             return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
-        num_tokens, num_heads, _ = query.shape
-        num_kv_heads, _, value_dim = values.shape
-        num_columns = table.pages.shape[1]
-        num_keys = num_columns * page_tokens
-        shares = num_shares(
-            num_tokens * num_kv_heads,
-            num_keys if form.window is None else min(num_keys, form.window),
-            self._num_processors,
-        )
+        kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=False)
+        return self._attend(query, keys, values, table, form, *kinds)
+
+    def attend_row(
+        self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
+    ) -> Tensor:
+        """As `paged.TableAttention` says: tiles of many tokens, all with the one line of the table."""
+        if not _is_known(form):
+            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+        kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=True)
+        return self._attend(query, keys, values, row.table, form, *kinds)
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: TokenTable,
+        form: Form,
+        constants: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """(num_tokens, num_heads, value_dim). What shares find takes memory besides, for a moment."""
+        (num_tokens, num_heads, _), (num_kv_heads, _, value_dim) = query.shape, values.shape
+        num_lines, num_columns = table.pages.shape
+        num_tiles = triton.cdiv(num_tokens, constants["TOKENS"])
+        num_keys = num_columns * constants["PAGE"]
+        if form.window is not None:
+            num_keys = min(num_keys, form.window + constants["TOKENS"] - 1)
+        shares = num_shares(num_tiles * num_kv_heads, num_keys, self._num_processors)
         output = query.new_empty((num_tokens, num_heads, value_dim))
         found, sums = output, output
         if shares > 1:
             found = output.new_empty((num_tokens, num_heads, shares, value_dim), dtype=torch.float32)
             sums = output.new_empty((num_tokens, num_heads, shares), dtype=torch.float32)
         slopes, bias_scale = _bias(form, query.device)
-        constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=False)
-        attend_lines[(num_tokens, num_kv_heads, shares)](
+        attend_tiles[(num_tiles, num_kv_heads, shares)](
             query.contiguous(),
             keys,
             values,
@@ -78,7 +98,8 @@ class BlockTables:
             table.positions,
             form.sinks,
             slopes,
-            num_columns,
+            num_tokens,
+            num_columns if num_lines > 1 else 0,
             form.scaling,
             bias_scale,
             IS_SHARED=shares > 1,
@@ -100,39 +121,9 @@ class BlockTables:
             )
         return output
 
-    def attend_row(
-        self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
-    ) -> Tensor:
-        """As `paged.TableAttention` says; (n, num_heads, value_dim)."""
-        if not _is_known(form):
-            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
-        num_tokens, num_heads, _ = query.shape
-        num_kv_heads, _, value_dim = values.shape
-        output = query.new_empty((num_tokens, num_heads, value_dim))
-        constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=True)
-        slopes, bias_scale = _bias(form, query.device)
-        tokens = constants["ROWS"] // constants["GROUP"]
-        attend_chunk[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
-            query.contiguous(),
-            keys,
-            values,
-            output,
-            row.pages,
-            form.sinks,
-            slopes,
-            row.first,
-            row.start,
-            num_tokens,
-            form.scaling,
-            bias_scale,
-            **constants,
-            **options,
-        )
-        return output
-
 
 def num_shares(num_programs: int, num_keys: int, num_processors: int) -> int:
-    """Programs that share a line's keys, a power of two: as few as keep the device busy. Of shapes alone.
+    """Programs that share a tile's keys, a power of two: as few as keep the device busy. Of shapes alone.
 
     num_programs: if nobody shared. num_keys: of the longest line.
     """
@@ -161,6 +152,7 @@ def cut(
     constants = {
         "KV_HEADS": num_kv_heads,
         "GROUP": group,
+        "TOKENS": rows // group if is_chunk else 1,
         "ROWS": rows,
         "KEY_DIM": key_dim,
         "KEY_PAD": key_pad,

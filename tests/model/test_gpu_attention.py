@@ -105,6 +105,15 @@ def lines(of: Text, lengths: list[int], window: int | None, num_columns: int, nu
     )
 
 
+def row_of(of: Text, start: int, n: int, first_page: int = 0) -> RowTable:
+    """The tokens [start, start + n) of the first row."""
+    first = first_page * of.page_tokens
+    pages = of.pages[0][None, first_page : -(-(start + n) // of.page_tokens)]
+    return RowTable(
+        0, n, start, first, TokenTable(pages, torch.tensor([first]), torch.arange(start, start + n))
+    )
+
+
 def plainly(query: Tensor, of: Text, row: int, position: int, form: Form) -> Tensor:
     """(num_heads, value_dim) of one token's query (num_heads, key_dim): every score written out."""
     first = 0 if form.window is None else max(0, position - form.window + 1)
@@ -143,14 +152,14 @@ def test_few_new_tokens_of_many_rows_equal_the_plain_sums(name: str, num_process
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_many_new_tokens_of_one_row_equal_the_plain_sums(name: str) -> None:
+@pytest.mark.parametrize("num_processors", [FEW, MANY])
+def test_many_new_tokens_of_one_row_equal_the_plain_sums(name: str, num_processors: int) -> None:
     form, heads = FORMS[name]
-    of = text([75], heads, page_tokens=4)
-    query = torch.randn(75, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(2))
-    kernels: TableAttention = tabled.BlockTables(FEW)
-    for start, n in ((0, 9), (9, 50), (59, 16)):
-        first = 0 if form.window is None else max(0, start - form.window + 1) // 4
-        row = RowTable(0, n, start, first * 4, of.pages[0][first : -(-(start + n) // 4)])
+    of = text([175], heads, page_tokens=4)
+    query = torch.randn(175, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(2))
+    kernels: TableAttention = tabled.BlockTables(num_processors)
+    for start, n in ((0, 9), (9, 50), (159, 16)):
+        row = row_of(of, start, n, 0 if form.window is None else max(0, start - form.window + 1) // 4)
         got = kernels.attend_row(query[start : start + n], of.keys, of.values, row, form, 4)
         for position in {start, start + n // 2, start + n - 1}:
             assert near(got[position - start], plainly(query[position], of, 0, position, form))
@@ -163,7 +172,7 @@ def test_pages_as_large_as_the_product_has_them_equal_gathered_ones(name: str) -
     of = text(lengths, heads, page_tokens=64)
     table = lines(of, lengths, form.window, num_columns=4, num_fill=0)
     query = torch.randn(150, heads.num, heads.key_dim, generator=torch.Generator().manual_seed(3))
-    row = RowTable(0, 70, 80, 0, of.pages[0])
+    row = row_of(of, 80, 70)
     ways: list[TableAttention] = [tabled.BlockTables(MANY), Gathering()]
     few = [way.attend_lines(query[:3], of.keys, of.values, table, form, 64) for way in ways]
     many = [way.attend_row(query[80:], of.keys, of.values, row, form, 64) for way in ways]
@@ -192,8 +201,8 @@ def test_a_bias_of_an_unknown_kind_is_attended_by_gathering() -> None:
     table = lines(of, [30], None, num_columns=16, num_fill=0)
     got = kernels.attend_lines(query[-1:], of.keys, of.values, table, biased, 4)
     assert near(got[0], plainly(query[-1], of, 0, 29, biased))
-    row = RowTable(0, 30, 0, 0, of.pages[0])
-    assert near(kernels.attend_row(query, of.keys, of.values, row, biased, 4)[-1], got[0])
+    many = kernels.attend_row(query, of.keys, of.values, row_of(of, 0, 30), biased, 4)
+    assert near(many[-1], got[0])
 
 
 def test_a_device_is_kept_busy_by_shares_and_no_share_is_too_small() -> None:
@@ -246,7 +255,8 @@ class Compiled:
     def __getitem__(self, grid):
         def compile(*arguments, **options):
             made = self.kernel.warmup(*arguments, grid=grid, **options)
-            found.setdefault(f"{model} {self.name} {made.metadata.target.arch}", {})[made.hash] = made
+            kind = self.name, made.metadata.target.arch, model, options.get("TOKENS"), options.get("IS_SHARED")
+            found.setdefault(str(kind), {})[made.hash] = made
         return compile
 
 def resources(made):
@@ -257,10 +267,10 @@ def resources(made):
     numbers = dict(part.split(":") for part in line.split())
     return {"stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"]), "shared": made.metadata.shared}
 
-for name in ("attend_lines", "join_shares", "attend_chunk"):
+for name in ("attend_tiles", "join_shares"):
     setattr(tabled, name, Compiled(name))
 kernels = tabled.BlockTables(num_processors=132)
-numbers = torch.zeros(64, dtype=torch.int64)
+numbers = torch.zeros(640, dtype=torch.int64)
 for capability in (80, 90):
     driver.set_active(Absent(capability))
     for model, num_heads, num_kv_heads, dim, form in (
@@ -268,13 +278,14 @@ for capability in (80, 90):
         ("gemma2", 16, 8, 256, Form(0.1, 4096, 50.0, None, None)),
     ):
         slots = torch.empty((64, num_kv_heads, dim), dtype=torch.bfloat16).transpose(0, 1)
-        query = torch.empty((99, num_heads, dim), dtype=torch.bfloat16)
-        for num_lines, at in ((1, 0), (3, 1)):
+        query = torch.empty((999, num_heads, dim), dtype=torch.bfloat16)
+        for num_lines, at in ((1, 0), (3, 1), (40, 0)):
             own = numbers[at:]
             table = TokenTable(own[: num_lines * 16].view(-1, 16), own[:num_lines], own[:num_lines])
             kernels.attend_lines(query[:num_lines], slots, slots, table, form, 64)
-        for n, start in ((16, 0), (99, 7)):
-            kernels.attend_row(query[:n], slots, slots, RowTable(0, n, start, 0, numbers[start:]), form, 64)
+        for n, start in ((16, 0), (99, 7), (999, 0)):
+            table = TokenTable(numbers[None, start:], numbers[:1], numbers[start:])
+            kernels.attend_row(query[:n], slots, slots, RowTable(0, n, start, 0, table), form, 64)
 print(json.dumps({kind: [resources(made) for made in variants.values()] for kind, variants in found.items()}))
 """
 
@@ -286,7 +297,7 @@ def test_kernels_compile_for_real_devices_once_for_all_sizes_and_without_spills(
     )
     assert not done.returncode, done.stderr
     answers = json.loads(done.stdout)
-    assert len(answers) == 2 * 2 * 3
+    assert len(answers) == 2 * 2 * (2 * 2 + 1)  # each of the four kinds of tiles, and what joins them
     for kind, variants in answers.items():
         (found,) = variants
         assert found["stack"] == 0, kind
