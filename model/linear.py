@@ -272,8 +272,8 @@ class Products(Protocol):
     def takes(self, rows: Tensor, scheme: Quantization) -> bool:
         """Whether so many rows (…, in_features) of this dtype are better multiplied by them."""
 
-    def are_right(self, device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
-        """Whether they multiply rows of this dtype rightly there. scheme: None is plain weights, of experts."""
+    def take_experts(self, device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
+        """Whether tokens of this dtype are better multiplied by them by experts' weights; None is plain ones."""
 
     def multiply(self, rows: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
         """(…, in_features) → (…, out_features) in the dtype of `rows`."""

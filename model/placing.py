@@ -289,7 +289,7 @@ class Placer:
         schemes = {self._scheme_for(owner, leaf) for leaf in STACKED}
         if products is None or (self._quantizer is None and self._keeping.has_grouped_mm):
             return False
-        return all(products.are_right(self._device, scheme, self._dtype) for scheme in schemes)
+        return all(products.take_experts(self._device, scheme, self._dtype) for scheme in schemes)
 
     def _scheme_for(self, owner: nn.Module, leaf: str) -> Quantization | None:
         stack = owner._parameters[leaf]

@@ -1,10 +1,10 @@
 """Rows times small weights on a GPU, straight from their codes.
 
-A few rows times a large weight take as long as the weight takes to be read, so it is read as it lies, in 4.5 or 8 bits,
-and made wide in registers only. A program multiplies a tile of outputs by up to 32 rows. Each of its warps has every
-eighth (or fourth) slice of 64 inputs, and they add up at the end: that keeps a device busy whose processors are more
-than a layer has tiles, in a fixed order, without a second pass. Weights are the left operand of tensor cores, whose
-right one may be as narrow as 8 rows.
+A few rows times a large weight take as long as the weight takes to be read, so it is read as it lies, in 4.5 or 8
+bits, and made wide in registers only. A program multiplies a tile of outputs by some rows. Where these are few, each of
+its warps has every eighth (or fourth) slice of 64 inputs, and they add up at the end: that keeps a device busy whose
+processors are more than a layer has tiles, in a fixed order, without a second pass. Weights are the left operand of
+tensor cores, whose right one may be as narrow as 8 rows.
 
 What bounds it was worked out, not measured: compiled for compute capability 9.0, one row times NF4 takes 5.0
 instructions a weight, 3.3 of them on the integer pipe, which gives out 64 a clock and processor. At 132 processors and
@@ -22,6 +22,7 @@ Source: Dettmers et al. 2023, QLoRA, for NF4; Frantar et al. 2024, MARLIN, for c
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -32,14 +33,14 @@ from torch import Tensor
 
 from ...protocol.tensors import Quantization
 from ..quantization import Stored, dequantize, quantize
-from .tiles import Tiles
+from .tiles import Tiles, tiles_of
 
 logger = logging.getLogger(__name__)
 
 # Worked out, not measured: tiles of the same outputs run side by side and share what is read, so more rows cost the
-# making wide again, 1.4 times the reading of NF4 for each 32 rows. To dequantize, write and read bfloat16 again
-# costs eight times that reading before anything is multiplied, for int8 five times.
-MOST_ROWS: Final = 128
+# making wide again: for each 64 rows 1.4 times the reading of NF4 with 9.0, and 2.1 times with 8.0. To dequantize,
+# write and read bfloat16 again costs eight times that reading before anything is multiplied, for int8 five times.
+MOST_ROWS: Final = 256
 
 _SLICE: Final = tl.constexpr(64)  # inputs that share a scale in NF4
 _NF4: Final = tl.constexpr(0)
@@ -159,6 +160,27 @@ def _pairs(codes, known, dtype: tl.constexpr, is_quick: tl.constexpr):
 
 
 @triton.jit
+def _dot(weights, rows, total):
+    """`total` and each slice of weights (num_slices, outputs, inputs) times that of rows (num_slices, rows, inputs).
+
+    Triton gives each warp slices of its own; where there is but one, all warps share its outputs and rows.
+    """
+    if total.shape[0] == 1:
+        outputs: tl.constexpr = weights.shape[1]
+        taken: tl.constexpr = rows.shape[1]
+        inputs: tl.constexpr = rows.shape[2]
+        flat = tl.reshape(rows, (taken, inputs))
+        product = tl.dot(
+            tl.reshape(weights, (outputs, inputs)),
+            tl.trans(flat),
+            tl.reshape(total, (outputs, taken)),
+            input_precision="ieee",
+        )
+        return tl.reshape(product, (1, outputs, taken))
+    return tl.dot(weights, tl.trans(rows, 0, 2, 1), total, input_precision="ieee")
+
+
+@triton.jit
 def _multiply(
     rows,
     codes,
@@ -245,15 +267,14 @@ def _multiply(
                 scale = tl.load(from_scales + step // _SLICE, mask=slices[:, None] < left, other=0.0)
             even, odd = _pairs(pairs, known, dtype, is_quick)
             first_ones, second_ones = tl.split(tl.reshape(part, (num_slices, tile_rows, _SLICE // 2, 2)))
-            product = tl.dot(even, tl.trans(first_ones, 0, 2, 1), input_precision="ieee")
-            product = tl.dot(odd, tl.trans(second_ones, 0, 2, 1), product, input_precision="ieee")
-            total += product * scale[:, :, None]
+            product = _dot(even, first_ones, tl.zeros_like(total))
+            total += _dot(odd, second_ones, product) * scale[:, :, None]
         else:
             if is_even:
                 weights = tl.load(from_codes + step)  # (num_slices, tile_outputs, 64)
             else:
                 weights = tl.load(from_codes + step, mask=step + inputs[:, None, :] < num_inputs, other=0)
-            total = tl.dot(weights.to(dtype), tl.trans(part, 0, 2, 1), total, input_precision="ieee")
+            total = _dot(weights.to(dtype), part, total)
     result = tl.sum(total, 0)  # (tile_outputs, tile_rows)
     if form == _INT8:
         result *= tl.load(scales + lines).to(tl.float32)[:, None]
@@ -264,33 +285,41 @@ def _multiply(
 
 
 class Cut(NamedTuple):
-    """How a product is cut: a program's rows and outputs, its warps, each with slices of inputs of its own, and how
-    many steps are read ahead of the multiplying."""
+    """How a product is cut: a program's rows and outputs, its slices of inputs, how many steps are read ahead of the
+    multiplying, and its warps, which have a slice each or share the only one."""
 
     rows: int
     outputs: int
     slices: int
     stages: int
+    warps: int
 
 
 def cut_of(num_rows: int, *, is_plain: bool = False) -> Cut:
     """The cut for so many rows, or for so many an expert. is_plain: weights take four times the room of NF4.
 
-    As found by compiling for 8.0 and 9.0: none of them spills, and 64 rows would; all keep within the 99 KB that a
-    program has on smaller devices. Wide tiles read rows less often.
+    As found by compiling for 8.0, 9.0 and 12.0: none of them spills, and all keep within the 99 KB that a program has
+    on smaller devices. Slices are for few rows: with many there are tiles enough.
     """
     if num_rows <= 8:
-        return Cut(8, 32, 4 if is_plain else 8, 3)
+        return Cut(8, 32, 4, 3, 4) if is_plain else Cut(8, 32, 8, 3, 8)
     if num_rows <= 16:
-        return Cut(16, 32 if is_plain else 64, 4, 3)
-    return Cut(32, 32 if is_plain else 64, 4, 3)
+        return Cut(16, 32 if is_plain else 64, 4, 3, 4)
+    if num_rows <= 32:
+        return Cut(32, 32 if is_plain else 64, 4, 3, 4)
+    return Cut(64, 128, 1, 3, 8)
 
 
 def takes(rows: Tensor, scheme: Quantization) -> bool:
     """Whether so many rows (…, num_inputs) of this dtype are better multiplied here."""
     if rows.numel() > MOST_ROWS * rows.shape[-1]:
         return False
-    return scheme in _FORMS and are_right(rows.device, scheme, rows.dtype)
+    return scheme in _FORMS and is_right(rows.device, scheme, rows.dtype, is_sorted=False)
+
+
+def take_experts(device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
+    """Whether tokens of this dtype are better multiplied here by experts' weights; without a scheme these are plain."""
+    return scheme in _FORMS and is_right(device, scheme, dtype, is_sorted=True)
 
 
 def multiply(rows: Tensor, weight: Stored | Tensor, bias: Tensor | None) -> Tensor:
@@ -362,35 +391,68 @@ def _product(
             tile_outputs=cut.outputs,
             num_slices=cut.slices,
             stages=cut.stages,
-            num_warps=cut.slices,
+            num_warps=cut.warps,
             enable_fp_fusion=True,
         )
     return output
 
 
 @cache
-def are_right(device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
-    """Whether rows of this dtype are multiplied rightly on this device; tried once, and why not stands in the log.
+def is_right(
+    device: torch.device, scheme: Quantization | None, dtype: torch.dtype, *, is_sorted: bool
+) -> bool:
+    """Whether rows of this dtype, or tokens by experts, are multiplied rightly; tried once, and why not is logged.
 
     No two devices are compiled for alike, so none is trusted with a model before it has multiplied small numbers.
     """
     if device.type != "cpu" and dtype.itemsize != 2:
         return False  # wide rows leave no registers to work in; on a CPU there is the interpreter
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(80, 512, generator=generator).to(dtype)
-    weight = drawn if scheme is None else quantize(drawn, scheme)
-    plain = drawn.float() if isinstance(weight, Tensor) else dequantize(weight)
     try:
-        for num_rows in (1, 9, 40):  # one for each cut
-            rows = torch.randn(num_rows, 512, generator=generator).to(dtype)
-            expected = rows.float() @ plain.T
-            got = multiply(rows.to(device), weight.to(device), None).float().cpu()
-            distance = float((got - expected).norm() / expected.norm())
+        for expected, got in (_experts_tried if is_sorted else _rows_tried)(device, scheme, dtype):
+            distance = float((got.float().cpu() - expected).norm() / expected.norm())
             if not distance < _CLOSE:
-                raise ArithmeticError(f"a product of {num_rows} rows is off by {distance:.3f}")
+                raise ArithmeticError(f"a product of {len(expected)} rows is off by {distance:.3f}")
     except Exception as failure:  # a compiler's, a linker's or a driver's own, of any kind
+        kind = f"{scheme or 'plain'} weights{' of experts' if is_sorted else ''}"
         logger.warning(
-            "%s multiplies by %s without kernels of our own, and slower: %s", device, scheme, failure
+            "%s multiplies by %s without kernels of our own, and slower: %s", device, kind, failure
         )
         return False
     return True
+
+
+def _rows_tried(
+    device: torch.device, scheme: Quantization | None, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What some rows should give, and what they do."""
+    weight, plain = _drawn(80, 512, scheme, dtype)
+    for num_rows in (1, 9, 20, 40):  # one for each cut
+        rows = torch.randn(num_rows, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+        yield rows.float() @ plain.T, multiply(rows.to(device), weight.to(device), None)
+
+
+def _experts_tried(
+    device: torch.device, scheme: Quantization | None, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What some tokens should give by two of three experts, and what they do."""
+    weights, plain = _drawn(3 * 64, 512, scheme, dtype)
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]])  # one of them has none
+    tiles = tiles_of(chosen.to(device), 3)
+    tokens = torch.randn(4, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    each = torch.stack([token.float() @ plain.T for token in tokens]).view(4, 3, 64)
+    expected = each[torch.arange(4)[:, None], chosen].flatten(0, 1)  # (entries, 64), as chosen
+    order = tiles.order.cpu().long()
+    yield expected[order], gather_multiply(tokens.to(device), weights.to(device), None, tiles)
+    rows = tokens[order // 2]
+    yield expected, multiply_scatter(rows.to(device), weights.to(device), None, tiles)
+
+
+def _drawn(
+    num_outputs: int, num_inputs: int, scheme: Quantization | None, dtype: torch.dtype
+) -> tuple[Stored | Tensor, Tensor]:
+    """A weight of small numbers, and what it stands for in float32."""
+    drawn = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if scheme is None:
+        return drawn, drawn.float()
+    weight = quantize(drawn, scheme)
+    return weight, dequantize(weight)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _MOST_COUNTED: Final = 2048  # entries; each is compared with all others, and that is worked out, not measured
 _AT_ONCE: Final = 64  # entries or tiles of a program
-_SIZES: Final = (8, 16, 32)  # rows that a tile may have, as `products.cut_of` cuts them
+_SIZES: Final = (8, 16, 32, 64)  # rows that a tile may have, as `products.cut_of` cuts them
 
 
 class Tiles(NamedTuple):
