@@ -8,17 +8,24 @@ can be recorded and played again with other numbers.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..alibi import Alibi
 from ..form import Form
 from ..gathered import Gathering
 from ..paged import RowTable, TokenTable
 from .attention import attend_tiles, join_shares
+
+logger = logging.getLogger(__name__)
+
+_UNFIT: Final = (CompilationError, OutOfResources, PTXASError)  # of a device that is unlike those we know
 
 _LEAST_DIM: Final = 16  # of a tile in a product, in each direction
 _LEAST_SHARE: Final = 128  # keys that are worth a program
@@ -44,24 +51,39 @@ class BlockTables:
         """num_processors: of the device, which are to be kept busy."""
         self._num_processors = num_processors
         self._otherwise = Gathering()
+        self._is_fit = True
 
     def attend_lines(
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:
         """As `paged.TableAttention` says: tiles of one token, each with a line of the table."""
-        if not _is_known(form):
-            return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
-        kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=False)
-        return self._attend(query, keys, values, table, form, *kinds)
+        if self._takes(form):
+            kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=False)
+            try:
+                return self._attend(query, keys, values, table, form, *kinds)
+            except _UNFIT as problem:
+                self._give_up(problem)
+        return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
 
     def attend_row(
         self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
     ) -> Tensor:
         """As `paged.TableAttention` says: tiles of many tokens, all with the one line of the table."""
-        if not _is_known(form):
-            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
-        kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=True)
-        return self._attend(query, keys, values, row.table, form, *kinds)
+        if self._takes(form):
+            kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=True)
+            try:
+                return self._attend(query, keys, values, row.table, form, *kinds)
+            except _UNFIT as problem:
+                self._give_up(problem)
+        return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+
+    def _takes(self, form: Form) -> bool:
+        return self._is_fit and (form.bias is None or isinstance(form.bias, Alibi))
+
+    def _give_up(self, problem: Exception) -> None:
+        """A kernel is compiled at its first launch, before anything is recorded: then nothing is lost but speed."""
+        self._is_fit = False
+        logger.warning("pages are gathered from now on, which is slower: %s", problem)
 
     def _attend(
         self,
@@ -170,10 +192,6 @@ def cut(
 
 def _padded(dim: int) -> int:
     return max(_LEAST_DIM, 1 << (dim - 1).bit_length())
-
-
-def _is_known(form: Form) -> bool:
-    return form.bias is None or isinstance(form.bias, Alibi)
 
 
 def _bias(form: Form, device: torch.device) -> tuple[Tensor | None, float]:

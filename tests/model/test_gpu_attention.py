@@ -4,6 +4,7 @@ the same sums written out plainly. For devices that are not here the kernels are
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -26,6 +27,7 @@ from .test_paged import STEPS, paged_span
 from .test_span import TOLERANCE, Session, Tiny, tiny
 
 tabled = pytest.importorskip("corolla.model.gpu.tabled")
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 
 __all__ = ["tiny"]  # the fixture
 
@@ -203,6 +205,38 @@ def test_a_bias_of_an_unknown_kind_is_attended_by_gathering() -> None:
     assert near(got[0], plainly(query[-1], of, 0, 29, biased))
     many = kernels.attend_row(query, of.keys, of.values, row_of(of, 0, 30), biased, 4)
     assert near(many[-1], got[0])
+
+
+class Unfit:
+    """A kernel that takes more of a device than it has."""
+
+    num_launches = 0
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: object, **constants: object) -> None:
+            self.num_launches += 1
+            raise OutOfResources(101376, 65536, "shared memory")
+
+        return launch
+
+
+def test_where_a_kernel_does_not_fit_pages_are_gathered_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfit = Unfit()
+    monkeypatch.setattr(tabled, "attend_tiles", unfit)
+    of = text([30], Heads(), page_tokens=4)
+    query = torch.randn(30, 6, 16, generator=torch.Generator().manual_seed(6))
+    kernels = tabled.BlockTables(FEW)
+    table = lines(of, [30], None, num_columns=16, num_fill=0)
+    with caplog.at_level(logging.WARNING):
+        few = kernels.attend_lines(query[-1:], of.keys, of.values, table, form(), 4)
+        many = kernels.attend_row(query, of.keys, of.values, row_of(of, 0, 30), form(), 4)
+    assert near(few[0], plainly(query[-1], of, 0, 29, form()))
+    assert near(many[-1], few[0])
+    assert unfit.num_launches == 1
+    (record,) = caplog.records
+    assert "shared memory" in record.message
 
 
 def test_a_device_is_kept_busy_by_shares_and_no_share_is_too_small() -> None:
