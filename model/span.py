@@ -131,6 +131,11 @@ class Span:
         return self._decoder is not None
 
     @property
+    def num_recordings(self) -> int:
+        """Sizes of passes that are played again."""
+        return self._graphs.num_recordings if self._graphs is not None else 0
+
+    @property
     def modules(self) -> Mapping[int, nn.Module]:
         """Block → its module, to look at."""
         return self._blocks

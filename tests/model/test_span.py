@@ -109,7 +109,7 @@ class Session:
         for span, pages in zip(self._spans, self._pages, strict=True):
             applied = pages.apply(self._step_id, self._step_id - 1, rows)
             span.copy_pages(applied.copies)
-            hidden = span.forward(hidden, Batch(applied.segments))
+            hidden = span.forward(hidden.to(span.device), Batch(applied.segments)).cpu()
             self._segments.append(applied.segments)
         old = [self.rows[row.parent][: row.position] if row.parent != NEW_ROW else [] for row in rows]
         self.rows = [prefix + tokens for prefix, tokens in zip(old, new, strict=True)]
