@@ -1,7 +1,7 @@
 """Tensors into the modules that compute with them: in their final dtype and place, packed, quantized, put together.
 
 Owns the choice of what lies together. Siblings, which a module calls with the same rows, share one product where a
-device has one for them, and experts whose weights are small share one tensor where kernels choose among them. A
+device has one for them, and the weights of experts lie in one tensor where kernels choose among them. A
 device never holds two copies of a layer's weights; whatever waits for its siblings waits in the host's memory.
 """
 
@@ -41,7 +41,7 @@ class Keeping(NamedTuple):
     """How a device keeps weights that are used together.
 
     is_joined: those of siblings lie in one piece, whatever their form. products: kernels for small weights, other than
-    a CPU's; with them small weights of experts lie in one piece too. has_grouped_mm: torch multiplies by plain weights
+    a CPU's; with them those of experts lie in one piece too. has_grouped_mm: torch multiplies by plain weights
     of experts without asking the device; else they are multiplied by `products` as well.
     """
 
@@ -120,9 +120,8 @@ class Placer:
         self._quantizer = quantizer
         self._keeping = keeping or keeping_of(device, dtype)
         self._staging = torch.empty(0, dtype=dtype)
-        self._waiting: dict[
-            str, dict[str, Tensor]
-        ] = {}  # module → name → weight, until all siblings are there
+        # Module → name → weight, until all siblings are there.
+        self._waiting: dict[str, dict[str, Tensor]] = {}
         self._quantized: dict[str, dict[str, Stored]] = {}  # likewise, of quantized ones
         self._rooms: dict[str, tuple[Tensor, set[str]]] = {}  # module → weights of siblings, whose are there
         self._experts: dict[str, dict[str, list[nn.Module]]] = {}  # path → leaf → each expert's layer

@@ -46,7 +46,7 @@ _SLICE: Final = tl.constexpr(64)  # inputs that share a scale in NF4
 _NF4: Final = tl.constexpr(0)
 _INT8: Final = tl.constexpr(1)
 _PLAIN: Final = tl.constexpr(2)
-_FORMS: Final = {Quantization.NF4: 0, Quantization.INT8: 1, None: 2}
+_FORMS: Final = {Quantization.NF4: _NF4.value, Quantization.INT8: _INT8.value, None: _PLAIN.value}
 _CLOSE: Final = 0.02  # of a trial's result, where rows and weights are rounded to half precision
 
 # Source: QLoRA, appendix E, as bitsandbytes has them.
@@ -180,7 +180,11 @@ def _dot(weights, rows, total):
     return tl.dot(weights, tl.trans(rows, 0, 2, 1), total, input_precision="ieee")
 
 
-@triton.jit
+# Compiled once for all numbers of rows, and wherever the tiles' numbers begin.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_chosen"],
+    do_not_specialize_on_alignment=["order", "firsts", "ends", "experts"],
+)
 def _multiply(
     rows,
     codes,
@@ -217,8 +221,8 @@ def _multiply(
     is_sorted: rows are entries of `Tiles`, each tile has the weights and the bias of one expert; without it tiles are
     cut from all rows. gathers: an entry's row is that of its token, so rows: (num_rows / num_chosen, num_inputs); else
     rows lie in the order of entries. scatters: results go where the entries are, else they lie in their order.
-    is_even: inputs fill whole steps of all slices.
-    is_quick: codes are looked up in registers, for rows in half precision.
+    is_even: inputs fill whole steps of all slices. is_quick: codes are looked up in registers, for rows in half
+    precision.
     """
     tile = tl.program_id(0)
     if is_sorted:

@@ -92,7 +92,7 @@ def _counted(
     return order, firsts, ends, experts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_experts", "num_tiles"])
 def _count(
     entries,
     order,
