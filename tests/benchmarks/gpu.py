@@ -157,6 +157,9 @@ def main() -> None:
             target = SPEEDUP if num_rows == 1 else None
             speed, beside = 1 / took_s, 1 / plain_s[num_rows]
             report.add(Measured(f"{name}: against bfloat16", speed, "steps/s", beside, target))
+        if device.type == "cuda":
+            name = f"{options.blocks} blocks, {kind}: sizes that are recorded"
+            report.add(Measured(name, span.num_recordings, "", target=len(BATCHES)))
         del span
     report.finish(options.json)
 
