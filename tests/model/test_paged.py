@@ -115,6 +115,18 @@ def test_a_batch_stands_in_numbers_as_its_segments_say() -> None:
     assert windowed.table.positions.tolist() == positions.tolist()
 
 
+def test_tables_are_filled_up_to_fewer_sizes_where_columns_cost_little() -> None:
+    lengths = range(1, 600, 3)
+    shapes = [
+        {shape_of((Segment((), length - 1, 1),), (None, 9), PAGE_TOKENS, growth) for length in lengths}
+        for growth in (2, 4)
+    ]
+    assert [sorted(shape.num_pages for shape in some) for some in shapes] == [
+        [(1, 1), (2, 2), (4, 3), (8, 3), (16, 3), (32, 3), (64, 3), (128, 3), (256, 3)],
+        [(1, 1), (4, 3), (16, 3), (64, 3), (256, 3)],
+    ]
+
+
 def test_a_window_never_takes_more_columns_than_it_reaches_over() -> None:
     for start in range(200):
         segments = (Segment(tuple(range(60)), start, 1),)
@@ -157,6 +169,9 @@ def test_paged_and_played_again_equals_whole(tiny: Callable[[str], Tiny], family
     for rows in STEPS:
         assert session.step(*rows) < TOLERANCE
     assert span.num_blocks_computed >= NUM_BLOCKS * len(STEPS)
+    long = Segment((0, 1, 2), 0, 11, others=((0, 1, 2),) * 7)
+    with Unread():  # type: ignore[no-untyped-call]
+        span.forward(torch.ones(11, span.hidden_size), Batch((long,)))
 
 
 def test_where_nothing_can_be_recorded_all_is_computed_as_it_is(tiny: Callable[[str], Tiny]) -> None:
