@@ -126,6 +126,9 @@ class Cache:
 
     def write(self, block: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put new tokens' keys and values, (num_heads, num_tokens, dim), into `slots` (num_tokens,) int64."""
+        if self.tabled is not None:
+            self.tabled.write(keys, values, self.keys(block), self.values(block), slots)
+            return
         self.keys(block).index_copy_(1, slots, keys)
         self.values(block).index_copy_(1, slots, values)
 

@@ -25,6 +25,11 @@ class Gathering:
 
     growth = 2  # whatever a table names is gathered
 
+    def write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """A call for each of both."""
+        keys.index_copy_(1, slots, key)
+        values.index_copy_(1, slots, value)
+
     def attend_lines(
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:

@@ -79,6 +79,9 @@ class TableAttention(Protocol):
     def growth(self) -> int:
         """Columns of a table grow by powers of it: greater where columns that nobody needs cost little."""
 
+    def write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Put new tokens' keys and values, (num_kv_heads, num_tokens, dim) each, into `slots` (num_tokens,) int64."""
+
     def attend_lines(
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:

@@ -150,6 +150,42 @@ def join_shares(
     tl.store(output + place * VALUE_DIM + dims, joined.to(output.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def keep_tokens(
+    key,
+    value,
+    keys,
+    values,
+    slots,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    KEY_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """A program is one head of one new token, grid (num_tokens, KV_HEADS): its key and value go where the slot is.
+
+    key, value: strides from token to token and from head to head, neighbouring numbers together. keys, values:
+    (num_slots, KV_HEADS, dim). slots: (num_tokens,) int64.
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = tl.load(slots + token) * tl.num_programs(1) + head
+    key_dims, value_dims = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    own_key = key + token * key_stride + head * key_head_stride + key_dims
+    own_value = value + token * value_stride + head * value_head_stride + value_dims
+    tl.store(
+        keys + place * KEY_DIM + key_dims, tl.load(own_key, mask=key_dims < KEY_DIM), mask=key_dims < KEY_DIM
+    )
+    tl.store(
+        values + place * VALUE_DIM + value_dims,
+        tl.load(own_value, mask=value_dims < VALUE_DIM),
+        mask=value_dims < VALUE_DIM,
+    )
+
+
 @triton.jit
 def _queries(query, heads, is_row, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr):
     """(ROWS, KEY_PAD), with zeros where there is nothing."""

@@ -21,7 +21,7 @@ from ..alibi import Alibi
 from ..form import Form
 from ..gathered import Gathering
 from ..paged import RowTable, TokenTable
-from .attention import attend_tiles, join_shares
+from .attention import attend_tiles, join_shares, keep_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,28 @@ class BlockTables:
         self._num_processors = num_processors
         self._otherwise = Gathering()
         self._is_fit = True
+
+    def write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """As `paged.TableAttention` says: both by one kernel."""
+        key, value = (new if new.stride(2) == 1 else new.contiguous() for new in (key, value))
+        key_dim, value_dim = keys.shape[2], values.shape[2]
+        keep_tokens[(key.shape[1], key.shape[0])](
+            key,
+            value,
+            keys,
+            values,
+            slots,
+            key.stride(1),
+            key.stride(0),
+            value.stride(1),
+            value.stride(0),
+            KEY_DIM=key_dim,
+            KEY_PAD=_padded(key_dim),
+            VALUE_DIM=value_dim,
+            VALUE_PAD=_padded(value_dim),
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
 
     def attend_lines(
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int

@@ -182,6 +182,24 @@ def test_pages_as_large_as_the_product_has_them_equal_gathered_ones(name: str) -
     assert near(*many)
 
 
+@pytest.mark.parametrize("heads", [Heads(), Heads(num_kv=3, key_dim=80, value_dim=24)], ids=str)
+def test_new_tokens_are_written_where_their_slots_are_and_nowhere_else(heads: Heads) -> None:
+    fused = torch.randn(5, heads.num_kv, heads.key_dim + heads.value_dim)
+    key, value = (
+        part.transpose(0, 1) for part in fused.split_with_sizes([heads.key_dim, heads.value_dim], 2)
+    )
+    slots = torch.tensor([9, 2, 3, 17, 0])
+    written = []
+    ways: list[TableAttention] = [tabled.BlockTables(FEW), Gathering()]
+    for way in ways:
+        of = text([70], heads, page_tokens=4)
+        way.write(key, value, of.keys, of.values, slots)
+        way.write(key.contiguous()[:, :1], value.contiguous()[:, :1], of.keys, of.values, torch.tensor([40]))
+        written.append((of.keys, of.values))
+    for got, expected in zip(*written, strict=True):
+        assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
 def test_what_was_written_beyond_a_token_does_not_count() -> None:
     """A row that was rolled back, and a page that somebody else had before."""
     of = text([40], Heads(), page_tokens=4)
@@ -301,7 +319,7 @@ def resources(made):
     numbers = dict(part.split(":") for part in line.split())
     return {"stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"]), "shared": made.metadata.shared}
 
-for name in ("attend_tiles", "join_shares"):
+for name in ("attend_tiles", "join_shares", "keep_tokens"):
     setattr(tabled, name, Compiled(name))
 kernels = tabled.BlockTables(num_processors=132)
 numbers = torch.zeros(640, dtype=torch.int64)
@@ -317,6 +335,7 @@ for capability in (80, 90):
             own = numbers[at:]
             table = TokenTable(own[: num_lines * 16].view(-1, 16), own[:num_lines], own[:num_lines])
             kernels.attend_lines(query[:num_lines], slots, slots, table, form, 64)
+            kernels.write(slots[:, :num_lines], slots[:, :num_lines], slots, slots, own)
         for n, start in ((16, 0), (99, 7), (999, 0)):
             table = TokenTable(numbers[None, start:], numbers[:1], numbers[start:])
             kernels.attend_row(query[:n], slots, slots, RowTable(0, n, start, 0, table), form, 64)
@@ -331,7 +350,7 @@ def test_kernels_compile_for_real_devices_once_for_all_sizes_and_without_spills(
     )
     assert not done.returncode, done.stderr
     answers = json.loads(done.stdout)
-    assert len(answers) == 2 * 2 * (2 * 2 + 1)  # each of the four kinds of tiles, and what joins them
+    assert len(answers) == 2 * 2 * (2 * 2 + 2)  # each of the four kinds of tiles, and the two other kernels
     for kind, variants in answers.items():
         (found,) = variants
         assert found["stack"] == 0, kind
