@@ -51,7 +51,7 @@ class Keeping(NamedTuple):
 
 
 def keeping_of(device: torch.device, dtype: torch.dtype) -> Keeping:
-    """What suits the device best. Kernels for small weights are for rows in half precision.
+    """What suits the device best.
 
     Torch's product by experts has a kernel for bfloat16 and compute capabilities 9 and 10; for all others it reads back
     how many rows each expert has, which waits for the device and cannot be recorded.
@@ -63,8 +63,7 @@ def keeping_of(device: torch.device, dtype: torch.dtype) -> Keeping:
         and dtype is torch.bfloat16
         and torch.cuda.get_device_capability(device)[0] in (9, 10)
     )
-    products = products_of(device) if dtype.itemsize == 2 else None
-    return Keeping(is_joined=True, products=products, has_grouped_mm=has_grouped_mm)
+    return Keeping(is_joined=True, products=products_of(device), has_grouped_mm=has_grouped_mm)
 
 
 class Quantizer:

@@ -299,12 +299,15 @@ class Cut(NamedTuple):
     warps: int
 
 
-def cut_of(num_rows: int, *, is_plain: bool = False) -> Cut:
-    """The cut for so many rows, or for so many an expert. is_plain: weights take four times the room of NF4.
+def cut_of(num_rows: int, *, is_plain: bool = False, is_wide: bool = False) -> Cut:
+    """The cut for so many rows, or for so many an expert. is_plain: weights take four times the room of NF4. is_wide:
+    rows are float32, which tensor cores do not multiply exactly, and registers hold half as many.
 
     As found by compiling for 8.0, 9.0 and 12.0: none of them spills, and all keep within the 99 KB that a program has
     on smaller devices. Slices are for few rows: with many there are tiles enough.
     """
+    if is_wide:
+        return next(cut for cut in _WIDE_CUTS if num_rows <= cut.rows or cut is _WIDE_CUTS[-1])
     if num_rows <= 8:
         return Cut(8, 32, 4, 3, 4) if is_plain else Cut(8, 32, 8, 3, 8)
     if num_rows <= 16:
@@ -314,16 +317,26 @@ def cut_of(num_rows: int, *, is_plain: bool = False) -> Cut:
     return Cut(64, 128, 1, 3, 8)
 
 
+_WIDE_CUTS: Final = (
+    Cut(8, 16, 4, 2, 4),
+    Cut(16, 32, 1, 2, 4),
+    Cut(32, 32, 1, 2, 4),
+    Cut(64, 64, 1, 2, 8),
+)
+
+
 def takes(rows: Tensor, scheme: Quantization) -> bool:
     """Whether so many rows (…, num_inputs) of this dtype are better multiplied here."""
     if rows.numel() > MOST_ROWS * rows.shape[-1]:
         return False
+    if rows.device.type != "cpu" and rows.dtype.itemsize != 2:
+        return False  # without bytes to be looked up; on a CPU there is the interpreter, for tests
     return scheme in _FORMS and is_right(rows.device, scheme, rows.dtype, is_sorted=False)
 
 
 def take_experts(device: torch.device, scheme: Quantization | None, dtype: torch.dtype) -> bool:
     """Whether tokens of this dtype are better multiplied here by experts' weights; without a scheme these are plain."""
-    return scheme in _FORMS and is_right(device, scheme, dtype, is_sorted=True)
+    return scheme in _FORMS and dtype.itemsize <= 4 and is_right(device, scheme, dtype, is_sorted=True)
 
 
 def multiply(rows: Tensor, weight: Stored | Tensor, bias: Tensor | None) -> Tensor:
@@ -369,7 +382,9 @@ def _product(
         scheme, codes, scales = None, weight, weight
     else:
         scheme, codes, scales = weight.scheme, weight.tensors["codes"], weight.tensors["scales"]
-    cut = cut_of(num_rows if tiles is None else tiles.num_rows, is_plain=scheme is None)
+    is_wide = rows.dtype.itemsize > 2
+    count = num_rows if tiles is None else tiles.num_rows
+    cut = cut_of(count, is_plain=scheme is None, is_wide=is_wide)
     num_tiles = -(-num_rows // cut.rows) if tiles is None else len(tiles.firsts)
     num_inputs = rows.shape[1]
     with torch.cuda.device_of(rows):
@@ -390,7 +405,7 @@ def _product(
             scatters=tiles is not None and not gathers,
             has_bias=bias is not None,
             is_even=num_inputs % (_SLICE.value * cut.slices) == 0,
-            is_quick=rows.dtype.itemsize == 2 and rows.device.type == "cuda" and torch.version.hip is None,
+            is_quick=not is_wide and rows.device.type == "cuda" and torch.version.hip is None,
             tile_rows=cut.rows,
             tile_outputs=cut.outputs,
             num_slices=cut.slices,
@@ -409,8 +424,6 @@ def is_right(
 
     No two devices are compiled for alike, so none is trusted with a model before it has multiplied small numbers.
     """
-    if device.type != "cpu" and dtype.itemsize != 2:
-        return False  # wide rows leave no registers to work in; on a CPU there is the interpreter
     try:
         for expected, got in (_experts_tried if is_sorted else _rows_tried)(device, scheme, dtype):
             distance = float((got.float().cpu() - expected).norm() / expected.norm())

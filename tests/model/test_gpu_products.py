@@ -49,6 +49,7 @@ tiles_module: Any = pytest.importorskip("corolla.model.gpu.tiles")
 CPU = torch.device("cpu")
 SCHEMES = pytest.mark.parametrize("scheme", [Quantization.NF4, Quantization.INT8])
 CLOSE = 1e-5  # of the result's norm: both ways sum in float32, in another order
+HALF = 2e-3  # likewise, where weights and the result are rounded to float16
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -65,27 +66,22 @@ def distance(got: Tensor, expected: Tensor) -> float:
 @SCHEMES
 @pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 70])
 @pytest.mark.parametrize("num_inputs", [192, 512])  # steps of the loop that are cut short, and whole ones
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # which are cut otherwise
 def test_rows_are_multiplied_by_the_weights_that_codes_stand_for(
-    scheme: Quantization, num_rows: int, num_inputs: int
+    scheme: Quantization, num_rows: int, num_inputs: int, dtype: torch.dtype
 ) -> None:
-    weight, bias = quantize(random(70, num_inputs), scheme), random(70, seed=2)
-    rows = random(1, num_rows, num_inputs, seed=3)
-    plain = dequantize(weight)
-    assert distance(products.multiply(rows, weight, bias), F.linear(rows, plain, bias)) < CLOSE
-    assert distance(products.multiply(rows, weight, None), F.linear(rows, plain)) < CLOSE
+    weight, bias = quantize(random(70, num_inputs), scheme), random(70, seed=2).to(dtype)
+    rows, plain = random(1, num_rows, num_inputs, seed=3).to(dtype), dequantize(weight)
+    for added in (bias, None):
+        got = products.multiply(rows, weight, added)
+        expected = F.linear(rows.float(), plain, None if added is None else added.float())
+        assert got.dtype is dtype
+        assert distance(got.float(), expected) < (CLOSE if dtype is torch.float32 else HALF)
 
 
 def test_inputs_of_int8_need_not_fill_a_slice() -> None:
     weight, rows = quantize(random(5, 32), Quantization.INT8), random(2, 32, seed=3)
     assert distance(products.multiply(rows, weight, None), rows @ dequantize(weight).T) < CLOSE
-
-
-@SCHEMES
-def test_half_precision_is_summed_in_float32(scheme: Quantization) -> None:
-    weight, rows = quantize(random(40, 256), scheme), random(3, 256, seed=3).half()
-    got = products.multiply(rows, weight, None)
-    assert got.dtype is torch.float16
-    assert distance(got.float(), rows.float() @ dequantize(weight).T) < 2e-3
 
 
 @SCHEMES
@@ -222,25 +218,26 @@ def test_many_entries_are_sorted_and_none_have_no_tiles() -> None:
 
 
 @SCHEMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "chosen",
     [[[0, 3], [3, 5], [3, 0]], [[2, 2]] * 20, [[0]], [[each, 6 - each] for each in range(7)]],
     ids=["some", "one", "single", "each"],
 )
 def test_tokens_are_multiplied_by_the_weights_of_their_experts_and_back_in_order(
-    scheme: Quantization, chosen: list[list[int]]
+    scheme: Quantization, dtype: torch.dtype, chosen: list[list[int]]
 ) -> None:
-    weights = [quantize(random(128, 128, seed=expert), scheme) for expert in range(7)]
-    together, biases = gathered(weights, 7, CPU), random(7, 128, seed=8)
-    tokens = random(len(chosen), 128, seed=9)
+    weights = [quantize(random(128, 128, seed=expert) / 16, scheme) for expert in range(7)]
+    together, biases = gathered(weights, 7, CPU), random(7, 128, seed=8).to(dtype)
+    tokens = random(len(chosen), 128, seed=9).to(dtype)
     tiles = tiles_module.tiles_of(torch.tensor(chosen), 7)
     rows = products.gather_multiply(tokens, together, biases, tiles)
     got = products.multiply_scatter(rows, together, None, tiles)
     expected = []
     for token, each in zip(tokens, chosen, strict=True):
         for weight, bias in ((dequantize(weights[expert]), biases[expert]) for expert in each):
-            expected.append((token @ weight.T + bias) @ weight.T)
-    assert distance(got, torch.stack(expected)) < CLOSE
+            expected.append((token.float() @ weight.T + bias.float()) @ weight.T)
+    assert distance(got.float(), torch.stack(expected)) < (CLOSE if dtype is torch.float32 else HALF)
 
 
 # blocks
@@ -262,11 +259,13 @@ class Tiny:
         self.checkpoint: Checkpoint = open_checkpoint(source, folder / "cache")
         self.folder = folder
 
-    def span(self, scheme: Quantization | None, keeping: Keeping | None) -> Span:
+    def span(
+        self, scheme: Quantization | None, keeping: Keeping | None, num_blocks: int = NUM_BLOCKS
+    ) -> Span:
         skeleton = Skeleton(self.checkpoint.config)
         shelf = Shelf(self.folder / scheme, scheme) if scheme is not None else None
         blocks, shapes, windows = {}, {}, {}
-        for block in range(NUM_BLOCKS):
+        for block in range(num_blocks):
             module = skeleton.take_block(block)
             shapes[block], windows[block] = skeleton.cache_shape(module), skeleton.window(module)
             prefix = skeleton.block_prefix(block)
@@ -380,7 +379,7 @@ def test_grouped_experts_never_ask_the_device(mixture: Tiny, monkeypatch: pytest
 def test_recorded_passes_through_grouped_experts_equal_those_computed_anew(mixture: Tiny) -> None:
     outputs = []
     for recorder in (Repeater(), None):
-        span = mixture.span(Quantization.INT8, FORCED)
+        span = mixture.span(Quantization.INT8, FORCED, num_blocks=1)
         span.allocate(4, ways=Ways(tabled=Gathering(), recorder=recorder))
         steps = [random(2, 64, seed=step) for step in range(3)]
         batches = [Batch((Segment((0,), step, 1), Segment((1,), step, 1))) for step in range(3)]
@@ -462,10 +461,10 @@ ALIGNED = ("num_outputs", "num_inputs")
 plain = {"bias": "*bf16", "output": "*bf16", **dict.fromkeys(("order", "firsts", "ends", "experts"), "*i32")}
 plain |= dict.fromkeys(("num_rows", *ALIGNED, "num_chosen"), "i32")
 for form, codes, scales in ((0, "*u8", "*fp32"), (1, "*i8", "*bf16"), (2, "*bf16", "*bf16")):
-    for num_rows in (1, 16, 32, 64) if form == 0 else (1, 64):
+    for num_rows in (1, 32, 64) if form == 0 else (1,):
         cut = products.cut_of(num_rows, is_plain=form == 2)
         constants = {"form": form, "is_even": True, "is_quick": True, "has_bias": num_rows == 64}
-        constants |= {"is_sorted": num_rows > 1, "gathers": num_rows == 16, "scatters": num_rows == 64}
+        constants |= {"is_sorted": num_rows > 1, "gathers": num_rows == 32, "scatters": num_rows == 64}
         constants |= {"tile_rows": cut.rows, "tile_outputs": cut.outputs}
         constants |= {"num_slices": cut.slices, "stages": cut.stages}
         tell(products._multiply, {"rows": "*bf16", "codes": codes, "scales": scales, **plain}, constants, cut.warps)
@@ -486,7 +485,7 @@ def test_kernels_compile_for_real_devices_and_keep_their_numbers_in_registers(
     )
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert [uses_tensor_cores for uses_tensor_cores, *_ in compiled] == ["True"] * 8 + ["False"]
+    assert [uses_tensor_cores for uses_tensor_cores, *_ in compiled] == ["True"] * 5 + ["False"]
     for _, stack_bytes, shared_bytes in compiled:
         assert int(stack_bytes) <= 8  # at most a number that is only needed after the loop
         assert int(shared_bytes) <= 99 * 1024  # what the smallest of these devices gives a program
