@@ -1,7 +1,8 @@
 """A span on a real GPU equals the whole model on the CPU: recordings, kernels of our own and fused pieces, all at once.
 
-Skipped where torch sees no GPU; run with TRITON_INTERPRET=0, or kernels are interpreted there too. In float32 products may differ in their last bits, so the tolerance is wider than on
-a CPU; in bfloat16 what is compared is the direction of the hidden states.
+Skipped where torch sees no GPU; run with TRITON_INTERPRET=0, or kernels are interpreted there too. In float32 products
+may differ in their last bits, so the tolerance is wider than on a CPU; in bfloat16 what is compared is the direction of
+the hidden states.
 """
 
 from __future__ import annotations
