@@ -40,8 +40,10 @@ def _tabled(device: torch.device) -> TableAttention:
     if not is_usable(device):
         return Gathering()
     from .gpu.tabled import BlockTables  # here, because triton may be missing
+    from .gpu.trusted import Trusted
 
-    return BlockTables(torch.cuda.get_device_properties(device).multi_processor_count)
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Trusted(BlockTables(num_processors))
 
 
 def elementwise_of(device: torch.device) -> Elementwise:

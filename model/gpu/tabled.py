@@ -8,24 +8,16 @@ can be recorded and played again with other numbers.
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..alibi import Alibi
 from ..form import Form
-from ..gathered import Gathering
 from ..paged import RowTable, TokenTable
 from .attention import attend_tiles, join_shares, keep_tokens
-
-logger = logging.getLogger(__name__)
-
-_UNFIT: Final = (CompilationError, OutOfResources, PTXASError)  # of a device that is unlike those we know
 
 _LEAST_DIM: Final = 16  # of a tile in a product, in each direction
 _LEAST_SHARE: Final = 128  # keys that are worth a program
@@ -42,16 +34,31 @@ _MOST_ROWS: Final = 128
 _QUERY_BYTES: Final = 1 << 15
 
 
+class Plan(NamedTuple):
+    """What kernels are compiled for, and how they are launched. grid: tiles, key heads, and shares of the keys.
+
+    is_chunk: for many new tokens of one row.
+    """
+
+    is_chunk: bool
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The same for all that the same kernels compute."""
+        return (self.is_chunk, *self.constants.values(), self.grid[2] > 1)
+
+
 class BlockTables:
-    """Attention by tables on one GPU; see `paged.TableAttention`."""
+    """Attention by tables on one GPU; see `paged.TableAttention`. Of biases it knows ALiBi alone."""
 
     growth = 4  # few sizes to record: what nobody needs of a table costs its transfer alone
 
     def __init__(self, num_processors: int) -> None:
         """num_processors: of the device, which are to be kept busy."""
         self._num_processors = num_processors
-        self._otherwise = Gathering()
-        self._is_fit = True
 
     def write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As `paged.TableAttention` says: both by one kernel."""
@@ -79,59 +86,51 @@ class BlockTables:
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:
         """As `paged.TableAttention` says: tiles of one token, each with a line of the table."""
-        if self._takes(form):
-            kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=False)
-            try:
-                return self._attend(query, keys, values, table, form, *kinds)
-            except _UNFIT as problem:
-                self._give_up(problem)
-        return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
+        plan = self.plan(query, keys, values, table, form, page_tokens, is_chunk=False)
+        return self.attend(query, keys, values, table, form, plan)
 
     def attend_row(
         self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
     ) -> Tensor:
         """As `paged.TableAttention` says: tiles of many tokens, all with the one line of the table."""
-        if self._takes(form):
-            kinds = cut(query.shape[1], keys, values, form, page_tokens, is_chunk=True)
-            try:
-                return self._attend(query, keys, values, row.table, form, *kinds)
-            except _UNFIT as problem:
-                self._give_up(problem)
-        return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+        plan = self.plan(query, keys, values, row.table, form, page_tokens, is_chunk=True)
+        return self.attend(query, keys, values, row.table, form, plan)
 
-    def _takes(self, form: Form) -> bool:
-        return self._is_fit and (form.bias is None or isinstance(form.bias, Alibi))
-
-    def _give_up(self, problem: Exception) -> None:
-        """A kernel is compiled at its first launch, before anything is recorded: then nothing is lost but speed."""
-        self._is_fit = False
-        logger.warning("pages are gathered from now on, which is slower: %s", problem)
-
-    def _attend(
+    def plan(
         self,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
         table: TokenTable,
         form: Form,
-        constants: dict[str, Any],
-        options: dict[str, Any],
-    ) -> Tensor:
-        """(num_tokens, num_heads, value_dim). What shares find takes memory besides, for a moment."""
-        (num_tokens, num_heads, _), (num_kv_heads, _, value_dim) = query.shape, values.shape
-        num_lines, num_columns = table.pages.shape
+        page_tokens: int,
+        *,
+        is_chunk: bool,
+    ) -> Plan:
+        """How such tokens are attended. Of shapes alone."""
+        (num_tokens, num_heads, _), num_kv_heads = query.shape, keys.shape[0]
+        constants, options = cut(num_heads, keys, values, form, page_tokens, is_chunk=is_chunk)
         num_tiles = triton.cdiv(num_tokens, constants["TOKENS"])
-        num_keys = num_columns * constants["PAGE"]
+        num_keys = table.pages.shape[1] * page_tokens
         if form.window is not None:
             num_keys = min(num_keys, form.window + constants["TOKENS"] - 1)
         shares = num_shares(num_tiles * num_kv_heads, num_keys, self._num_processors)
+        return Plan(is_chunk, (num_tiles, num_kv_heads, shares), constants, options)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, plan: Plan
+    ) -> Tensor:
+        """(num_tokens, num_heads, value_dim). What shares find takes memory besides, for a moment."""
+        (num_tokens, num_heads, _), value_dim = query.shape, values.shape[2]
+        num_lines, num_columns = table.pages.shape
+        shares = plan.grid[2]
         output = query.new_empty((num_tokens, num_heads, value_dim))
         found, sums = output, output
         if shares > 1:
             found = output.new_empty((num_tokens, num_heads, shares, value_dim), dtype=torch.float32)
             sums = output.new_empty((num_tokens, num_heads, shares), dtype=torch.float32)
         slopes, bias_scale = _bias(form, query.device)
-        attend_tiles[(num_tiles, num_kv_heads, shares)](
+        attend_tiles[plan.grid](
             query.contiguous(),
             keys,
             values,
@@ -147,8 +146,8 @@ class BlockTables:
             form.scaling,
             bias_scale,
             IS_SHARED=shares > 1,
-            **constants,
-            **options,
+            **plan.constants,
+            **plan.options,
         )
         if shares > 1:
             join_shares[(num_tokens, num_heads)](
@@ -158,7 +157,7 @@ class BlockTables:
                 output,
                 shares,
                 VALUE_DIM=value_dim,
-                VALUE_PAD=constants["VALUE_PAD"],
+                VALUE_PAD=plan.constants["VALUE_PAD"],
                 MOST_SHARES=_MOST_SHARES,
                 num_warps=4,
                 enable_fp_fusion=True,
