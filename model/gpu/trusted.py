@@ -25,9 +25,7 @@ from .tabled import BlockTables, Plan
 logger = logging.getLogger(__name__)
 
 _UNFIT: Final = (CompilationError, OutOfResources, PTXASError)
-_CLOSE: Final = (
-    0.02  # of the numbers that torch gives: more than bfloat16 rounds, less than a key too many makes
-)
+_CLOSE: Final = 0.02  # of a token's numbers: more than bfloat16 rounds, less than a key too many makes
 _NUM_PAGES: Final = 5  # of the text
 _NUM_NEW: Final = 21  # of its tokens, where a row brings many
 
@@ -88,12 +86,11 @@ class Trusted:
         self._tried.add(kind)
         try:
             distance = distance_of()
-            problem = (
-                "" if distance < _CLOSE else f"a kernel is off by {distance:.3f} from what torch computes"
-            )
+            problem = f"a kernel is off by {distance:.3f} from what torch computes"
+            is_right = distance < _CLOSE
         except _UNFIT as unfit:
-            problem = str(unfit)
-        if problem:
+            problem, is_right = str(unfit), False
+        if not is_right:
             self._is_fit = False
             logger.warning("pages are gathered from now on, which is slower: %s", problem)
         return self._is_fit
@@ -102,7 +99,7 @@ class Trusted:
 def distance_attended(
     kernels: BlockTables, num_heads: int, keys: Tensor, values: Tensor, form: Form, plan: Plan
 ) -> float:
-    """How far a kernel is from torch in float32, in parts of its numbers. keys, values: of what shape and kind."""
+    """How far a kernel is from torch in float32, in parts of a token's numbers. keys, values: like which they are."""
     page_tokens, tokens = plan.constants["PAGE"], plan.constants["TOKENS"]
     length = _NUM_PAGES * page_tokens - 1
     random = torch.Generator().manual_seed(0)
@@ -127,7 +124,7 @@ def distance_attended(
     )
     wide = query.float(), own_keys.float(), own_values.float()
     expected = Gathering().attend_lines(*wide, each, form, page_tokens)
-    return float((got - expected).norm() / expected.norm())
+    return _distance(got, expected)
 
 
 def distance_written(kernels: BlockTables, keys: Tensor, values: Tensor) -> float:
@@ -141,7 +138,13 @@ def distance_written(kernels: BlockTables, keys: Tensor, values: Tensor) -> floa
     kernels.write(key, value, own_keys, own_values, slots)
     got = torch.cat([own_keys[:, slots], own_values[:, slots]], dim=2).float()
     expected = torch.cat([key, value], dim=2).float()
-    return float((got - expected).norm() / expected.norm())
+    return _distance(got, expected)
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    """Of the first dimension's part that is farthest off."""
+    off, whole = (got - expected).flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1)
+    return float((off / whole).max())
 
 
 def _drawn(random: torch.Generator, shape: tuple[int, ...], like: Tensor) -> Tensor:
