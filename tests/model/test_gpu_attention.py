@@ -228,7 +228,9 @@ def attended_by(kernels: TableAttention, form: Form) -> float:
 
 
 @pytest.mark.parametrize(
-    "form", [form(sinks=SINKS), form(window=9, softcap=2.0), form(bias=Alibi(6))], ids=str
+    "form",
+    [form(sinks=SINKS), form(window=9, softcap=2.0), form(bias=Alibi(6))],
+    ids=["sinks", "window and softcap", "alibi"],
 )
 @pytest.mark.parametrize("num_processors", [FEW, MANY])
 def test_kernels_that_are_right_are_trusted(form: Form, num_processors: int) -> None:
