@@ -64,9 +64,11 @@ _COMPILED: Final = Path(__file__).parent / "compiled"
 # 4 KB, looks up the place of each anew. ms of a processor's time without and with them, in float32, 16 blocks of
 # 1024 × 2816: 80 and 57 for one row at 128 tokens, 88 and 70 at 1024, 121 and 105 at 4096; 114 and 92 for 8 rows at
 # 128; the head 11 and 6. The cache does without: see `cache`.
+# TORCHINDUCTOR_COMPILE_THREADS: a few small pieces are compiled for a GPU; torch would start a process for each core.
 _ENVIRONMENT: Final = {
     "GOMP_SPINCOUNT": "30000",
     "THP_MEM_ALLOC_ENABLE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
