@@ -307,10 +307,14 @@ def test_a_device_is_kept_busy_by_shares_and_no_share_is_too_small() -> None:
     assert tabled.num_shares(1000, 1, num_processors=1) == 1
 
 
-FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "falcon_multi_query")
+# More than a few take long in the interpreter.
+FAMILIES = ("llama", "gemma2", "gpt_oss")
+MORE = ("bloom", "falcon_multi_query", "falcon_alibi", "phi3", "olmo3")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+)
 def test_attended_by_kernels_and_played_again_equals_whole(tiny: Callable[[str], Tiny], family: str) -> None:
     model = tiny(family)
     kernels = trusted.Trusted(tabled.BlockTables(MANY))

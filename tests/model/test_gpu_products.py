@@ -474,7 +474,7 @@ tell(tiles._count, counted, {"size": 8, "at_once": 64, "filled_experts": 128}, 8
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
 def test_kernels_compile_for_real_devices_and_keep_their_numbers_in_registers(
     capability: int, tmp_path: Path
 ) -> None:
