@@ -66,7 +66,6 @@ class Cache:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self.tabled = tabled
-        self.is_paged = tabled is not None
         self.growth = tabled.growth if tabled is not None else 2  # columns of tables grow by powers of it
         self.spare_page = num_pages  # where a paged cache takes what fills up a batch
         self.grouping = grouping or Grouping.whole(tuple(shapes))
@@ -96,6 +95,11 @@ class Cache:
                 + (f", and beside it for {num_host_pages} more" if num_host_pages else ""),
                 "serve fewer blocks, or a smaller cache",
             ) from problem
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the heads of a slot lie together, for what attends by tables."""
+        return self.tabled is not None
 
     def _allocate(self, num_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(num_heads, num_slots, dim), whatever lies under it. Memory is touched first when it is written."""

@@ -65,7 +65,10 @@ class Elementwise:
         return states, norm(states)
 
     def gated(self, together: Tensor, activation: nn.Module) -> Tensor:
-        """together: a gate, which is activated, and as many numbers that it lets through, side by side."""
+        """(num_tokens, 2 * size) → (num_tokens, size).
+
+        together: a gate, which is activated, and as many numbers that it lets through, side by side.
+        """
         return self._gated(together, activation)  # type: ignore[no-any-return]
 
 

@@ -82,11 +82,10 @@ def attend_tiles(
     if begin >= end:
         tl.store(sums + places, float("-inf"), mask=is_row)  # a share of several: a token has at least itself
         return
+    own_positions = tl.load(positions + tl.minimum(tokens, last)).to(tl.int32)  # beyond the last, as the last
     output, weight, most = _absorbed(
         _queries(query, heads, is_row, KEY_DIM, KEY_PAD),
-        tl.load(positions + tl.minimum(tokens, last)).to(
-            tl.int32
-        ),  # what is no row looks where the last one does
+        own_positions,
         None if slopes is None else tl.load(slopes + own_heads, mask=is_row, other=0.0),
         keys + head * KEY_DIM,
         values + head * VALUE_DIM,
