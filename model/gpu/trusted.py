@@ -55,21 +55,38 @@ class Trusted:
         self, query: Tensor, keys: Tensor, values: Tensor, table: TokenTable, form: Form, page_tokens: int
     ) -> Tensor:
         """Each token over the pages in its line."""
-        if self._takes(form):
-            plan = self._kernels.plan(query, keys, values, table, form, page_tokens, is_chunk=False)
-            if self._passes_as(plan, query, keys, values, form):
-                return self._kernels.attend(query, keys, values, table, form, plan)
-        return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
+        found = self._attended(query, keys, values, table, form, page_tokens, is_chunk=False)
+        if found is None:
+            return self._otherwise.attend_lines(query, keys, values, table, form, page_tokens)
+        return found
 
     def attend_row(
         self, query: Tensor, keys: Tensor, values: Tensor, row: RowTable, form: Form, page_tokens: int
     ) -> Tensor:
         """The tokens of one row over its pages."""
-        if self._takes(form):
-            plan = self._kernels.plan(query, keys, values, row.table, form, page_tokens, is_chunk=True)
-            if self._passes_as(plan, query, keys, values, form):
-                return self._kernels.attend(query, keys, values, row.table, form, plan)
-        return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+        found = self._attended(query, keys, values, row.table, form, page_tokens, is_chunk=True)
+        if found is None:
+            return self._otherwise.attend_row(query, keys, values, row, form, page_tokens)
+        return found
+
+    def _attended(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: TokenTable,
+        form: Form,
+        page_tokens: int,
+        *,
+        is_chunk: bool,
+    ) -> Tensor | None:
+        """(num_tokens, num_heads, value_dim), by a kernel; None if none is to be had for it."""
+        if not self._takes(form):
+            return None
+        plan = self._kernels.plan(query, keys, values, table, form, page_tokens, is_chunk=is_chunk)
+        if not self._passes_as(plan, query, keys, values, form):
+            return None
+        return self._kernels.attend(query, keys, values, table, form, plan)
 
     def _takes(self, form: Form) -> bool:
         return self._is_fit and (form.bias is None or isinstance(form.bias, Alibi))
